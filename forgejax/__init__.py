@@ -1,0 +1,1 @@
+"""forgejax: agent reinforcement learning on JAX."""

@@ -1,0 +1,48 @@
+"""Every error that forgejax raises on purpose.
+
+A message says what was given, what was expected and what to do. The entry points print it without a traceback.
+"""
+
+
+class ForgejaxError(Exception):
+    """A failure the user can act on; its message is written for them."""
+
+
+class ConfigError(ForgejaxError):
+    """A configuration that cannot be run: unknown key, wrong type, impossible combination, missing file."""
+
+
+class MeshError(ForgejaxError):
+    """A device mesh that was asked for and cannot be had on this machine."""
+
+
+class CheckpointError(ForgejaxError):
+    """A checkpoint that is missing, damaged or belongs to another model or run."""
+
+
+class EngineError(ForgejaxError):
+    """The inference engine refused or lost a request."""
+
+
+class GatewayError(ForgejaxError):
+    """The gateway cannot serve: its port, its tokenizer or its chat template is unusable."""
+
+
+class AgentError(ForgejaxError):
+    """An agent program cannot be started or broke its contract."""
+
+
+class PoolError(ForgejaxError):
+    """The data pool cannot keep what it accepted, or is used against its laws."""
+
+
+class StorageFullError(PoolError):
+    """The disk under the run directory is full; nothing already accepted is lost."""
+
+
+class TrainingError(ForgejaxError):
+    """The run cannot go on: non-finite steps in a row, no trainable groups, a dead engine."""
+
+
+class RunLockedError(ForgejaxError):
+    """Another trainer holds this run directory."""
