@@ -1,0 +1,47 @@
+"""The gateway's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forgejax.errors import ConfigError
+from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """Where the gateway listens and what it allows. Times are in seconds.
+
+    ``port`` 0 picks a free one, and so does a taken one. ``public_host`` is the name agents reach this machine by,
+    where it differs from ``host``. ``max_tokens_default`` holds where an agent asks for no limit; None means the rest
+    of the context. ``body_timeout_s`` is how long an agent may take to send its request or to read a piece of a
+    stream; ``cancel_grace_s`` how long a cancelled request may take to hand back the tokens it has drawn.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8801
+    public_host: str | None = None
+    model_name: str = "policy"
+    tool_call_format: str = "hermes"
+    max_tokens_default: int | None = None
+    request_timeout_s: float = 600.0
+    body_timeout_s: float = 30.0
+    cancel_grace_s: float = 2.0
+    max_body_bytes: int = 16 * 1024 * 1024
+    allow_anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"gateway.port is {self.port}; give a port from 1 to 65535, or 0 for any free one")
+        if self.tool_call_format not in TOOL_CALL_FORMATS:
+            known = ", ".join(sorted(TOOL_CALL_FORMATS))
+            raise ConfigError(f"gateway.tool_call_format is {self.tool_call_format!r}; give one of: {known}")
+        if self.max_tokens_default is not None and self.max_tokens_default < 1:
+            raise ConfigError(
+                f"gateway.max_tokens_default is {self.max_tokens_default}; give at least 1, or leave it out"
+            )
+        for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "max_body_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive number")
+        if not self.host or not self.model_name:
+            raise ConfigError("gateway.host and gateway.model_name must not be empty")

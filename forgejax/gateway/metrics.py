@@ -1,0 +1,38 @@
+"""What the gateway counts, as Prometheus metrics in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+class GatewayMetrics:
+    """Every gateway has its own, so several in one process do not add up."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(f"forgejax_gateway_{name}", help_, labels, registry=self.registry)
+
+        def histogram(name: str, help_: str) -> Histogram:
+            return Histogram(f"forgejax_gateway_{name}", help_, buckets=_SECONDS, registry=self.registry)
+
+        self.requests = counter("requests", "Requests by wire format and HTTP status.", "dialect", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of completions.")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens the engine had in its prefix cache.")
+        self.completion_tokens = counter("completion_tokens", "Tokens sampled.")
+        self.turns = counter("turns", "Turns recorded, by why they end.", "finish_reason")
+        self.cancelled = counter("cancelled", "Requests whose agent went away, or whose session or time ended.")
+        self.branches = counter("branches", "Prompts that could not go on from an earlier turn.", "reason")
+        self.tool_calls = counter("tool_calls", "Tool calls found in replies.", "result")
+        self.sessions = Gauge("forgejax_gateway_sessions", "Open sessions.", registry=self.registry)
+        self.in_flight = Gauge("forgejax_gateway_in_flight", "Requests in the engine.", registry=self.registry)
+        self.request_s = histogram("request_seconds", "Seconds from a request's arrival to its answer.")
+        self.queued_s = histogram("queued_seconds", "Seconds a request waited for the engine.")
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,97 @@
+"""The gateway itself: sessions for the trainer on one side, HTTP for agents on the other."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from aiohttp import web
+
+from forgejax.errors import GatewayError
+from forgejax.gateway.app import build_app
+from forgejax.gateway.chat_format import ChatFormat
+from forgejax.gateway.config import GatewayConfig
+from forgejax.gateway.metrics import GatewayMetrics
+from forgejax.gateway.sessions import Service, SessionTable
+from forgejax.types import Sampler, Session, SessionSpec, Turn
+
+_log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Implements ``forgejax.types.Sessions``. All of it belongs to the event loop that runs ``start``.
+
+    ``context_length`` is the engine's: prompt and reply together never exceed it.
+    """
+
+    def __init__(self, sampler: Sampler, chat_format: ChatFormat, context_length: int, config: GatewayConfig) -> None:
+        self.metrics = GatewayMetrics()
+        self._config = config
+        self._service = Service(
+            sampler=sampler,
+            chat_format=chat_format,
+            context_length=context_length,
+            config=config,
+            metrics=self.metrics,
+        )
+        self._sessions = SessionTable(self._service)
+        self._runner: web.AppRunner | None = None
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``. Raises GatewayError before ``start`` and after ``stop``."""
+        if self._url is None:
+            raise GatewayError("the gateway is not running; await start() first")
+        return self._url
+
+    async def start(self, host: str | None = None, port: int | None = None) -> str:
+        """Listens on ``host:port`` (the configuration's by default), or on a free port if that one is taken.
+
+        Returns ``url``. Raises GatewayError where it cannot listen at all.
+        """
+        if self._runner is not None:
+            raise GatewayError(f"the gateway already runs at {self.url}; stop it first")
+        host = self._config.host if host is None else host
+        port = self._config.port if port is None else port
+        # An agent that closes its connection ends its request.
+        runner = web.AppRunner(
+            build_app(self._service, self._sessions), access_log=None, handler_cancellation=True, shutdown_timeout=5.0
+        )
+        await runner.setup()
+        try:
+            bound = await _listen(runner, host, port)
+        except OSError as error:
+            await runner.cleanup()
+            raise GatewayError(f"the gateway cannot listen on {host}:{port}: {error}; set gateway.host/port") from error
+        self._runner = runner
+        everywhere = host in ("0.0.0.0", "::", "")
+        name = self._config.public_host or ("127.0.0.1" if everywhere else host)
+        self._url = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
+        return self._url
+
+    async def stop(self) -> None:
+        """Closes every session and the port. Idempotent."""
+        if self._runner is not None:
+            runner, self._runner, self._url = self._runner, None, None
+            await self._sessions.close_all()
+            await runner.cleanup()
+
+    def open(self, spec: SessionSpec) -> Session:
+        base_url = f"{self.url}/v1"
+        session = self._sessions.open(spec)
+        return Session(id=session.id, base_url=base_url, api_key=session.api_key)
+
+    async def close(self, session_id: str) -> tuple[Turn, ...]:
+        return await self._sessions.close(session_id)
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> int:
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or port == 0:
+            raise
+        await web.TCPSite(runner, host, 0).start()
+        _log.warning("port %d is taken; the gateway listens on %d", port, runner.addresses[0][1])
+    return int(runner.addresses[0][1])
