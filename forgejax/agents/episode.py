@@ -1,0 +1,239 @@
+"""One episode: a gateway session, an agent, a score. Every started episode ends in exactly one Trajectory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from forgejax.agents.rewards import RewardConfig, rewards
+from forgejax.agents.scaffold import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.errors import ForgejaxError
+from forgejax.types import (
+    FinishReason,
+    Session,
+    Sessions,
+    SessionSpec,
+    StopReason,
+    Task,
+    TaskSource,
+    Trajectory,
+    Turn,
+)
+
+Policy = Literal["train", "mask", "drop_group"]
+CANCEL_S = 5.0
+CLOSE_S = 15.0
+SCORE_S = 10.0
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopPolicy:
+    """What is done with an episode that did not simply complete.
+
+    ``train``: it is trained like any other; ``mask``: none of its turns is trained and it enters no baseline;
+    ``drop_group``: its whole group comes to nothing. What is the policy's own doing is trained by default.
+    """
+
+    truncated: Policy = "train"
+    deadline: Policy = "train"
+    agent_failed: Policy = "mask"
+    environment_failed: Policy = "mask"
+
+    def of(self, reason: StopReason) -> Policy:
+        if reason is StopReason.COMPLETED:
+            return "train"
+        if reason is StopReason.CANCELLED:
+            return "mask"
+        policy: Policy = getattr(self, reason.value)
+        return policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeRunner:
+    """Plays episodes: all that they have in common."""
+
+    sessions: Sessions
+    scaffold: Scaffold
+    tasks: TaskSource
+    agent: AgentConfig
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: StopPolicy = field(default_factory=StopPolicy)
+
+    async def run(
+        self, task: Task, *, member: int = 0, session: SessionSpec, baseline_s: float | None = None
+    ) -> Trajectory:
+        """Plays one episode and never raises: what goes wrong is told by ``stop_reason`` and ``error``.
+
+        It takes at most the agent's deadline and grace and half a minute. Cancelling it ends the agent and gives the
+        Trajectory so far, with StopReason.CANCELLED; an episode whose agent has already ended is concluded as usual.
+        """
+        started_at = time.monotonic()
+        try:
+            opened = self.sessions.open(session)
+        except ForgejaxError as error:
+            return self._end(_unopened(task, member, started_at, error), baseline_s)
+        result = await self._play(task, opened)
+        finished_at = time.monotonic()
+        turns, result, outcome = await _uncancelled(self._conclude(task, opened, result))
+        trajectory = Trajectory(
+            task_id=task.id,
+            session_id=opened.id,
+            member=member,
+            turns=turns,
+            rewards=(),
+            outcome=outcome,
+            started_at=started_at,
+            finished_at=finished_at,
+            stop_reason=result.stop_reason,
+            answer=result.answer,
+            error=result.error,
+        )
+        return self._end(trajectory, baseline_s)
+
+    async def _conclude(
+        self, task: Task, session: Session, result: AgentResult
+    ) -> tuple[tuple[Turn, ...], AgentResult, float]:
+        """Closes the session and scores the answer: the turns, what became of the episode, its outcome."""
+        turns, lost = await _settle(self.sessions.close(session.id), CLOSE_S)
+        if turns is None:
+            return (), _environment_failed(f"closing the session failed, its turns are lost: {_told(lost)}"), 0.0
+        result = _explain_truncation(result, turns)
+        if result.stop_reason is not StopReason.COMPLETED:
+            return turns, result, 0.0
+        outcome, problem = await _settle(_in_thread(lambda: self.tasks.score(task, result.answer)), SCORE_S)
+        if outcome is None or math.isnan(outcome):
+            error = f"the scorer failed: {_told(problem) if problem is not None else 'it gave NaN'}"
+            return turns, replace(_environment_failed(error), answer=result.answer), 0.0
+        return turns, result, min(1.0, max(0.0, outcome))
+
+    def _end(self, trajectory: Trajectory, baseline_s: float | None) -> Trajectory:
+        masked = None
+        if self.policy.of(trajectory.stop_reason) != "train":
+            masked = trajectory.stop_reason.value
+        elif not trajectory.turns:
+            masked = "no_turns"  # the policy had no part in it
+        return replace(trajectory, rewards=rewards(self.reward, trajectory, baseline_s), masked=masked)
+
+    async def _play(self, task: Task, session: Session) -> AgentResult:
+        """Runs the agent. The scaffold keeps the deadline; one that does not is cut off after the grace."""
+        deadline_s = self.agent.deadline_s
+        episode = EpisodeSpec(
+            id=session.id,
+            question=task.question,
+            base_url=session.base_url,
+            api_key=session.api_key,
+            deadline_s=deadline_s,
+        )
+        try:
+            result, problem = await _settle(self.scaffold.run(episode), deadline_s + self.agent.grace_s)
+        except asyncio.CancelledError:
+            return AgentResult(error="the episode was cancelled", stop_reason=StopReason.CANCELLED)
+        if isinstance(problem, TimeoutError):
+            error = f"the scaffold gave no result {self.agent.grace_s:g} s after the deadline of {deadline_s:g} s"
+            return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
+        if result is None:
+            return AgentResult(error=f"the scaffold failed: {_told(problem)}", stop_reason=StopReason.AGENT_FAILED)
+        return result
+
+
+def _unopened(task: Task, member: int, started_at: float, error: ForgejaxError) -> Trajectory:
+    return Trajectory(
+        task_id=task.id,
+        session_id=f"unopened-{task.id}-{member}",
+        member=member,
+        turns=(),
+        rewards=(),
+        outcome=0.0,
+        started_at=started_at,
+        finished_at=time.monotonic(),
+        stop_reason=StopReason.ENVIRONMENT_FAILED,
+        error=f"the session could not be opened: {error}",
+    )
+
+
+def _explain_truncation(result: AgentResult, turns: tuple[Turn, ...]) -> AgentResult:
+    """An agent without an answer whose last completion was cut off was truncated, whatever else it says."""
+    unanswered = result.answer is None and result.stop_reason in (StopReason.COMPLETED, StopReason.AGENT_FAILED)
+    if not unanswered or not turns:
+        return result
+    finish_reason = turns[-1].completion.finish_reason
+    if finish_reason not in (FinishReason.LENGTH, FinishReason.REPETITION):
+        return result
+    error = result.error or f"the last completion ended by {finish_reason.value}"
+    return AgentResult(error=error, stop_reason=StopReason.TRUNCATED)
+
+
+def _environment_failed(error: str) -> AgentResult:
+    return AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED)
+
+
+def _told(problem: BaseException | None) -> str:
+    return f"{type(problem).__name__}: {problem}"
+
+
+async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | None, BaseException | None]:
+    """The result of ``work`` or what it raised; TimeoutError past the deadline. Being cancelled cancels ``work``.
+
+    ``work`` that ignores its cancellation is left behind after CANCEL_S, so that nothing waits on it for ever.
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a late failure counts as seen
+    try:
+        await asyncio.wait({task}, timeout=deadline_s)
+    finally:
+        if task.cancel():
+            await asyncio.wait({task}, timeout=CANCEL_S)
+            if not task.done():
+                log.warning("%r ignores its cancellation and is left behind", task)
+            late: BaseException | None = TimeoutError(f"nothing within {deadline_s:g} s")
+        else:
+            late = None
+    if late is not None:
+        return None, late
+    if task.cancelled():
+        return None, asyncio.CancelledError("it cancelled itself")
+    problem = task.exception()
+    return (None, problem) if problem is not None else (task.result(), None)
+
+
+async def _uncancelled(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    return task.result()
+
+
+async def _in_thread(function: Callable[[], float]) -> float:
+    """Runs a function that may be slow in a daemon thread, so that one that hangs cannot hold up the end of the run."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[float] = loop.create_future()
+
+    def settle(value: float | None, problem: BaseException | None) -> None:
+        if future.done():
+            return
+        if problem is not None:
+            future.set_exception(problem)
+        elif value is not None:
+            future.set_result(value)
+
+    def work() -> None:
+        try:
+            value, problem = function(), None
+        except Exception as error:  # noqa: BLE001 (a boundary: the scorer's exception is handed to the event loop)
+            value, problem = 0.0, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, value, problem)
+
+    threading.Thread(target=work, name="scorer", daemon=True).start()
+    return await future

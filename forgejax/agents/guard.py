@@ -1,0 +1,66 @@
+"""A tiny program that outlives its trainer just long enough to end the trainer's agents.
+
+Run as ``python -I -S guard.py TRAINER_PID MARKER`` with a pipe from the trainer on stdin. When the trainer closes the
+pipe or dies, by whatever signal, every process whose environment carries the marker is killed, wherever it has moved:
+sessions and process groups of its own included. (A parent-death signal would not do: it fires when the *thread* that
+spawned the agent ends, and does not reach grandchildren.) Needs Linux's /proc; elsewhere it finds nothing to kill.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+MARKER_NAME = "FORGEJAX_AGENTS"
+POLL_S = 0.5
+SWEEPS = 50
+SWEEP_PAUSE_S = 0.02
+
+
+def marked_processes(marker: str) -> list[int]:
+    """The ids of the processes of this user that were started with this marker, zombies left out."""
+    wanted = f"{MARKER_NAME}={marker}".encode()
+    found = []
+    names = os.listdir("/proc") if os.path.isdir("/proc") else []  # noqa: PTH112, PTH208 (pathlib doubles the start-up)
+    for name in names:
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as environ:  # noqa: PTH123
+                if wanted in environ.read().split(b"\0"):
+                    found.append(int(name))
+        except OSError:
+            continue  # it ended meanwhile, or belongs to someone else
+    return found
+
+
+def sweep(marker: str) -> None:
+    """Kills the marked processes, again and again until none is left, for some may be forking."""
+    for _ in range(SWEEPS):
+        found = marked_processes(marker)
+        if not found:
+            return
+        for process_id in found:
+            try:
+                os.kill(process_id, signal.SIGKILL)
+            except OSError:
+                continue
+        time.sleep(SWEEP_PAUSE_S)
+
+
+def main(trainer: int, marker: str) -> None:
+    """Waits for the trainer's end. The pipe alone is not enough: a forked child of the trainer may hold it open."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.getppid() == trainer:
+        readable, _, _ = select.select([0], [], [], POLL_S)
+        if readable and not os.read(0, 1):
+            break
+    sweep(marker)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

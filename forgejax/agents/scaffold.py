@@ -1,0 +1,85 @@
+"""The seam between an episode and the agent program that plays it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from forgejax.errors import ConfigError
+from forgejax.types import StopReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeSpec:
+    """All that an agent program is given. ``deadline_s`` counts from the call of ``Scaffold.run``."""
+
+    id: str
+    question: str
+    base_url: str
+    api_key: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentResult:
+    """What became of the agent. ``answer`` is None where it gave none; ``error`` says why, for people."""
+
+    answer: str | None = None
+    error: str | None = None
+    stop_reason: StopReason = StopReason.COMPLETED
+
+
+class Scaffold(Protocol):
+    """A way to run an agent program. One scaffold runs many episodes at once, on the event loop that started it."""
+
+    async def start(self) -> None:
+        """Makes the agent ready; raises AgentError (with the program's own words) if it can never run."""
+        ...
+
+    async def run(self, episode: EpisodeSpec) -> AgentResult:
+        """Plays one episode. A crash or a passed deadline is a result; cancelling the call ends the agent."""
+        ...
+
+    def check(self) -> None:
+        """Raises AgentError once no further episode can succeed."""
+        ...
+
+    async def close(self) -> None:
+        """Ends every process of this scaffold. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Which agent program plays the episodes, and how it is started.
+
+    ``command`` and the values of ``env`` may hold ``{question}``, ``{base_url}`` (it ends with /v1), ``{origin}`` (it
+    does not) and ``{api_key}``: kind ``process`` only; ``{question}`` in the command stands in for ``question_via``.
+    Every agent process inherits this process's environment; ``env`` is laid over it. ``function`` is
+    ``module:function`` for kind ``coroutine``.
+    """
+
+    kind: Literal["process", "worker", "coroutine"] = "worker"
+    command: tuple[str, ...] = ()
+    function: str = ""
+    question_via: Literal["argument", "stdin"] = "argument"
+    workers: int = 1
+    deadline_s: float = 30.0
+    grace_s: float = 5.0  # past the deadline, for the scaffold to end the agent in an orderly way
+    start_timeout_s: float = 60.0  # for a worker to say that it is ready
+    max_restarts: int = 3  # deaths of one worker in a row, without a result in between
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind == "coroutine":
+            if ":" not in self.function:
+                raise ConfigError(f'agent function is "{self.function}"; kind "coroutine" expects "module:function"')
+        elif not self.command:
+            raise ConfigError(f'agent command is empty; kind "{self.kind}" expects the program and its arguments')
+        if self.workers < 1:
+            raise ConfigError(f"agent workers is {self.workers}; expected at least 1 process")
+        if self.max_restarts < 0:
+            raise ConfigError(f"agent max_restarts is {self.max_restarts}; expected 0 or more")
+        for name in ("deadline_s", "grace_s", "start_timeout_s"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"agent {name} is {getattr(self, name)}; expected a finite number of seconds above 0")

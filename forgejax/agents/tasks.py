@@ -1,0 +1,167 @@
+"""Tasks from the reasoning-gym library: a seeded mixture of its datasets, with held-out tasks for evaluation."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from forgejax.errors import ConfigError
+from forgejax.types import Task
+
+ITEMS = 10_000  # distinct items drawn from a dataset, unless its params say otherwise (``size``)
+DRAWS = 1000  # for one task, before the dataset counts as too small
+ANSWER_CHARACTERS = 20_000
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One reasoning-gym dataset of the mixture; ``params`` are passed to it as they are."""
+
+    name: str
+    level: str = "default"
+    family: str = ""  # of the speed baseline; empty: "name/level"
+    weight: float = 1.0
+    params: dict[str, int | float | str | bool | list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise ConfigError(f'dataset "{self.name}": weight is {self.weight}; expected a finite number above 0')
+        if "seed" in self.params:
+            raise ConfigError(f'dataset "{self.name}": params sets "seed"; set the seed of the tasks instead')
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """A mixture of datasets. ``exact`` counts only the library's full score as 1 and everything below it as 0."""
+
+    datasets: tuple[DatasetConfig, ...] = (
+        DatasetConfig(
+            name="chain_sum",
+            level="easy",
+            params={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+        ),
+        DatasetConfig(
+            name="products",
+            level="hard",
+            params={"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 4},
+        ),
+    )
+    eval_tasks: int = 64
+    seed: int = 0
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ConfigError("tasks datasets is empty; expected at least one dataset")
+        if self.eval_tasks < 0:
+            raise ConfigError(f"tasks eval_tasks is {self.eval_tasks}; expected 0 or more")
+
+
+class ReasoningGymTasks:
+    """A TaskSource. ``task(i)`` depends on the configuration and ``i`` only.
+
+    Training tasks are drawn with replacement; ``eval_tasks`` are distinct, and no training task has the question text
+    of one of them. Each level gets its share of any run of tasks, to within a few. Raises ConfigError where a dataset
+    cannot be built, or is too small to hold out so many tasks.
+    """
+
+    def __init__(self, config: TasksConfig) -> None:
+        self._config = config
+        self._datasets = [
+            _build(dataset, _draw(config.seed, "dataset", n)) for n, dataset in enumerate(config.datasets)
+        ]
+        self._item = functools.lru_cache(maxsize=4096)(self._build_item)
+        self._held_out: set[str] = set()
+        self.eval_tasks: tuple[Task, ...] = tuple(self._hold_out(index) for index in range(config.eval_tasks))
+
+    def task(self, index: int) -> Task:
+        """The training task at an absolute index."""
+        return self._first_new("train", index)
+
+    def score(self, task: Task, answer: str | None) -> float:
+        """The dataset's own score in [0, 1]; 0 for a missing or absurdly long answer. Only for its own tasks."""
+        if answer is None or not answer.strip() or len(answer) > ANSWER_CHARACTERS:
+            return 0.0
+        number, item = int(task.payload["dataset"]), int(task.payload["item"])
+        score = float(self._datasets[number].score_answer(answer.strip(), self._item(number, item)))
+        if self._config.exact:
+            return 1.0 if score >= 1.0 else 0.0
+        return min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0
+
+    def _hold_out(self, index: int) -> Task:
+        task = self._first_new("evaluation", index)
+        self._held_out.add(task.question)
+        return task
+
+    def _first_new(self, split: str, index: int) -> Task:
+        """The first draw for this index whose question is not held out."""
+        number = self._dataset_of(index)
+        dataset = self._config.datasets[number]
+        for attempt in range(DRAWS):
+            item = _draw(self._config.seed, split, index, attempt) % len(self._datasets[number])
+            entry = self._item(number, item)
+            if entry["question"] in self._held_out:
+                continue
+            return Task(
+                id=f"{split}-{index}",
+                family=dataset.family or f"{dataset.name}/{dataset.level}",
+                level=dataset.level,
+                question=entry["question"],
+                payload={"dataset": number, "item": item, "answer": str(entry["answer"])},
+            )
+        raise ConfigError(
+            f'dataset "{dataset.name}" (level {dataset.level}): {DRAWS} draws gave no question beside the '
+            f"{len(self._held_out)} held out; lower eval_tasks ({self._config.eval_tasks}) or widen its params"
+        )
+
+    def _dataset_of(self, index: int) -> int:
+        """Spreads the indices over the datasets by weight, evenly in every stretch (the golden-ratio sequence)."""
+        weights = [dataset.weight for dataset in self._config.datasets]
+        point = ((index + 0.5) * GOLDEN) % 1.0 * sum(weights)
+        for number, weight in enumerate(weights):
+            point -= weight
+            if point < 0.0:
+                return number
+        return len(weights) - 1
+
+    def _build_item(self, number: int, item: int) -> dict[str, Any]:
+        entry: dict[str, Any] = self._datasets[number][item]
+        return entry
+
+
+def _draw(*key: object) -> int:
+    """A number below 2**32 that depends on the key only, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest())
+
+
+def _build(config: DatasetConfig, seed: int) -> Any:
+    """The library's dataset object. The import costs seconds, and one of the library's dependencies warns in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym  # noqa: PLC0415
+        from reasoning_gym.factory import DATASETS  # noqa: PLC0415
+
+    if config.name not in DATASETS:
+        raise ConfigError(f'dataset "{config.name}" is not in reasoning-gym; {_close(config.name, DATASETS)}')
+    known = DATASETS[config.name][1].__dataclass_fields__
+    for name in config.params:
+        if name not in known:
+            raise ConfigError(f'dataset "{config.name}" has no parameter "{name}"; {_close(name, known)}')
+    params = {"size": ITEMS} | config.params if "size" in known else config.params
+    try:
+        return reasoning_gym.create_dataset(config.name, seed=seed, **params)
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f'dataset "{config.name}" refuses {dict(config.params)}: {error!r}; correct params'
+        ) from error
+
+
+def _close(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of: {', '.join(sorted(known))}"
