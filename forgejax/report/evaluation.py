@@ -1,0 +1,96 @@
+"""What a set of evaluation episodes says: mean outcome with its error, tool use and time, overall and per level."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from forgejax.report.names import EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS_EASY, EVAL_TOOLS_HARD, STEP
+from forgejax.types import Task, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """Figures over ``episodes`` episodes of ``tasks`` tasks; None where there was nothing to measure.
+
+    ``reward`` is the mean outcome in [0, 1] and ``reward_se`` its standard error (None for fewer than two tasks),
+    ``tool_use`` the share of episodes with a tool call, ``episode_s`` the median of Trajectory.active_s. Masked
+    episodes (a failed environment) are left out of all of these and counted in ``masked``.
+    """
+
+    episodes: int
+    tasks: int
+    masked: int
+    reward: float | None
+    reward_se: float | None
+    tool_use: float | None
+    episode_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """One evaluation: all episodes together and by Task.level."""
+
+    overall: LevelResult
+    levels: Mapping[str, LevelResult]
+
+
+def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> EvaluationResult:
+    """Sums up ``trajectories`` of ``tasks``; every level of ``tasks`` has an entry, with or without episodes.
+
+    Raises ValueError for a trajectory whose task is not among ``tasks``.
+    """
+    levels = {task.id: task.level for task in tasks}
+    by_level: dict[str, list[Trajectory]] = {task.level: [] for task in tasks}
+    for trajectory in trajectories:
+        if trajectory.task_id not in levels:
+            raise ValueError(
+                f"session {trajectory.session_id}: its task {trajectory.task_id!r} is not of this evaluation"
+            )
+        by_level[levels[trajectory.task_id]].append(trajectory)
+    return EvaluationResult(
+        overall=_result(trajectories), levels={level: _result(members) for level, members in by_level.items()}
+    )
+
+
+def evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, float]:
+    """The metrics row of an evaluation after ``step`` training steps, under the names that the curve is drawn from."""
+    easy, hard = result.levels.get("easy"), result.levels.get("hard")
+    figures = {
+        EVAL_OUTCOME: result.overall.reward,
+        EVAL_OUTCOME_SE: result.overall.reward_se,
+        EVAL_TOOLS_EASY: easy.tool_use if easy else None,
+        EVAL_TOOLS_HARD: hard.tool_use if hard else None,
+    }
+    return {STEP: step, **{name: value for name, value in figures.items() if value is not None}}
+
+
+def _result(trajectories: Sequence[Trajectory]) -> LevelResult:
+    counted = [trajectory for trajectory in trajectories if trajectory.masked is None]
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for trajectory in counted:
+        outcomes[trajectory.task_id].append(trajectory.outcome)
+    return LevelResult(
+        episodes=len(counted),
+        tasks=len(outcomes),
+        masked=len(trajectories) - len(counted),
+        reward=statistics.fmean(trajectory.outcome for trajectory in counted) if counted else None,
+        reward_se=_standard_error(list(outcomes.values())),
+        tool_use=statistics.fmean(trajectory.tool_calls > 0 for trajectory in counted) if counted else None,
+        episode_s=statistics.median(trajectory.active_s for trajectory in counted) if counted else None,
+    )
+
+
+def _standard_error(clusters: Sequence[Sequence[float]]) -> float | None:
+    """The cluster-robust standard error of the mean over all values: episodes of one task are not independent.
+
+    With one value a cluster it is s / sqrt(n), s with n - 1 degrees of freedom.
+    """
+    k = len(clusters)
+    if k < 2:
+        return None
+    n = sum(len(cluster) for cluster in clusters)
+    mean = sum(sum(cluster) for cluster in clusters) / n
+    squares = sum(sum(value - mean for value in cluster) ** 2 for cluster in clusters)
+    return math.sqrt(k / (k - 1) * squares) / n

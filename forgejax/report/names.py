@@ -1,0 +1,72 @@
+"""The metric names the reports know, and how a figure is written for people.
+
+A metrics row is a mapping of names to numbers with ``step`` in it. Names that are not listed here are kept in
+``metrics.jsonl`` and TensorBoard all the same; they are only not shown in the terminal.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+STEP = "step"
+OUTCOME = "reward/outcome"
+TOOLS_EASY = "tools/easy"
+TOOLS_HARD = "tools/hard"
+EVAL_OUTCOME = "eval/outcome"
+EVAL_OUTCOME_SE = "eval/outcome_se"
+EVAL_TOOLS_EASY = "eval/tools_easy"
+EVAL_TOOLS_HARD = "eval/tools_hard"
+
+Style = Literal["decimal", "share", "count", "tiny", "times"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A metric that the terminal shows: its name in the row, its label and how its value is written."""
+
+    name: str
+    label: str
+    style: Style
+
+
+SHOWN = (
+    Shown(name=OUTCOME, label="outcome", style="decimal"),
+    Shown(name=TOOLS_EASY, label="tools easy", style="share"),
+    Shown(name=TOOLS_HARD, label="tools hard", style="share"),
+    Shown(name="throughput/sampled", label="sampled tok/s", style="count"),
+    Shown(name="throughput/trained", label="trained tok/s", style="count"),
+    Shown(name="pool/head", label="window head", style="count"),
+    Shown(name="pool/in_flight", label="in flight", style="count"),
+    Shown(name="pool/staleness", label="staleness", style="count"),
+    Shown(name="engine/cache_hit", label="cache hits", style="share"),
+    Shown(name="learner/tree_ratio", label="tree ratio", style="times"),
+    Shown(name="learner/logprob_gap", label="logprob gap", style="tiny"),
+    Shown(name=EVAL_OUTCOME, label="eval outcome", style="decimal"),
+)
+
+
+def written(value: float, style: Style) -> str:
+    """``value`` as people read it: 0.53, 12%, 1,234, 3.1e-07, 4.5x; a non-finite value as ``nan`` or ``inf``."""
+    if not math.isfinite(value):
+        return str(value)
+    match style:
+        case "decimal":
+            return f"{value:.3f}"
+        case "share":
+            return f"{100 * value:.0f}%"
+        case "count":
+            return f"{value:,.0f}"
+        case "tiny":
+            return f"{value:.1e}"
+        case "times":
+            return f"{value:.2f}x"
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as 4.2s, 3m05s or 2h07m."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"

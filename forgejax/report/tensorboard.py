@@ -1,0 +1,58 @@
+"""Scalars as TensorBoard event files, without TensorFlow."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forgejax.report.storage import storage_errors
+
+
+class EventLog:
+    """Writes scalars to an event file of its own under ``folder``; nothing is imported or opened before the first.
+
+    It writes on the caller's thread: tensorboardX's own SummaryWriter hands events to a thread through a bounded queue,
+    and when that thread dies of a full disk the caller waits for ever. ``resumed_step`` makes TensorBoard forget what
+    earlier files say of later steps. Raises StorageFullError and ConfigError.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
+        self._folder = folder
+        self._resumed_step = resumed_step
+        self._records: Any = None
+
+    def write(self, step: int, scalars: Mapping[str, float], *, wall_time: float) -> None:
+        """Adds one event with all of ``scalars``; it is in the file when this returns."""
+        # Imported late: a tenth of a second, and more where tensorboardX finds torch to import.
+        from tensorboardX.proto.event_pb2 import Event  # noqa: PLC0415
+        from tensorboardX.proto.summary_pb2 import Summary  # noqa: PLC0415
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        event = Event(wall_time=wall_time, step=step, summary=Summary(value=values))
+        with storage_errors(self._folder):
+            if self._records is None:
+                self._records = self._opened(wall_time)
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file. Idempotent."""
+        records, self._records = self._records, None
+        if records is not None:
+            with storage_errors(self._folder):
+                records.close()
+
+    def _opened(self, wall_time: float) -> Any:
+        from tensorboardX import RecordWriter  # noqa: PLC0415
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads files in order of name; the count keeps two of the same second apart.
+        count = sum("tfevents" in path.name for path in self._folder.iterdir())
+        records = RecordWriter(str(self._folder / f"events.out.tfevents.{int(wall_time):010d}.{count:04d}"))
+        records.write(Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
+        if self._resumed_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            records.write(
+                Event(wall_time=wall_time, step=self._resumed_step + 1, session_log=start).SerializeToString()
+            )
+        return records
