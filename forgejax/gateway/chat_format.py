@@ -109,7 +109,7 @@ class ChatFormat:
         Raises TemplateError where the template writes another prompt before a spoken message than before a new one.
         """
         before = self._text(history, (), prompt=True)
-        spoken = self._text((*history, _with_object_arguments(message)), (), prompt=False)
+        spoken = self._text((*history, message), (), prompt=False)
         end = spoken.rfind(self._turn_end, len(before))
         if not spoken.startswith(before) or end < 0:
             raise TemplateError(
@@ -126,7 +126,10 @@ class ChatFormat:
         return StreamDecoder(self.codec)
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
-        quoted = [self._quoted(message) if message["role"] != "assistant" else message for message in messages]
+        quoted = [
+            self._quoted(message) if message["role"] != "assistant" else _with_object_arguments(message)
+            for message in messages
+        ]
         try:
             text = self._template.apply_chat_template(
                 quoted,

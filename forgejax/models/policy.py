@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
+from forgejax.sharding import constrain
 
 DType = Literal["float32", "bfloat16", "float64"]
 _INIT_STD = 0.02
@@ -55,6 +56,11 @@ class PolicyConfig:
             raise ConfigError(
                 f"policy.d_model {self.d_model} is no multiple of policy.num_heads {self.num_heads}: set head_dim"
             )
+        if self.head_dim < 0:
+            raise ConfigError(f"policy.head_dim is {self.head_dim}; expected a width, or 0 for d_model / num_heads")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"policy.{name} is {getattr(self, name)}; expected a positive number")
         if self.head_size % 2:
             raise ConfigError(f"policy.head_dim {self.head_size} is odd; rotary embeddings need an even one")
 
@@ -64,6 +70,7 @@ class PolicyConfig:
         return self.head_dim or self.d_model // self.num_heads
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Causal attention of one layer, over whatever memory the caller keeps.
 
@@ -79,7 +86,7 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, memory: Any
+        self, layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, memory: Any, /
     ) -> tuple[jax.Array, Any]: ...
 
 
@@ -165,7 +172,14 @@ class Block(nnx.Module):
         if config.qk_norm:
             q_BTHC = rms_norm(q_BTHC, self.q_norm[...], config.norm_eps)
             k_BTKC = rms_norm(k_BTKC, self.k_norm[...], config.norm_eps)
-        return rope(q_BTHC, positions_BT, config.rope_theta), rope(k_BTKC, positions_BT, config.rope_theta), v_BTKC
+        q_BTHC, k_BTKC = (rope(x, positions_BT, config.rope_theta) for x in (q_BTHC, k_BTKC))
+        return constrain(q_BTHC, "rows", "length", "heads", None), k_BTKC, v_BTKC
+
+
+def _keep_split(weight_of_layer: nnx.Variable) -> nnx.Variable:
+    """Holds a layer's slice, and through it its gradient, to the split of the stacked weight."""
+    axes = weight_of_layer.get_metadata("logical_axes")[1:]
+    return weight_of_layer.replace(constrain(weight_of_layer.get_value(), *axes))
 
 
 class Policy(nnx.Module):
@@ -201,16 +215,32 @@ class Policy(nnx.Module):
         def one_layer(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], None]:
             x_BTD, layer_memory = carry
             layer, weights = xs
+            weights = jax.tree.map(_keep_split, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
             return nnx.merge(graphdef, weights)(layer, x_BTD, positions_BT, attend, layer_memory), None
 
-        body = jax.checkpoint(one_layer) if remat else one_layer
-        x_BTD = self.embedding[...].astype(self.config.compute_dtype)[tokens_BT]
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
+        body = jax.checkpoint(one_layer, prevent_cse=False) if remat else one_layer
+        # Looked up whole along D, else the partitioner replicates the activations; looked up before the cast, so that
+        # the gradients of a repeated token add up in the parameters' dtype.
+        x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT].astype(self.config.compute_dtype)
+        x_BTD = constrain(x_BTD, "rows", "length", None)
         layers_L = jnp.arange(self.config.num_layers)
         (x_BTD, memory), _ = jax.lax.scan(body, (x_BTD, memory), (layers_L, stacked))
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), memory
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in FP32 (or FP64 where the parameters are): operands are widened before the product."""
-        real = jnp.promote_types(hidden.dtype, jnp.float32)
+        """Logits in FP32 (or FP64 where the parameters are): widened operands, a full-precision product.
+
+        The precision is asked for because TPUs and GPUs otherwise multiply FP32 operands in bf16 or TF32. Operands that
+        are both bf16 stay so: their products are exact in the FP32 accumulator.
+        """
         head_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        return jnp.einsum("...D,DV->...V", hidden.astype(real), head_DV.astype(real))
+        head_DV = constrain(head_DV, None, "vocab")
+        operand = jnp.promote_types(hidden.dtype, head_DV.dtype)
+        return jnp.einsum(
+            "...D,DV->...V",
+            hidden.astype(operand),
+            head_DV.astype(operand),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.promote_types(operand, jnp.float32),
+        )

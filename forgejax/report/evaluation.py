@@ -36,6 +36,12 @@ class EvaluationResult:
     levels: Mapping[str, LevelResult]
 
 
+NOT_MEASURED = EvaluationResult(
+    overall=LevelResult(episodes=0, tasks=0, masked=0, reward=None, reward_se=None, tool_use=None, episode_s=None),
+    levels={},
+)
+
+
 def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> EvaluationResult:
     """Sums up ``trajectories`` of ``tasks``; every level of ``tasks`` has an entry, with or without episodes.
 

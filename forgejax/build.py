@@ -1,0 +1,264 @@
+"""The composition root: the only file that knows every part of a run, and the order in which they live and die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+from flax import nnx
+from jax.sharding import Mesh
+
+from forgejax.agents import ReasoningGymTasks, SpeedBaseline, make_scaffold
+from forgejax.books import Books, StepData
+from forgejax.checkpoint import Checkpoints, load_tree, save_tree
+from forgejax.config import ENGINE_DEVICES, TrainConfig, to_mapping
+from forgejax.errors import ConfigError
+from forgejax.evaluate import Evaluated, keep, kept
+from forgejax.gateway import ChatFormat, Gateway
+from forgejax.learner import Learner, PackGroups, empty_batch, judge
+from forgejax.models import Params, Policy, abstract_policy, init_params
+from forgejax.pool.codec import decode_group
+from forgejax.pool.dataset import GroupBatch, GroupDataset
+from forgejax.pool.journal import Journal
+from forgejax.pool.pool import Pool
+from forgejax.report.figures import group_figures
+from forgejax.report.metrics import MetricsWriter
+from forgejax.report.progress import Progress
+from forgejax.rollout import Driver, LocalSampler, PolicyEngine, RequestLog
+from forgejax.rollout_service import Parts, RolloutService
+from forgejax.rundir import RunDir
+from forgejax.sharding import MeshPlan, Rules, build_mesh, prepare_platform, resolve, spare_devices
+from forgejax.tally import Tally
+from forgejax.train import Trainer
+from forgejax.warm_start import cache_key, imitate, make_demonstrations
+
+BEFORE_FILE = "evaluation-before.json"
+LOST_ATTEMPT = "lost_attempt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run leaves to be reported. ``finished`` is False for a run that was interrupted."""
+
+    trainer: Trainer
+    before: Evaluated | None
+    after: Evaluated | None
+    tokens_sampled: int
+    tokens_not_trained: Mapping[str, int]
+    cache_hit_rate: float
+    finished: bool
+
+
+def run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callable[[Trainer], None]) -> Outcome:
+    """Builds everything, evaluates, trains, evaluates again, and closes the books.
+
+    ``on_ready`` gets the trainer as soon as it can be stopped. Raises ForgejaxError with a sentence for the user.
+    """
+    began = time.monotonic()
+    with ExitStack() as stack:
+        trainer = build(config, place, progress, stack)
+        on_ready(trainer)
+        before = kept(place.path / BEFORE_FILE)
+        if trainer.step == 0 and not trainer.stopping:
+            before = trainer.evaluate()
+            keep(place.path / BEFORE_FILE, before)
+        trainer.service.start_groups()
+        with progress.phase("training", f"steps {trainer.step + 1} to {config.run.steps}"):
+            trainer.train()
+        finished = trainer.step >= config.run.steps
+        trainer.service.stop_groups()
+        trainer.pool.close()
+        after = trainer.evaluate() if finished else None
+        trainer.pool.rewind(trainer.step)  # what was prefetched and never trained goes back into the books
+        trainer.books.tally.wall_s += time.monotonic() - began
+        trainer.checkpoints.wait()
+        return _close(trainer, before, after, finished)
+
+
+def _close(trainer: Trainer, before: Evaluated | None, after: Evaluated | None, finished: bool) -> Outcome:
+    engine = trainer.driver.metrics()
+    not_trained = dict(trainer.pool.tokens().not_trained)
+    for reason, tokens in (("cancelled", engine.tokens_cancelled), ("request_failed", engine.tokens_failed)):
+        if count := sum(tokens.values()):
+            not_trained[reason] = not_trained.get(reason, 0) + count
+    return Outcome(
+        trainer=trainer,
+        before=before,
+        after=after,
+        tokens_sampled=trainer.books.sampled_before + sum(engine.tokens_sampled.values()),
+        tokens_not_trained=not_trained,
+        cache_hit_rate=engine.cache_hit_rate,
+        finished=finished,
+    )
+
+
+def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Trainer:
+    """Everything a run needs, started; ``stack`` takes it down in the right order."""
+    plan, mesh, device = _devices(config)
+    with progress.phase("loading", "tokenizer and tasks"):
+        chat = _chat(config)
+        tasks = ReasoningGymTasks(config.tasks)
+    checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    resume_step = checkpoints.latest
+    learner = _learner(config, mesh, chat, tasks, progress, warm=resume_step is None)
+
+    journal = Journal.open(place.journal_url)
+    stack.callback(journal.close)
+    pool = Pool.open(journal, config.pool, resume_step=resume_step or 0)
+    batches = _batches(pool, config, learner.row_shards)
+    stack.callback(batches.close)
+    stack.callback(pool.close)
+    step, tally = 0, Tally()
+    if resume_step is not None:
+        step, learner.state, saved = checkpoints.restore(learner.state, batches)
+        tally = Tally.from_mapping(saved)
+        progress.note(f"resumed from the checkpoint of step {step}")
+    with progress.phase("compiling", f"the train step for {plan.describe()}"):
+        learner.compile(empty_batch(config.packing, row_shards=learner.row_shards))
+
+    requests = RequestLog(place.requests)
+    stack.callback(requests.close)
+    # What the engine drew for episodes that a crash cut off is known to its own log alone.
+    sampled_before = max(requests.inherited_tokens, pool.inherited_tokens)
+    pool.count_tokens(LOST_ATTEMPT, sampled_before - pool.inherited_tokens)
+    engine = PolicyEngine(config.policy, config.engine, device=device)
+    driver = Driver(engine, learner.params(), version=step, request_log=requests)
+    service = RolloutService(
+        Parts(
+            config=config,
+            driver=driver,
+            gateway=Gateway(LocalSampler(driver), chat, config.engine.max_context, config.gateway),
+            scaffold=make_scaffold(config.agent),
+            tasks=tasks,
+            pool=pool,
+            baseline=_baseline(config, journal),
+        )
+    )
+    with progress.phase("starting", "engine, gateway and agents"):
+        stack.enter_context(service)
+    progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
+    metrics = MetricsWriter(place.path, resumed_step=step if place.resumed else None)
+    stack.callback(metrics.close)
+    books = Books(
+        config=config,
+        learner=learner,
+        driver=driver,
+        requests=requests,
+        pool=pool,
+        metrics=metrics,
+        progress=progress,
+        tally=tally,
+        sampled_before=sampled_before,
+    )
+    return Trainer(
+        config=config.run,
+        learner=learner,
+        service=service,
+        driver=driver,
+        pool=pool,
+        tasks=tasks,
+        chat=chat,
+        batches=batches,
+        checkpoints=checkpoints,
+        books=books,
+        progress=progress,
+        step=step,
+    )
+
+
+def _devices(config: TrainConfig) -> tuple[MeshPlan, Mesh, Any]:
+    """The learner's mesh, and a device outside it for the engine: their programs must not wait for each other."""
+    plan = resolve(config.mesh)
+    prepare_platform(plan, extra_devices=ENGINE_DEVICES)
+    mesh = build_mesh(plan)
+    spare = spare_devices(mesh)
+    if not spare:
+        raise ConfigError(
+            f"mesh {plan.name} takes all {plan.devices} devices and leaves none for the engine; "
+            "choose a mesh that is smaller by at least one device"
+        )
+    return plan, mesh, spare[0]
+
+
+def _chat(config: TrainConfig) -> ChatFormat:
+    chat = ChatFormat.load(config.tokenizer)
+    if chat.vocab_size > config.policy.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {config.tokenizer} has {chat.vocab_size} tokens and policy.vocab_size is "
+            f"{config.policy.vocab_size}; raise it to at least that"
+        )
+    return chat
+
+
+def _learner(
+    config: TrainConfig, mesh: Mesh, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
+) -> Learner:
+    rules = Rules()
+    graphdef, _ = abstract_policy(config.policy)
+    params = init_params(config.policy, mesh, rules, config.run.seed)
+    if warm and config.warm_start.steps:
+        params = _warm_params(config, graphdef, params, mesh, rules, chat, tasks, progress)
+    return Learner(graphdef, params, config.step, mesh=mesh, rules=rules)
+
+
+def _warm_params(
+    config: TrainConfig,
+    graphdef: nnx.GraphDef[Policy],
+    params: Params,
+    mesh: Mesh,
+    rules: Rules,
+    chat: ChatFormat,
+    tasks: ReasoningGymTasks,
+    progress: Progress,
+) -> Params:
+    """Weights after the supervised phase, from the cache if some run has been through the very same one."""
+    warm = config.warm_start
+    demonstrations = make_demonstrations(warm, tasks, chat, config.run.seed)
+    step_config = warm.step_config(config.step)
+    settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
+    cached = Path(warm.cache) / cache_key([to_mapping(each) for each in settings], demonstrations, config.tokenizer)
+    if warm.cache and cached.is_dir():
+        progress.note(f"warm start taken from {cached}")
+        return load_tree(cached, params)
+    learner = Learner(graphdef, params, step_config, mesh=mesh, rules=rules)
+    with progress.phase("warm start", f"{warm.steps} supervised steps"):
+        imitate(learner, demonstrations, config.packing, _told(progress, warm.steps))
+    params = learner.params()
+    if warm.cache:
+        save_tree(cached, params)
+    return params
+
+
+def _told(progress: Progress, steps: int) -> Callable[[int, float], None]:
+    every = max(1, steps // 10)
+
+    def tell(step: int, loss: float) -> None:
+        if step % every == 0 or step == steps:
+            progress.note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+
+    return tell
+
+
+def _batches(pool: Pool, config: TrainConfig, row_shards: int) -> grain.DatasetIterator[StepData]:
+    """Pool to packed steps, one batch ahead of the learner, in Grain's thread."""
+    pack_groups = PackGroups(credit=config.credit, packing=config.packing, row_shards=row_shards)
+
+    def prepare(batch: GroupBatch) -> StepData:
+        return StepData(number=batch.number, training=pack_groups(batch.groups), figures=group_figures(batch.groups))
+
+    groups = GroupDataset(pool, judge(config.credit, config.packing.row_length))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(groups.map(prepare), prefetch_buffer_size=1))
+
+
+def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:
+    """The running medians as the finished groups of earlier attempts leave them."""
+    baseline = SpeedBaseline(success_at=config.reward.success_at)
+    for index, payload in journal.payloads():
+        baseline.observe(decode_group(payload, index=index))
+    return baseline

@@ -1,0 +1,40 @@
+"""Baselines: returns of a group to advantages, one function each.
+
+``loo`` and ``loo_step`` use only what the other trajectories did, and so leave the expected policy gradient as it is,
+at ratio 1 and a constant normaliser (a normaliser that counts sampled tokens is itself not unbiased).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Returns = Sequence[NDArray[np.float64]]
+Baseline = Callable[[Returns, NDArray[np.float64]], list[NDArray[np.float64]]]
+"""Takes the returns-to-go [K_i] of each of G >= 2 trajectories and their total returns [G]; gives advantages [K_i]."""
+
+
+def loo(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Leave-one-out: minus the mean total return of the other trajectories (RLOO, arXiv 2402.14740)."""
+    others = (totals.sum() - totals) / (len(totals) - 1)
+    return [own - other for own, other in zip(returns, others, strict=True)]
+
+
+def loo_step(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Leave-one-out by step: minus the others' mean return-to-go at the same step, 0 for those that have ended."""
+    steps = max((len(own) for own in returns), default=0)
+    padded = np.zeros((len(returns), steps))
+    for row, own in zip(padded, returns, strict=True):
+        row[: len(own)] = own
+    others = (padded.sum(axis=0, keepdims=True) - padded) / (len(returns) - 1)
+    return [own - other[: len(own)] for own, other in zip(returns, others, strict=True)]
+
+
+def group(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """The group's normalised return (MiniMax-M1, arXiv 2506.13585): biased, for comparison with published runs."""
+    return [(own - totals.mean()) / (totals.std() + 1e-6) for own in returns]
+
+
+BASELINES: dict[str, Baseline] = {"loo": loo, "loo_step": loo_step, "group": group}

@@ -1,0 +1,118 @@
+"""What the jitted step takes: rows of packed prefix trees, of static shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from forgejax.ops import TreeMeta
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "tokens",
+        "positions",
+        "attention",
+        "edge_src",
+        "edge_tgt",
+        "edge_temperature",
+        "term_edge",
+        "term_sample",
+        "term_mask",
+        "old_logp",
+        "advantage",
+        "weight",
+        "version",
+        "oldest_version",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """B rows of T tokens, E edges and M terms, each dimension padded; a pytree whose every array begins with B. The
+    arrays are numpy's or jax's, or what a tree transformation puts in their place.
+
+    Indices count within their row, so that rows may lie on different devices. Padding: tokens see only themselves,
+    edges are read at node 0 and belong to no term, terms have a false mask and weight 0.
+
+    Attributes:
+        tokens: [B, T] int32.
+        positions: [B, T] int32 depth in the tree.
+        attention: who sees whom.
+        edge_src: [B, E] int32 node at which the edge's log-probability is read.
+        edge_tgt: [B, E] int32 token predicted there.
+        edge_temperature: [B, E] float32 by which the logits are divided.
+        term_edge: [B, M] int32 edge of each trained token of each sample.
+        term_sample: [B, M] int32 which of the row's samples the term belongs to; padding has M - 1.
+        term_mask: [B, M] bool; false on padding.
+        old_logp: [B, M] float32 log-probability under the behaviour policy.
+        advantage: [B, M] float32.
+        weight: [B, M] float32: the normaliser, counted on the unmerged samples of the whole step.
+        version: [B, M] int32 policy version that drew the token; -1: none of this run.
+        oldest_version: [B, M] int32 oldest version in the context the sampler drew it from.
+    """
+
+    tokens: Any
+    positions: Any
+    attention: TreeMeta | Any
+    edge_src: Any
+    edge_tgt: Any
+    edge_temperature: Any
+    term_edge: Any
+    term_sample: Any
+    term_mask: Any
+    old_logp: Any
+    advantage: Any
+    weight: Any
+    version: Any
+    oldest_version: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a sample's terms lie: ``batches[batch]``, row ``row``, terms ``start`` to ``stop``."""
+
+    request_id: str
+    batch: int
+    row: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackStats:
+    """How much the trees saved, and how full the rows are. ``pairs`` are query-key pairs of attention."""
+
+    samples: int
+    trained_tokens: int
+    tree_tokens: int
+    unmerged_tokens: int
+    tree_pairs: int
+    unmerged_pairs: int
+    padded_tokens: int  # rows times row length
+
+    @property
+    def tree_token_ratio(self) -> float:
+        """Tokens the unmerged samples would take, over tokens of the trees (repeated ancestors included)."""
+        return self.unmerged_tokens / self.tree_tokens
+
+    @property
+    def attention_pair_ratio(self) -> float:
+        return self.unmerged_pairs / self.tree_pairs
+
+    @property
+    def row_fill(self) -> float:
+        return self.tree_tokens / self.padded_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedStep:
+    """Everything one optimizer step takes: its micro-batches, where each sample went, and what packing did."""
+
+    batches: tuple[PackedBatch, ...]
+    placements: tuple[Placement, ...]
+    stats: PackStats

@@ -1,0 +1,81 @@
+"""The optimizer: AdamW with FP32 moments, global-norm clipping and a learning-rate schedule (MiniMax-M1 §3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import nnx
+
+from forgejax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. The rate rises linearly over ``warmup_steps`` and then stays, or falls as a cosine until ``total_steps``."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    total_steps: int = 0
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.weight_decay < 0 or self.eps <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError(
+                "optimizer.learning_rate and weight_decay must not be negative, eps and max_grad_norm must be positive"
+            )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.final_fraction <= 1):
+            raise ConfigError("optimizer.b1 and b2: expected 0 up to but not 1; final_fraction: 0 to 1")
+        if self.warmup_steps < 0 or (self.schedule == "cosine" and self.total_steps <= self.warmup_steps):
+            raise ConfigError(
+                f"optimizer.total_steps {self.total_steps}: a cosine schedule ends after its {self.warmup_steps} "
+                "warm-up steps; set it to the steps of the run"
+            )
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The rate of update 0, 1, 2, ...; warm-up starts above 0, so that no update is wasted."""
+    peak = config.learning_rate
+    if config.schedule == "cosine":
+        decay_steps = config.total_steps - config.warmup_steps
+        after = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction)
+    else:
+        after = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return after
+    first = peak / (config.warmup_steps + 1)
+    return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW. Initialise it on FP32 parameters: the moments take their dtype."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        ),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """Matrices decay, norms and biases do not: every matrix reads from or writes to the ``embed`` axis."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return True
+        return leaf.replace("embed" in leaf.get_metadata("logical_axes", ("embed",)))
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

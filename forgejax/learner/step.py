@@ -1,0 +1,247 @@
+"""The optimizer step as pure functions: gradients of micro-batches are summed, then applied once.
+
+``start`` and ``accumulate`` and ``apply`` are pure and jitted; between two calls of ``accumulate`` the devices are
+free for other programs. The loss is the sum over terms of ``weight * correction * loss(term)``, and the weights carry
+the normaliser of the whole step, so that the split into micro-batches changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from forgejax.errors import ConfigError
+from forgejax.learner.batch import PackedBatch
+from forgejax.learner.corrections import CORRECTIONS
+from forgejax.learner.forward import term_logps
+from forgejax.learner.losses import LOSSES, LossConfig, log_ratio
+from forgejax.learner.measure import Tally, tally
+from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from forgejax.models import Policy
+from forgejax.sharding import Rules, param_shardings, replicated, scope
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Loss, optimizer and memory of the train step. ``vocab_chunk``: edges of a row whose logits exist at a time."""
+
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    remat: bool = True
+    vocab_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.vocab_chunk < 1:
+            raise ConfigError(f"step.vocab_chunk is {self.vocab_chunk}; expected at least 1 edge")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Weights, optimizer state and the number of updates applied (skipped steps do not count)."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["grads", "tally"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accumulated:
+    """Gradients, in FP32 (FP64 for FP64 weights), and figures summed over micro-batches."""
+
+    grads: Any
+    tally: Any  # a Tally
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """The jitted functions of one policy, loss, optimizer and mesh.
+
+    Attributes:
+        init: ``params -> TrainState``, on a copy of the params.
+        start: ``params -> Accumulated`` of nothing.
+        accumulate: ``(params, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version`` is
+            the policy version of ``params``: log-probability gaps are measured on the terms it drew.
+        apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient norm is
+            not finite the state comes back as it was, and the metric ``skipped`` is 1.
+        score: ``(params, batch) -> [B, M]`` log-probabilities of the terms.
+    """
+
+    init: Callable[[Any], TrainState]
+    start: Callable[[Any], Accumulated]
+    accumulate: Callable[[Any, Accumulated, PackedBatch, Any], Accumulated]
+    apply: Callable[[TrainState, Accumulated], tuple[TrainState, Metrics]]
+    score: Callable[[Any, PackedBatch], jax.Array]
+
+
+def make_train_step(
+    graphdef: Any,
+    abstract_params: Any,
+    config: StepConfig,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> TrainStep:
+    """Builds the jitted functions; nothing compiles before the first call with a new shape.
+
+    Args:
+        graphdef: structure of the policy, from ``nnx.split``.
+        abstract_params: its weights, or their shapes alone.
+        config: loss, optimizer, memory.
+        mesh: where given, weights and optimizer state are laid out on it by ``rules``, and so are batches.
+        rules: partition rules; the default ones if None.
+    """
+    rules = rules or Rules()
+    optimizer = make_optimizer(config.optimizer)
+    logps = functools.partial(
+        term_logps, graphdef, mesh=mesh, rules=rules, remat=config.remat, vocab_chunk=config.vocab_chunk
+    )
+
+    def init(params: Any) -> TrainState:
+        return TrainState(params=params, opt_state=optimizer.init(_wide(params)), step=jnp.zeros((), jnp.int32))
+
+    def start(params: Any) -> Accumulated:
+        zeros = jax.tree.map(jnp.zeros_like, _wide(params))
+        return Accumulated(grads=zeros, tally=_nothing(jax.tree.leaves(zeros)[0].dtype))
+
+    def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
+        loss = functools.partial(_loss, logps, config.loss, batch=batch, version=version)
+        grads, counted = jax.grad(loss, has_aux=True)(params)
+        return Accumulated(
+            grads=jax.tree.map(jnp.add, accumulated.grads, grads), tally=accumulated.tally.merge(counted)
+        )
+
+    def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
+        return _apply(optimizer, learning_rate(config.optimizer), state, accumulated)
+
+    def score(params: Any, batch: PackedBatch) -> jax.Array:
+        return logps(params, batch)[0]
+
+    out = _Layout.of(abstract_params, init, start, mesh, rules)
+    return TrainStep(
+        init=_jitted(init, mesh, rules, out.state),
+        start=_jitted(start, mesh, rules, out.accumulated),
+        accumulate=_jitted(accumulate, mesh, rules, out.accumulated, donate=(1,)),
+        apply=_jitted(apply, mesh, rules, (out.state, out.scalar), donate=(0,)),
+        score=_jitted(score, mesh, rules, None),
+    )
+
+
+def _loss(
+    logps: Callable[[Any, PackedBatch], tuple[jax.Array, jax.Array]],
+    config: LossConfig,
+    params: Any,
+    *,
+    batch: PackedBatch,
+    version: jax.Array,
+) -> tuple[jax.Array, Tally]:
+    logp, entropy = logps(params, batch)
+    advantage, weight, mask = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
+    fixed = jax.lax.stop_gradient(logp)
+    # Supervised tokens have no behaviour policy: their ratio is one.
+    old_logp = fixed if config.name == "sft" else jnp.asarray(batch.old_logp)
+    term_loss, clipped = LOSSES[config.name](logp, old_logp, advantage, config)
+    ratio = log_ratio(fixed, old_logp)
+    correction = config.correction
+    factor = CORRECTIONS[correction.name].factor(ratio, advantage, jnp.asarray(batch.term_sample), mask, correction)
+    loss = jnp.where(mask, weight * factor * term_loss, 0.0).sum()
+    fresh = mask & (jnp.asarray(batch.version) == version) & (jnp.asarray(batch.oldest_version) == version)
+    counted = tally(
+        loss=jax.lax.stop_gradient(loss),
+        logp=fixed,
+        old_logp=old_logp,
+        ratio=jnp.exp(ratio),
+        entropy=entropy,
+        clipped=clipped,
+        mask=mask,
+        fresh=fresh,
+    )
+    return loss, counted
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, rate: optax.Schedule, state: TrainState, accumulated: Accumulated
+) -> tuple[TrainState, Metrics]:
+    norm = optax.global_norm(accumulated.grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
+    updates, opt_state = optimizer.update(accumulated.grads, state.opt_state, _wide(state.params))
+    params = optax.apply_updates(state.params, updates)
+
+    def chosen(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+
+    metrics = accumulated.tally.metrics()
+    metrics |= {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.int32), "learning_rate": rate(state.step)}
+    return TrainState(
+        params=chosen(params, state.params),
+        opt_state=chosen(opt_state, state.opt_state),
+        step=state.step + sound.astype(jnp.int32),
+    ), metrics
+
+
+def _wide(params: Any) -> Any:
+    """The weights in FP32 (FP64 stays): the dtype of gradients and moments."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def _nothing(real: Any) -> Tally:
+    none = jnp.zeros((1, 1), jnp.bool_)
+    zero = jnp.zeros((1, 1), real)
+    return tally(
+        loss=jnp.zeros((), real),
+        logp=zero,
+        old_logp=zero,
+        ratio=zero,
+        entropy=zero,
+        clipped=none,
+        mask=none,
+        fresh=none,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Shardings of what the functions give; all None without a mesh."""
+
+    state: Any = None
+    accumulated: Any = None
+    scalar: Any = None
+
+    @staticmethod
+    def of(params: Any, init: Callable, start: Callable, mesh: Mesh | None, rules: Rules) -> _Layout:
+        if mesh is None:
+            return _Layout()
+        return _Layout(
+            state=param_shardings(jax.eval_shape(init, params), mesh, rules),
+            accumulated=param_shardings(jax.eval_shape(start, params), mesh, rules),
+            scalar=replicated(mesh),
+        )
+
+
+def _jitted(
+    function: Callable[..., Any], mesh: Mesh | None, rules: Rules, out: Any, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """jit, traced inside the sharding scope of the mesh."""
+    if mesh is None:
+        return jax.jit(function, donate_argnums=donate)
+    place = mesh
+
+    @functools.wraps(function)
+    def scoped(*args: Any) -> Any:
+        with scope(place, rules):
+            return function(*args)
+
+    return jax.jit(scoped, donate_argnums=donate, out_shardings=out)

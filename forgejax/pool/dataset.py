@@ -1,0 +1,94 @@
+"""The pool as a Grain dataset: numbered batches of judged groups, in window order, with a state that can be saved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+
+from forgejax.errors import PoolError, TrainingError
+from forgejax.pool.pool import Pool
+from forgejax.types import Group, Judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupBatch:
+    """The groups that step ``number`` trains on, oldest index first as they were taken; at least one."""
+
+    number: int
+    groups: tuple[Group, ...]
+
+
+class GroupDataset(grain.IterDataset[GroupBatch]):
+    """Iterates over the batches of a pool; put ``map`` and a prefetching dataset behind it. One iterator at a time.
+
+    Iteration ends when the pool is closed. Close the pool before the iterator: a prefetching thread may be waiting for
+    a group, and only the pool can wake it.
+    """
+
+    def __init__(self, pool: Pool, judge: Judge) -> None:
+        super().__init__()
+        self._pool = pool
+        self._judge = judge
+
+    def __iter__(self) -> "GroupIterator":
+        return GroupIterator(self._pool, self._judge)
+
+
+class GroupIterator(grain.DatasetIterator[GroupBatch]):
+    """State ``{"batch": n}``: n is the number of the next batch. Setting it rewinds the pool to step n."""
+
+    def __init__(self, pool: Pool, judge: Judge) -> None:
+        super().__init__()
+        self._pool = pool
+        self._judge = judge
+        self._number = pool.next_step
+        self._filling: list[Group] = []
+
+    def __next__(self) -> GroupBatch:
+        """The next batch: groups_per_step groups, or fewer after max_drops_in_a_row drops.
+
+        Raises TrainingError when no group can be taken within take_timeout_s (calling again goes on with the batch
+        begun), or when that many drops in a row leave no group at all. A group the judge drops is replaced at once.
+        """
+        config = self._pool.config
+        drops = 0
+        while len(self._filling) < config.window.groups_per_step and drops < config.max_drops_in_a_row:
+            group = self._pool.take(config.take_timeout_s)
+            if group is None:
+                raise StopIteration
+            drops = 0 if self._keep(group) else drops + 1
+        if not self._filling:
+            raise TrainingError(
+                f"batch {self._number}: {drops} groups in a row were dropped ({self._pool.snapshot().groups_dropped} "
+                "so far), so there is nothing to train on; the tasks are all too easy or too hard for the policy: "
+                "mix in other levels, or raise the group size"
+            )
+        batch = GroupBatch(number=self._number, groups=tuple(self._filling))
+        self._pool.seal(self._number)
+        self._filling = []
+        self._number += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batch": self._number}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        number = state.get("batch")
+        if not isinstance(number, int) or number < 0:
+            raise PoolError(f"the data state of the checkpoint is {state}; expected {{'batch': n}} with n >= 0")
+        self._pool.rewind(number)
+        self._number = number
+        self._filling = []
+
+    def __str__(self) -> str:
+        return "GroupIterator"
+
+    def _keep(self, group: Group) -> bool:
+        verdict = self._judge(group)
+        index = group.dispatch.index
+        if verdict.drop is not None:
+            self._pool.drop(index, step=self._number, reason=verdict.drop, untrained=verdict.untrained)
+            return False
+        self._pool.accept(index, step=self._number, untrained=verdict.untrained)
+        self._filling.append(group)
+        return True

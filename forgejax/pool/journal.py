@@ -1,0 +1,281 @@
+"""The durable record of the data pool: a SQL database behind SQLAlchemy Core.
+
+What a method has written when it returns survives a crash of the process and of the machine. Only the trainer with the
+newest run attempt may write: opening the journal claims attempt = previous + 1, and every later write of an older
+attempt raises PoolError. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from forgejax.errors import PoolError
+from forgejax.pool import schema
+from forgejax.types import Dispatch
+
+LOST_ATTEMPT = "lost_attempt"
+GroupState = Literal["waiting", "dispatched", "finished", "failed"]
+Kind = Literal["taken", "dropped"]
+Outcome = Literal["accepted", "repeated", "lost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """A group's newest attempt. ``taken_before``: groups taken, in its lineage, when it was dispatched."""
+
+    index: int
+    attempt: int
+    version: int
+    state: GroupState
+    taken_before: int
+    sampled_tokens: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumption:
+    """A group's place in batch ``step``, or its drop while that batch was filling."""
+
+    index: int
+    step: int
+    kind: Kind
+    reason: str | None
+    untrained: Mapping[str, int]
+    disorder: int
+    lag: int
+
+
+class Journal:
+    """An open journal that holds the newest run attempt. Build it with ``open``."""
+
+    def __init__(self, engine: Engine, attempt: int) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(**{schema.WRITES: True})
+        self.attempt = attempt
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Opens or creates the journal at a SQLAlchemy URL and fences off every earlier attempt.
+
+        Raises ConfigError for a URL that cannot be used, PoolError for a file that is not a journal.
+        """
+        engine = schema.connect(url)
+        try:
+            with schema.errors(), engine.execution_options(**{schema.WRITES: True}).begin() as connection:
+                schema.tables.create_all(connection)
+                attempt = _claim(connection)
+        except PoolError:
+            engine.dispose()
+            raise
+        return cls(engine, attempt)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def resume(self, step: int) -> None:
+        """Voids the consumption of ``step`` and later; dispatched, unfinished groups wait for their next attempt.
+
+        Raises PoolError if the journal no longer or never held what a checkpoint at ``step`` goes on from.
+        """
+        with self._write() as connection:
+            self._check_step(connection, step)
+            _void(connection, step, self.attempt)
+            connection.execute(
+                sa.update(schema.groups)
+                .where(schema.groups.c.state == "dispatched")
+                .values(state="waiting", attempt=schema.groups.c.attempt + 1)
+            )
+
+    def void(self, step: int) -> None:
+        """Voids the consumption of ``step`` and later; what runs goes on running. Raises PoolError like ``resume``."""
+        with self._write() as connection:
+            self._check_step(connection, step)
+            _void(connection, step, self.attempt)
+
+    def dispatch(self, index: int, *, version: int, taken_before: int) -> Dispatch:
+        """Records that a new or waiting group starts; gives it its attempt."""
+        started = {"state": "dispatched", "version": version, "taken_before": taken_before}
+        with self._write() as connection:
+            row = _row(connection, index)
+            if row is None:
+                connection.execute(sa.insert(schema.groups).values(index=index, attempt=0, sampled_tokens=0, **started))
+                return Dispatch(index=index, attempt=0, version=version)
+            if row.state != "waiting":
+                raise PoolError(f"group {index} is {row.state} in the journal and cannot be dispatched")
+            connection.execute(sa.update(schema.groups).where(schema.groups.c.index == index).values(**started))
+            return Dispatch(index=index, attempt=row.attempt, version=version)
+
+    def finish(self, dispatch: Dispatch, *, task_id: str, payload: bytes, sampled_tokens: int) -> Outcome:
+        """Accepts a finished group.
+
+        "repeated": it was reported before, nothing changes. "lost": its attempt was given up, so it is not kept and its
+        tokens are counted as lost_attempt. Raises PoolError for a group that was never dispatched so, or has failed.
+        """
+        return self._end(
+            dispatch,
+            {"state": "finished", "task_id": task_id, "payload": payload, "sampled_tokens": sampled_tokens},
+            sampled_tokens,
+        )
+
+    def fail(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Outcome:
+        """Records that a group came to nothing and counts its tokens under ``reason``. Outcomes as in ``finish``."""
+        return self._end(dispatch, {"state": "failed", "reason": reason}, sampled_tokens)
+
+    def consume(self, consumption: Consumption) -> None:
+        """Records that a group entered a batch or was dropped. Raises PoolError if it already has in this lineage."""
+        values = {name: getattr(consumption, name) for name in Consumption.__dataclass_fields__}
+        values["untrained"] = dict(consumption.untrained)
+        with self._write() as connection:
+            connection.execute(sa.insert(schema.consumption).values(run_attempt=self.attempt, **values))
+
+    def count_tokens(self, reason: str, tokens: int) -> None:
+        """Counts tokens that were sampled outside any finished group and will not be trained."""
+        with self._write() as connection:
+            _count(connection, self.attempt, reason, tokens)
+
+    def forget(self, step: int) -> None:
+        """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on."""
+        past = sa.select(schema.consumption.c.index).where(
+            schema.consumption.c.voided_by.is_(None), schema.consumption.c.step < step
+        )
+        with self._write() as connection:
+            connection.execute(
+                sa.update(schema.groups)
+                .where(schema.groups.c.index.in_(past), schema.groups.c.payload.is_not(None))
+                .values(payload=None)
+            )
+            connection.execute(
+                sa.update(schema.run).where(schema.run.c.forgotten_before < step).values(forgotten_before=step)
+            )
+
+    def payload(self, index: int) -> bytes:
+        """The bytes of a finished group. Raises PoolError if there are none."""
+        with schema.errors(), self._engine.connect() as connection:
+            data = connection.scalar(sa.select(schema.groups.c.payload).where(schema.groups.c.index == index))
+        if data is None:
+            raise PoolError(f"group {index}: the journal holds no bytes for it; restore the journal from a backup")
+        return bytes(data)
+
+    def payloads(self) -> Iterator[tuple[int, bytes]]:
+        """Index and bytes of every finished group that still has them, by index."""
+        held = schema.groups.c.payload.is_not(None) & (schema.groups.c.state == "finished")
+        query = sa.select(schema.groups.c.index, schema.groups.c.payload).where(held).order_by(schema.groups.c.index)
+        with schema.errors(), self._engine.connect() as connection:
+            for index, payload in connection.execute(query):
+                yield index, bytes(payload)
+
+    def groups(self) -> list[GroupRow]:
+        """Every group, by index."""
+        with schema.errors(), self._engine.connect() as connection:
+            rows = connection.execute(sa.select(*_GROUP_COLUMNS).order_by(schema.groups.c.index)).mappings().all()
+        return [GroupRow(**row) for row in rows]
+
+    def consumption(self) -> list[Consumption]:
+        """The consumption of the surviving lineage, in the order it happened."""
+        columns = [schema.consumption.c[name] for name in Consumption.__dataclass_fields__]
+        query = sa.select(*columns).where(schema.consumption.c.voided_by.is_(None)).order_by(schema.consumption.c.id)
+        with schema.errors(), self._engine.connect() as connection:
+            return [Consumption(**row) for row in connection.execute(query).mappings().all()]
+
+    def untrained_tokens(self) -> dict[str, int]:
+        """Tokens counted outside finished groups, by reason, over all attempts."""
+        query = sa.select(schema.untrained_tokens.c.reason, sa.func.sum(schema.untrained_tokens.c.tokens)).group_by(
+            schema.untrained_tokens.c.reason
+        )
+        with schema.errors(), self._engine.connect() as connection:
+            return {reason: int(tokens) for reason, tokens in connection.execute(query)}
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """One transaction, behind the fence."""
+        with schema.errors(), self._writer.begin() as connection:
+            newest = connection.scalar(sa.select(schema.run.c.attempt).with_for_update())
+            if newest != self.attempt:
+                raise PoolError(
+                    f"run attempt {self.attempt} may not write to the journal: attempt {newest} has taken over; "
+                    "stop this trainer"
+                )
+            yield connection
+
+    def _end(self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int) -> Outcome:
+        with self._write() as connection:
+            row = _row(connection, dispatch.index)
+            if row is None or dispatch.attempt > row.attempt:
+                raise PoolError(
+                    f"group {dispatch.index} attempt {dispatch.attempt} was never dispatched from this journal"
+                )
+            if dispatch.attempt < row.attempt:
+                known = sa.select(schema.untrained_tokens.c.id).where(
+                    schema.untrained_tokens.c.index == dispatch.index,
+                    schema.untrained_tokens.c.attempt == dispatch.attempt,
+                )
+                if connection.scalar(known) is not None:
+                    return "repeated"
+                _count(connection, self.attempt, LOST_ATTEMPT, sampled_tokens, dispatch)
+                return "lost"
+            if row.state == values["state"]:
+                return "repeated"
+            if row.state != "dispatched":
+                raise PoolError(f"group {dispatch.index} is reported as {values['state']}, but it is {row.state}")
+            connection.execute(sa.update(schema.groups).where(schema.groups.c.index == dispatch.index).values(**values))
+            if values["state"] == "failed":
+                _count(connection, self.attempt, values["reason"], sampled_tokens, dispatch)
+            return "accepted"
+
+    def _check_step(self, connection: Connection, step: int) -> None:
+        forgotten = connection.scalar(sa.select(schema.run.c.forgotten_before)) or 0
+        if step < forgotten:
+            raise PoolError(
+                f"cannot go back to step {step}: the journal has forgotten the groups consumed before "
+                f"step {forgotten}; resume from a checkpoint at step {forgotten} or later"
+            )
+        last = connection.scalar(
+            sa.select(sa.func.max(schema.consumption.c.step)).where(schema.consumption.c.voided_by.is_(None))
+        )
+        known = 0 if last is None else last + 1
+        if step > known:
+            raise PoolError(
+                f"cannot go on from step {step}: the journal knows {known} steps, so the checkpoint is that of "
+                "another run; put back its journal, or start a new run directory"
+            )
+
+
+_GROUP_COLUMNS = [schema.groups.c[name] for name in GroupRow.__dataclass_fields__]
+
+
+def _row(connection: Connection, index: int) -> GroupRow | None:
+    found = (
+        connection.execute(sa.select(*_GROUP_COLUMNS).where(schema.groups.c.index == index)).mappings().one_or_none()
+    )
+    return None if found is None else GroupRow(**found)
+
+
+def _void(connection: Connection, step: int, attempt: int) -> None:
+    beyond = schema.consumption.c.voided_by.is_(None) & (schema.consumption.c.step >= step)
+    connection.execute(sa.update(schema.consumption).where(beyond).values(voided_by=attempt))
+
+
+def _count(
+    connection: Connection, run_attempt: int, reason: str, tokens: int, dispatch: Dispatch | None = None
+) -> None:
+    whose = {} if dispatch is None else {"index": dispatch.index, "attempt": dispatch.attempt}
+    connection.execute(
+        sa.insert(schema.untrained_tokens).values(run_attempt=run_attempt, reason=reason, tokens=tokens, **whose)
+    )
+
+
+def _claim(connection: Connection) -> int:
+    row = connection.execute(sa.select(schema.run).with_for_update()).mappings().one_or_none()
+    if row is None:
+        connection.execute(sa.insert(schema.run).values(id=1, schema=schema.VERSION, attempt=0, forgotten_before=0))
+        return 0
+    if row["schema"] != schema.VERSION:
+        raise PoolError(f"the journal has schema {row['schema']}, expected {schema.VERSION}; start a new run directory")
+    connection.execute(sa.update(schema.run).values(attempt=row["attempt"] + 1))
+    return int(row["attempt"]) + 1

@@ -1,0 +1,137 @@
+"""The tables of the journal, and the one place that knows which database they are in."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from forgejax.errors import ConfigError, PoolError, StorageFullError
+
+VERSION = 1
+WRITES = "forgejax_writes"  # the execution option of a connection that will write
+_LOCK_TIMEOUT_S = 30.0
+
+tables = sa.MetaData()
+run = sa.Table(
+    "run",  # one row: the fence
+    tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("schema", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("forgotten_before", sa.Integer, nullable=False),
+)
+groups = sa.Table(
+    "groups",  # the newest attempt of each group
+    tables,
+    sa.Column("index", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("taken_before", sa.BigInteger, nullable=False),
+    sa.Column("sampled_tokens", sa.BigInteger, nullable=False),
+    sa.Column("task_id", sa.Text),
+    sa.Column("reason", sa.Text),
+    sa.Column("payload", sa.LargeBinary),
+)
+consumption = sa.Table(
+    "consumption",  # append-only but for the mark that a resume voids a row
+    tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("index", sa.BigInteger, nullable=False),
+    sa.Column("run_attempt", sa.Integer, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False, index=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("untrained", sa.JSON, nullable=False),
+    sa.Column("disorder", sa.Integer, nullable=False),
+    sa.Column("lag", sa.Integer, nullable=False),
+    sa.Column("voided_by", sa.Integer),
+)
+# The database itself refuses to consume a group twice within one lineage.
+sa.Index(
+    "one_live_consumption",
+    consumption.c.index,
+    unique=True,
+    sqlite_where=consumption.c.voided_by.is_(None),
+    postgresql_where=consumption.c.voided_by.is_(None),
+)
+untrained_tokens = sa.Table(
+    "untrained_tokens",  # sampled outside any finished group; index and attempt name the group attempt, if there is one
+    tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("index", sa.BigInteger),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("run_attempt", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.UniqueConstraint("index", "attempt"),
+)
+
+
+def sqlite_url(path: Path) -> str:
+    """The journal URL of a SQLite file."""
+    return f"sqlite:///{path.absolute()}"
+
+
+def connect(url: str) -> Engine:
+    """The engine for a SQLAlchemy URL; nothing is opened yet. Raises ConfigError for a URL that cannot be used."""
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return sa.create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(f"journal URL {url!r}: {error}; expected one like sqlite:////path/to/pool.sqlite") from error
+    return _sqlite_engine(parsed)
+
+
+def _sqlite_engine(url: sa.URL) -> Engine:
+    """Everything that holds for SQLite alone.
+
+    Write-ahead logging lets a report read while a run writes. ``synchronous=FULL`` syncs the log at each commit: with
+    NORMAL a power cut could take back groups already accepted. WAL needs a local disk, not a network file system.
+    """
+    if url.database in (None, "", ":memory:"):
+        raise ConfigError(
+            "a journal in memory would not survive a crash; expected a file: sqlite:////path/to/pool.sqlite"
+        )
+    engine = sa.create_engine(url, connect_args={"timeout": _LOCK_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions of its own
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A writer takes the write lock before it reads the fence: nobody can move the fence in between.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES) else "BEGIN")
+
+    return engine
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turns a failure of the database into a sentence."""
+    try:
+        yield
+    except DBAPIError as error:
+        text = str(error.orig)
+        full = "disk is full" in text or "No space left" in text or getattr(error.orig, "sqlstate", "") == "53100"
+        raise (_storage_full(text) if full else PoolError(f"the journal cannot be used: {text}")) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _storage_full(str(error)) from error
+
+
+def _storage_full(text: str) -> StorageFullError:
+    return StorageFullError(
+        f"the journal cannot grow ({text}); nothing accepted before is lost: "
+        "free space on its disk, then resume the run"
+    )

@@ -1,0 +1,180 @@
+"""Token-in, token-out over HTTP: the engine for samplers in other processes.
+
+``POST /generate`` see ``wire``; ``GET /health`` 200 or 503; ``GET /metrics`` Prometheus text; ``POST /publish`` takes
+``{"path": "...", "version": n}`` and loads an orbax checkpoint of parameters (``weights.save_params``) that lies below
+the server's publish directory: weights travel through a file system that both sides see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from forgejax.errors import EngineError, ForgejaxError
+from forgejax.rollout.driver import Driver
+from forgejax.rollout.scheduler import Draw
+from forgejax.rollout.weights import load_params
+from forgejax.rollout.wire import Line, draw_line, end_line, parse_request
+from forgejax.types import Completion, SampleRequest
+
+_HEARTBEAT_S = 5.0
+_BODY_BYTES = 64 << 20
+
+
+class PublishBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which weights to load, and the version their tokens will carry."""
+
+    path: str
+    version: int
+
+
+class RolloutServer:
+    """HTTP handlers over one driver. ``publish_root`` of None refuses publications."""
+
+    def __init__(self, driver: Driver, publish_root: Path | None = None):
+        self._driver = driver
+        self._publish_root = publish_root.resolve() if publish_root is not None else None
+        self._publishing = asyncio.Lock()
+        self._registry = CollectorRegistry()
+        self._registry.register(_DriverCollector(driver))
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/generate", self.generate),
+                web.get("/health", self.health),
+                web.get("/metrics", self.metrics),
+                web.post("/publish", self.publish),
+            ]
+        )
+        return app
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        try:
+            sample = parse_request(await request.read(), f"remote-{uuid.uuid4().hex}")
+        except ValueError as error:
+            return _refusal(400, str(error))
+        lines: asyncio.Queue[Line] = asyncio.Queue()
+        try:
+            future = _submit(self._driver, sample, lines)
+        except ForgejaxError as error:
+            return _refusal(409 if self._driver.healthy else 503, str(error))
+        response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
+        try:
+            await response.prepare(request)
+            await _write_lines(response, lines)
+        finally:
+            future.cancel()  # does nothing to a finished one
+        return response
+
+    async def health(self, _: web.Request) -> web.Response:
+        healthy = self._driver.healthy
+        return web.json_response({"healthy": healthy, "version": self._driver.version}, status=200 if healthy else 503)
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def publish(self, request: web.Request) -> web.Response:
+        if self._publish_root is None:
+            return _refusal(403, "this server takes no weights; start it with a publish directory")
+        try:
+            body = msgspec.json.decode(await request.read(), type=PublishBody)
+        except ValueError as error:
+            return _refusal(400, str(error))
+        async with self._publishing:
+            try:
+                await asyncio.to_thread(self._load, self._publish_root, Path(body.path), body.version)
+            except ForgejaxError as error:
+                return _refusal(409, str(error))
+        return web.json_response({"version": body.version})
+
+    def _load(self, root: Path, path: Path, version: int) -> None:
+        path = path.resolve()
+        if not path.is_relative_to(root):
+            raise EngineError(f"{path} is not below the publish directory {root}; write the checkpoint there")
+        self._driver.publish(load_params(path, self._driver.engine.abstract_params), version)
+
+
+def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -> Future[Completion]:
+    """Submits a request whose lines arrive, in order, in a queue of the running event loop."""
+    loop = asyncio.get_running_loop()
+
+    def put(line: Line) -> None:
+        # A loop that has closed has nobody left to tell.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+    def drawn(draw: Draw) -> None:
+        put(draw_line(draw))
+
+    def ended(future: Future[Completion]) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        put(end_line(future.result()) if error is None else Line(error=str(error)))
+
+    future = driver.submit(sample, drawn)
+    future.add_done_callback(ended)
+    return future
+
+
+async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line]) -> None:
+    while True:
+        try:
+            line = await asyncio.wait_for(lines.get(), _HEARTBEAT_S)
+        except TimeoutError:
+            line = Line()  # a sign of life; writing it also finds out whether the client still is
+        await response.write(msgspec.json.encode(line) + b"\n")
+        if line.end is not None or line.error is not None:
+            await response.write_eof()
+            return
+
+
+def _refusal(status: int, why: str) -> web.Response:
+    return web.Response(status=status, text=json.dumps({"error": why}), content_type="application/json")
+
+
+class _DriverCollector:
+    """The driver's account as Prometheus metrics."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+
+    def collect(self) -> Iterable[Metric]:
+        metrics = self._driver.metrics()
+        for name, figure in (
+            ("healthy", float(metrics.healthy)),
+            ("policy_version", metrics.version),
+            ("slots", metrics.slots),
+            ("active_requests", metrics.active),
+            ("waiting_requests", metrics.waiting),
+        ):
+            yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
+        for name, figure in (
+            ("requests", metrics.requests),
+            ("decode_steps", metrics.steps),
+            ("prompt_tokens", metrics.prompt_tokens),
+            ("cached_prompt_tokens", metrics.cached_tokens),
+            ("busy_seconds", metrics.busy_s),
+        ):
+            yield CounterMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
+        for name, by_purpose in (
+            ("sampled", metrics.tokens_sampled),
+            ("returned", metrics.tokens_returned),
+            ("cancelled", metrics.tokens_cancelled),
+            ("failed", metrics.tokens_failed),
+        ):
+            family = CounterMetricFamily(f"forgejax_rollout_tokens_{name}", f"tokens {name}", labels=["purpose"])
+            for purpose, count in by_purpose.items():
+                family.add_metric([purpose], count)
+            yield family

@@ -1,0 +1,156 @@
+"""Building a mesh from a plan: what is there, what is missing, and which devices stay free for the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from forgejax.errors import MeshError
+from forgejax.sharding.topology import AXES, CHIPS, MeshPlan, Platform
+
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+_GPU_NODES = ("dev/nvidia0", "dev/kfd", "dev/dxg")
+_ADVICE: dict[Platform, str] = {
+    "tpu": "run on the Cloud TPU slice with jax[tpu] installed, or choose a mesh this machine has, as --mesh=cpu-4",
+    "gpu": "run on the GPU machine with jax[cuda13] installed, or choose a mesh this machine has, as --mesh=cpu-4",
+    "cpu": "call prepare_platform before the first use of a device, or set JAX_NUM_CPU_DEVICES before the start",
+}
+
+
+def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
+    """Makes jax ready for the plan. Call it before the first use of a device, else it can only check.
+
+    A CPU mesh asks for as many fake devices as the plan takes, and ``extra_devices`` more for an engine beside it, and
+    keeps jax off any accelerator. For TPUs and GPUs nothing is set.
+
+    Raises:
+        MeshError: the accelerator is not in this machine, or jax has already started with too few CPU devices. Told
+            from the machine's device files, without waiting for an accelerator runtime to start.
+    """
+    if plan.platform != "cpu":
+        _require_hardware(plan)
+        return
+    wanted = plan.devices + extra_devices
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked
+        jax.config.update("jax_num_cpu_devices", max(wanted, asked))
+    except RuntimeError as error:  # jax has started: what it has is all there will be
+        if jax.default_backend() != "cpu" or len(jax.devices()) < wanted:
+            raise MeshError(
+                f"mesh {plan.name} needs {wanted} CPU devices; jax has already started with {len(jax.devices())} on "
+                f"{jax.default_backend()}: {_ADVICE['cpu']}"
+            ) from error
+
+
+def build_mesh(plan: MeshPlan, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The plan's mesh with Auto axes, over the first of ``devices`` (by default all that this job has).
+
+    Raises:
+        MeshError: the devices are too few, of another kind, or cannot be laid out in these axis sizes.
+    """
+    if devices is None:
+        if plan.platform != "cpu":
+            _require_hardware(plan)
+        devices = jax.devices()
+    _require_kind(plan, devices)
+    if len(devices) < plan.devices:
+        advice = _ADVICE["cpu"] if plan.platform == "cpu" else f"choose --mesh={_name_for(devices)}"
+        raise MeshError(
+            f"mesh {plan.name} needs {plan.devices} devices; there are {len(devices)} "
+            f"({devices[0].device_kind}): {advice}"
+        )
+    return Mesh(_layout(plan, devices[: plan.devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spare_devices(mesh: Mesh) -> tuple[jax.Device, ...]:
+    """This job's devices outside the mesh, in jax's order: room for an engine beside the learner."""
+    taken = set(mesh.devices.flat)
+    return tuple(device for device in jax.devices() if device not in taken)
+
+
+def has_accelerator(platform: Platform, root: Path = Path("/")) -> bool:
+    """Whether the machine's device files (under ``root``) show such an accelerator."""
+    if platform == "cpu":
+        return True
+    if platform == "gpu":
+        return any((root / node).exists() for node in _GPU_NODES)
+    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
+    return any((root / "dev").glob("accel*")) or any(file.read_text().strip() == _GOOGLE_PCI_VENDOR for file in vendors)
+
+
+def _require_hardware(plan: MeshPlan) -> None:
+    """A TPU runtime without a TPU waits minutes for cloud metadata: look before it is started."""
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    remote = "proxy" in (platforms or "")  # devices behind a proxy have no files here
+    if not remote and not has_accelerator(plan.platform):
+        raise MeshError(
+            f"mesh {plan.name} needs {plan.chips} {plan.chip.name} chips; {_found()}: {_ADVICE[plan.platform]}"
+        )
+
+
+def _found() -> str:
+    there = [platform for platform in ("tpu", "gpu") if has_accelerator(platform)]
+    return f"this machine has a {there[0].upper()} only" if there else "this machine has no TPU and no GPU"
+
+
+def _require_kind(plan: MeshPlan, devices: Sequence[jax.Device]) -> None:
+    """A wrong chip would run, and report a false utilisation."""
+    if not devices:
+        raise MeshError(f"mesh {plan.name} needs {plan.devices} devices; none were given")
+    first = devices[0]
+    if first.platform != plan.platform:
+        raise MeshError(
+            f"mesh {plan.name} needs {plan.devices} {plan.chip.name} devices; jax found {len(devices)} "
+            f"{first.platform} devices ({first.device_kind}): {_ADVICE[plan.platform]}"
+        )
+    if plan.chip.kinds and plan.chip.name != _chip_of(first.device_kind):
+        raise MeshError(
+            f"mesh {plan.name} needs {plan.chip.name} chips; these are {first.device_kind!r}: "
+            f"choose --mesh={_name_for(devices)}"
+        )
+
+
+def _chip_of(device_kind: str) -> str | None:
+    """The chip of a device kind. TPU kinds are whole names (``TPU v5`` is not ``TPU v5 lite``), GPU kinds a word."""
+    for chip in CHIPS.values():
+        if any(_is_kind(device_kind, kind, chip.platform) for kind in chip.kinds):
+            return chip.name
+    return None
+
+
+def _is_kind(device_kind: str, kind: str, platform: Platform) -> bool:
+    return device_kind == kind if platform == "tpu" else re.search(rf"\b{kind}\b", device_kind) is not None
+
+
+def _name_for(devices: Sequence[jax.Device]) -> str:
+    """The mesh name of all these devices."""
+    chip = CHIPS[_chip_of(devices[0].device_kind) or ("cpu" if devices[0].platform == "cpu" else "gpu")]
+    return f"{chip.name}-{len(devices) * chip.counted_per_chip // chip.devices_per_chip}"
+
+
+def _layout(plan: MeshPlan, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of the plan's shape, neighbours in the machine as neighbours in the mesh.
+
+    Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them.
+    """
+    shape = tuple(plan.shape.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if plan.data % slices:
+        raise MeshError(f"{plan.describe()}: these are {slices} slices; set mesh.data to a multiple of {slices}")
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+        within = (plan.data // slices, *shape[1:])
+        between = (slices,) + (1,) * (len(shape) - 1)
+        return mesh_utils.create_hybrid_device_mesh(within, between, list(devices), allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError) as error:
+        raise MeshError(
+            f"{plan.describe()}: these sizes do not fit the slice's shape ({error}); choose others"
+        ) from error

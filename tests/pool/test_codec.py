@@ -1,0 +1,95 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forgejax.errors import PoolError
+from forgejax.pool.codec import decode_group, encode_group
+from forgejax.types import Dispatch, Group, StopReason
+
+from .samples import group_of
+
+DISPATCH = Dispatch(index=7, attempt=2, version=5)
+
+
+def assert_same(left: object, right: object) -> None:
+    """Equal in every field, arrays in dtype, shape and bits (NaN included)."""
+    assert type(left) is type(right)
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        assert left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    elif dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_same(getattr(left, field.name), getattr(right, field.name))
+    elif isinstance(left, tuple) and isinstance(right, tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    elif isinstance(left, dict) and isinstance(right, dict):
+        assert list(left) == list(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    else:
+        assert left == right
+
+
+def test_a_group_comes_back_bit_for_bit() -> None:
+    group = group_of(DISPATCH, tokens=4)
+    logprobs = np.array([-0.1, np.nan, -np.inf, np.float32(-1e-38)], np.float32)
+    turn = group.trajectories[0].turns[0]
+    completion = dataclasses.replace(turn.completion, logprobs=logprobs, queued_s=0.1 + 0.2)
+    trajectory = dataclasses.replace(
+        group.trajectories[0],
+        turns=(dataclasses.replace(turn, completion=completion, untrainable="truncated law"),),
+        stop_reason=StopReason.DEADLINE,
+        answer="größer\x00",
+        masked="environment",
+    )
+    payload = {
+        "board": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "empty": np.zeros((0, 4), np.float64),
+        "half": np.array(1.5, np.float16),
+        "seed": 2**63 + 1,
+        "list": [1, 2.5, None, "x", b"y", {"z": True}],
+    }
+    task = dataclasses.replace(group.task, payload=payload)
+    group = dataclasses.replace(group, task=task, trajectories=(trajectory,), baseline_s=1 / 3)
+    assert_same(decode_group(encode_group(group), index=7), group)
+
+
+def test_an_array_that_is_not_contiguous_keeps_its_values() -> None:
+    group = group_of(DISPATCH)
+    task = dataclasses.replace(group.task, payload={"a": np.arange(12, dtype=">i8").reshape(3, 4).T[::2]})
+    array = decode_group(encode_group(dataclasses.replace(group, task=task)), index=7).task.payload["a"]
+    assert array.dtype == np.dtype(">i8")
+    assert array.tolist() == [[0, 4, 8], [2, 6, 10]]
+
+
+def test_a_numpy_scalar_becomes_the_number_it_is() -> None:
+    float_like: Any = np.float32(0.1)
+    group = dataclasses.replace(group_of(DISPATCH), baseline_s=float_like)
+    assert decode_group(encode_group(group), index=7).baseline_s == float(np.float32(0.1))
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2j}, np.array([object()]), 2**70])
+def test_what_would_not_come_back_is_refused(value: object) -> None:
+    group = group_of(DISPATCH)
+    unstorable: Group = dataclasses.replace(group, task=dataclasses.replace(group.task, payload={"a": value}))
+    with pytest.raises(PoolError, match=r"group 7 \(task t7\) cannot be stored"):
+        encode_group(unstorable)
+
+
+def test_any_damaged_byte_is_noticed_and_the_group_named() -> None:
+    data = encode_group(group_of(DISPATCH, tokens=2))
+    for position in range(0, len(data), 7):
+        damaged = data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+        with pytest.raises(PoolError, match="group 7"):
+            decode_group(damaged, index=7)
+    for length in (0, 3, 8, len(data) - 1):
+        with pytest.raises(PoolError, match="group 7"):
+            decode_group(data[:length], index=7)
+
+
+def test_the_bytes_of_another_group_are_refused() -> None:
+    with pytest.raises(PoolError, match="group 8: its stored bytes are those of group 7"):
+        decode_group(encode_group(group_of(DISPATCH)), index=8)

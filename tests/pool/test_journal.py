@@ -1,0 +1,213 @@
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from forgejax.errors import ConfigError, PoolError, StorageFullError
+from forgejax.pool.journal import Consumption, Journal, Kind
+from forgejax.pool.schema import sqlite_url
+from forgejax.types import Dispatch
+
+
+def journal_in(folder: Path) -> Journal:
+    return Journal.open(sqlite_url(folder / "pool.sqlite"))
+
+
+def finish(journal: Journal, dispatch: Dispatch, payload: bytes = b"x", tokens: int = 5) -> str:
+    return journal.finish(dispatch, task_id="t", payload=payload, sampled_tokens=tokens)
+
+
+def consumption(index: int, step: int, kind: Kind = "taken") -> Consumption:
+    return Consumption(index=index, step=step, kind=kind, reason=None, untrained={"masked": 2}, disorder=1, lag=4)
+
+
+def test_each_opening_claims_the_next_run_attempt(tmp_path: Path) -> None:
+    assert [journal_in(tmp_path).attempt for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_zombie_cannot_write_and_the_newest_can(tmp_path: Path) -> None:
+    zombie = journal_in(tmp_path)
+    dispatch = zombie.dispatch(0, version=0, taken_before=0)
+    newest = journal_in(tmp_path)
+    writes = [
+        lambda: finish(zombie, dispatch),
+        lambda: zombie.fail(dispatch, reason="deadline", sampled_tokens=1),
+        lambda: zombie.dispatch(1, version=0, taken_before=0),
+        lambda: zombie.consume(consumption(0, 0)),
+        lambda: zombie.count_tokens("evaluation", 3),
+        lambda: zombie.resume(0),
+        lambda: zombie.void(0),
+        lambda: zombie.forget(0),
+    ]
+    for write in writes:
+        with pytest.raises(PoolError, match="run attempt 0 may not write to the journal: attempt 1 has taken over"):
+            write()
+    assert finish(newest, dispatch) == "accepted"
+    assert [row.state for row in newest.groups()] == ["finished"]
+
+
+def test_what_was_accepted_is_there_after_the_process_is_gone(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    payload = bytes(range(256)) * 40
+    finish(journal, journal.dispatch(0, version=3, taken_before=2), payload)
+    # A copy of the files as they are now, without closing: what a crash would leave.
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    for file in tmp_path.glob("pool.sqlite*"):
+        (crashed / file.name).write_bytes(file.read_bytes())
+    again = journal_in(crashed)
+    (row,) = again.groups()
+    assert (row.index, row.attempt, row.version, row.taken_before, row.sampled_tokens) == (0, 0, 3, 2, 5)
+    assert again.payload(0) == payload
+
+
+def test_a_killed_process_loses_nothing_it_was_told_is_accepted(tmp_path: Path) -> None:
+    program = """
+import sys
+from forgejax.pool.journal import Journal
+journal = Journal.open(sys.argv[1])
+for index in range(100_000):
+    dispatch = journal.dispatch(index, version=0, taken_before=0)
+    journal.finish(dispatch, task_id="t", payload=b"%d" % index * 1000, sampled_tokens=1)
+    print(index, flush=True)
+"""
+    url = sqlite_url(tmp_path / "pool.sqlite")
+    with subprocess.Popen([sys.executable, "-c", program, url], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        accepted = [int(process.stdout.readline()) for _ in range(20)]
+        process.kill()
+        accepted += [int(line) for line in process.stdout]
+    journal = journal_in(tmp_path)
+    finished = [row.index for row in journal.groups() if row.state == "finished"]
+    assert finished[: len(accepted)] == accepted
+    assert len(finished) <= len(accepted) + 1
+    assert all(journal.payload(index) == b"%d" % index * 1000 for index in finished)
+
+
+def test_a_repeated_finish_changes_nothing(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    dispatch = journal.dispatch(0, version=0, taken_before=0)
+    assert finish(journal, dispatch, b"first") == "accepted"
+    assert finish(journal, dispatch, b"second") == "repeated"
+    assert journal.payload(0) == b"first"
+
+
+def test_a_finish_of_a_given_up_attempt_counts_its_tokens_once_and_is_not_kept(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    old = journal.dispatch(0, version=0, taken_before=0)
+    journal = journal_in(tmp_path)
+    journal.resume(0)
+    assert finish(journal, old, tokens=11) == "lost"
+    assert finish(journal, old, tokens=11) == "repeated"
+    new = journal.dispatch(0, version=4, taken_before=0)
+    assert new == Dispatch(index=0, attempt=1, version=4)
+    assert journal.fail(old, reason="deadline", sampled_tokens=11) == "repeated"
+    assert finish(journal, new, b"kept") == "accepted"
+    assert journal.untrained_tokens() == {"lost_attempt": 11}
+    assert journal.payload(0) == b"kept"
+
+
+def test_a_report_that_contradicts_the_journal_is_refused(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    first, second = (journal.dispatch(i, version=0, taken_before=0) for i in range(2))
+    journal.fail(first, reason="deadline", sampled_tokens=7)
+    finish(journal, second)
+    with pytest.raises(PoolError, match="group 0 is reported as finished, but it is failed"):
+        finish(journal, first)
+    with pytest.raises(PoolError, match="group 1 is reported as failed, but it is finished"):
+        journal.fail(second, reason="deadline", sampled_tokens=7)
+    with pytest.raises(PoolError, match="group 5 attempt 0 was never dispatched"):
+        finish(journal, Dispatch(index=5, attempt=0, version=0))
+    with pytest.raises(PoolError, match="group 1 attempt 3 was never dispatched"):
+        finish(journal, Dispatch(index=1, attempt=3, version=0))
+    assert journal.untrained_tokens() == {"deadline": 7}
+
+
+def test_a_resume_voids_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    for index in range(4):
+        finish(journal, journal.dispatch(index, version=0, taken_before=0))
+        journal.consume(consumption(index, step=index))
+    with pytest.raises(PoolError, match="UNIQUE"):
+        journal.consume(consumption(3, step=4))
+    journal.resume(2)
+    assert [(record.index, record.step) for record in journal.consumption()] == [(0, 0), (1, 1)]
+    journal.consume(consumption(3, step=2, kind="dropped"))
+    assert journal.consumption()[-1] == consumption(3, step=2, kind="dropped")
+    with pytest.raises(PoolError, match="cannot go on from step 9: the journal knows 3 steps"):
+        journal.resume(9)
+
+
+def test_forgotten_groups_free_their_bytes_and_bar_an_earlier_resume(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    for index in range(3):
+        finish(journal, journal.dispatch(index, version=0, taken_before=0))
+        journal.consume(consumption(index, step=index))
+    journal.forget(2)
+    with pytest.raises(PoolError, match="group 1: the journal holds no bytes"):
+        journal.payload(1)
+    assert journal.payload(2) == b"x"
+    with pytest.raises(PoolError, match="resume from a checkpoint at step 2 or later"):
+        journal.resume(1)
+    journal.resume(2)
+
+
+def test_a_full_disk_is_said_so_and_loses_nothing(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    first, second = (journal.dispatch(i, version=0, taken_before=0) for i in range(2))
+    finish(journal, first, b"a" * 5000)
+    with journal._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFullError, match=r"database or disk is full.*nothing accepted before is lost"):
+        finish(journal, second, b"b" * 500_000)
+    assert journal.payload(0) == b"a" * 5000
+    assert [row.state for row in journal.groups()] == ["finished", "dispatched"]
+    with journal._engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 100000")
+    assert finish(journal, second, b"b" * 500_000) == "accepted"
+
+
+def test_a_commit_is_synced_to_the_disk_before_it_returns(tmp_path: Path) -> None:
+    with journal_in(tmp_path)._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_threads_may_write_and_read_side_by_side(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    dispatches = [journal.dispatch(index, version=0, taken_before=0) for index in range(12)]
+    threads = [threading.Thread(target=finish, args=(journal, d, bytes([d.index]))) for d in dispatches]
+    for thread in threads:
+        thread.start()
+    journal.groups()
+    for thread in threads:
+        thread.join(20)
+    assert [journal.payload(index) for index in range(12)] == [bytes([index]) for index in range(12)]
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pool.sqlite").write_bytes(b"no database at all " * 100)
+    with pytest.raises(PoolError, match="the journal cannot be used: file is not a database"):
+        journal_in(tmp_path)
+    with pytest.raises(PoolError, match="unable to open database file"):
+        journal_in(tmp_path / "missing")
+
+
+def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
+    journal_in(tmp_path).close()
+    raw = sqlite3.connect(tmp_path / "pool.sqlite")
+    raw.execute("UPDATE run SET schema = 99")
+    raw.commit()
+    raw.close()
+    with pytest.raises(PoolError, match="schema 99, expected 1"):
+        journal_in(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "sqlite://", "sqlite:///:memory:", "nosuchdb:///x"])
+def test_an_unusable_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        Journal.open(url)
