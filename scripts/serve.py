@@ -1,0 +1,117 @@
+"""Serves a policy, token ids in and token ids out, over HTTP and over JetStream's gRPC service.
+
+Example: python scripts/serve.py --port 8800 --grpc-port 8801 --checkpoint runs/demo/params
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import jax
+import tyro
+from aiohttp import web
+from flax import nnx
+
+from forgejax.errors import ConfigError, ForgejaxError
+from forgejax.models import Policy, PolicyConfig
+from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog
+from forgejax.rollout._jetstream import jetstream_pb2_grpc
+from forgejax.rollout.grpc_service import OrchestratorService
+from forgejax.rollout.server import RolloutServer
+from forgejax.rollout.weights import load_params
+from forgejax.types import SamplingLaw
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """A rollout server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The server has no authentication: keep it on a private network."""
+    port: int = 8800
+    """HTTP port (POST /generate, GET /health, GET /metrics, POST /publish); 0 takes a free one."""
+    grpc_port: int = 8801
+    """Port of JetStream's Orchestrator service; 0 takes a free one."""
+    checkpoint: Path | None = None
+    """Orbax checkpoint directory of parameters; random weights if left out."""
+    version: int = 0
+    """Policy version of the weights served first."""
+    seed: int = 0
+    """Seed of random weights."""
+    device: int = 0
+    """Index of the device the engine runs on."""
+    publish_root: Path | None = None
+    """Directory below which POST /publish may load new weights; without it they are refused."""
+    request_log: Path | None = None
+    """File that keeps the ids of every request."""
+    grpc_stop_ids: tuple[int, ...] = ()
+    """Ids that end a gRPC generation (its protocol cannot carry any)."""
+    grpc_temperature: float = 1.0
+    """Sampling temperature of gRPC requests."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def make_driver(config: ServeConfig) -> Driver:
+    """The driver, not yet started. Raises ForgejaxError for what cannot be served."""
+    devices = jax.devices()
+    if not 0 <= config.device < len(devices):
+        raise ConfigError(f"device {config.device} was asked for; this machine has 0 to {len(devices) - 1}")
+    engine = PolicyEngine(config.policy, config.engine, devices[config.device])
+    params: Any = nnx.split(Policy(config.policy, nnx.Rngs(config.seed)))[1]
+    if config.checkpoint is not None:
+        params = load_params(config.checkpoint, params)
+    log = RequestLog(config.request_log) if config.request_log is not None else None
+    return Driver(engine, params, config.version, log)
+
+
+async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
+    """Serves until ``stop`` is set."""
+    driver = make_driver(config)
+    law = SamplingLaw(temperature=config.grpc_temperature)
+    service = OrchestratorService(driver, law=law, stop_ids=frozenset(config.grpc_stop_ids))
+    runner = web.AppRunner(RolloutServer(driver, config.publish_root).app(), handler_cancellation=True)
+    grpc_server = grpc.aio.server()
+    jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, grpc_server)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, config.host, config.port)
+        await site.start()
+        grpc_port = grpc_server.add_insecure_port(f"{config.host}:{config.grpc_port}")
+        await grpc_server.start()
+        driver.start()
+        port = runner.addresses[0][1]
+        print(f"serving http://{config.host}:{port} and grpc {config.host}:{grpc_port}", flush=True)
+        await stop.wait()
+    finally:
+        driver.stop()
+        await grpc_server.stop(grace=1.0)
+        await runner.cleanup()
+        if driver.request_log is not None:
+            driver.request_log.close()
+
+
+async def _serve_until_signal(config: ServeConfig) -> None:
+    stop = asyncio.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    await serve(config, stop)
+
+
+def main() -> int:
+    try:
+        asyncio.run(_serve_until_signal(tyro.cli(ServeConfig, description=__doc__)))
+    except (ForgejaxError, OSError, RuntimeError) as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgejax.errors import ConfigError
+from forgejax.learner.cutting import cut
+from forgejax.learner.drift import trained_ids
+from forgejax.learner.packing import PackConfig, empty_batch, pack
+from forgejax.learner.tree import build_tree
+
+from .samples import random_group, sample
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), groups=st.integers(1, 5), shards=st.sampled_from([1, 2]))
+def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, groups: int, shards: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch_of = [random_group(rng, samples=int(rng.integers(1, 9))) for _ in range(groups)]
+    for number, members in enumerate(batch_of):
+        for index, one in enumerate(members):
+            object.__setattr__(one, "request_id", f"{number}-{index}")
+    by_id = {one.request_id: one for members in batch_of for one in members}
+
+    packed = pack(batch_of, PackConfig(row_length=16, rows=1, block_size=8), row_shards=shards)
+
+    assert sorted(place.request_id for place in packed.placements) == sorted(by_id)
+    for place in packed.placements:
+        one, batch = by_id[place.request_id], packed.batches[place.batch]
+        context, sampled = trained_ids(batch, place)
+        assert context.tolist() == one.context_ids.tolist()
+        assert sampled.tolist() == one.token_ids.tolist()
+        terms = (place.row, slice(place.start, place.stop))
+        assert batch.old_logp[terms].tolist() == one.old_logp.tolist()
+        assert set(batch.advantage[terms].tolist()) == {float(np.float32(one.advantage))}
+        assert batch.term_mask[terms].all()
+    assert sum(int(batch.term_mask.sum()) for batch in packed.batches) == packed.stats.trained_tokens
+    assert sum(float(batch.weight.sum()) for batch in packed.batches) == pytest.approx(1.0, abs=1e-6)
+    assert all(batch.tokens.shape == (shards, 16) for batch in packed.batches)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), count=st.integers(1, 7), room=st.integers(12, 24))
+def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: int) -> None:
+    tree = build_tree(random_group(np.random.default_rng(seed), samples=count, longest=8))
+    tree_samples = tree.samples
+    if max(one.fed_tokens for one in tree_samples) > room:
+        return
+
+    def nodes(start: int, stop: int) -> int:
+        return len(build_tree(tree_samples[start:stop]).tokens)
+
+    def feasible(start: int, stop: int) -> bool:
+        terms = sum(len(one.token_ids) for one in tree_samples[start:stop])
+        distinct = len({(*one.context_ids, *one.token_ids) for one in tree_samples[start:stop]})
+        size = nodes(start, stop)
+        return size <= room and min(terms, size + distinct) <= room
+
+    costs = []
+    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, count), n) for n in range(count)):
+        ranges = list(itertools.pairwise([0, *cuts, count]))
+        if all(feasible(*one) for one in ranges):
+            costs.append((sum(nodes(*one) for one in ranges), len(ranges)))
+
+    found = cut(tree_samples, tree.shared, room, 10**6)
+
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == count
+    assert all(feasible(*one) for one in found)
+    assert (sum(nodes(*one) for one in found), len(found)) == min(costs)
+
+
+def test_the_normaliser_counts_unmerged_tokens_of_the_samples_own_group() -> None:
+    first = [sample([1], [2, 3]), sample([1], [2, 3])]  # merged: 2 edges, unmerged: 4 tokens
+    second = [sample([1], [2])]
+
+    by_group = pack([first, second], PackConfig(row_length=16, block_size=8)).batches[0]
+    by_batch = pack([first, second], PackConfig(row_length=16, block_size=8, loss_norm="batch")).batches[0]
+
+    assert sorted(by_group.weight[by_group.term_mask].tolist()) == [0.125] * 4 + [0.5]
+    np.testing.assert_allclose(by_batch.weight[by_batch.term_mask], 0.2)
+
+
+def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
+    copies = [sample([1], [2, 3, 4, 5, 6, 7, 8], name=str(n)) for n in range(40)]  # 7 edges, 280 terms
+    config = PackConfig(row_length=8, rows=1, block_size=8)
+
+    packed = pack([copies], config)
+
+    assert config.term_limit == 128
+    assert len(packed.batches) == 3  # 128 terms are 18 copies
+    assert packed.stats.trained_tokens == 280
+    assert packed.stats.tree_tokens == 21
+
+
+def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"sample long feeds 20 tokens; a row holds 16"):
+        pack([[sample(list(range(20)), [1], name="long")]], PackConfig(row_length=16, block_size=8))
+
+
+def test_shards_of_a_micro_batch_get_like_work() -> None:
+    groups = [[sample(list(range(n)), [1])] for n in (60, 59, 40, 39, 20, 19, 10, 9)]
+
+    packed = pack(groups, PackConfig(row_length=64, rows=1, block_size=8, token_cost=0.0, pair_cost=1.0), row_shards=2)
+
+    pairs = [batch.attention.n_pairs.tolist() for batch in packed.batches]
+    assert all(abs(left - right) <= 12 for left, right in pairs)
+    assert sum(map(sum, pairs)) > 60
+
+
+def test_ratios_compare_trees_with_unmerged_chains() -> None:
+    prompt = list(range(50))
+    packed = pack([[sample([*prompt, n], [1, 2]) for n in range(4)]], PackConfig(row_length=64, block_size=8))
+
+    assert packed.stats.unmerged_tokens == 4 * 52
+    assert packed.stats.tree_tokens == 50 + 4 * 2
+    assert packed.stats.tree_token_ratio == pytest.approx(208 / 58)
+    assert packed.stats.attention_pair_ratio == pytest.approx(4 * 52 * 53 / 2 / (50 * 51 / 2 + 4 * (51 + 52)))
+
+
+def test_an_empty_batch_has_the_shapes_of_the_smallest_one() -> None:
+    config = PackConfig(row_length=16, rows=2, block_size=8)
+    batch = empty_batch(config, row_shards=2)
+    real = pack([[sample([1], [2])]], config, row_shards=2).batches[0]
+
+    assert [x.shape for x in vars(batch).values() if isinstance(x, np.ndarray)] == [
+        x.shape for x in vars(real).values() if isinstance(x, np.ndarray)
+    ]
+    assert batch.attention.n_pairs.sum() == 0
+
+
+def test_a_row_that_is_no_multiple_of_its_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="multiple"):
+        PackConfig(row_length=100, block_size=64)

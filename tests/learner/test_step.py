@@ -1,0 +1,271 @@
+"""The step against an oracle that knows no trees: every sample is its own chain under a dense mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+
+from forgejax import sharding
+from forgejax.learner.forward import term_logps
+from forgejax.learner.learner import Learner
+from forgejax.learner.losses import LossConfig
+from forgejax.learner.optimizer import OptimizerConfig
+from forgejax.learner.packing import PackConfig, empty_batch, pack
+from forgejax.learner.samples import Sample, supervised_sample
+from forgejax.learner.step import StepConfig, make_train_step
+from forgejax.models import PolicyConfig, abstract_policy, init_params
+from forgejax.ops.tree_attention_dense import dense_tree_attention
+
+from .samples import random_group, sample
+
+_VOCAB = 8
+
+
+def _config(dtype: str = "float32") -> PolicyConfig:
+    return PolicyConfig(
+        vocab_size=_VOCAB,
+        num_layers=2,
+        d_model=16,
+        num_heads=4,
+        num_kv_heads=2,
+        d_ff=24,
+        param_dtype=dtype,  # type: ignore[arg-type]
+        compute_dtype=dtype,  # type: ignore[arg-type]
+    )
+
+
+def _sharp(params: Any) -> Any:
+    """Weights ten times as large: log-probabilities far from uniform, so that mistakes show."""
+    return jax.tree.map(lambda x: x * 10.0 if x.ndim > 2 else x, params)
+
+
+_ROOM = 24
+"""Samples, and tokens of each, that the oracle is compiled for."""
+
+
+def _unmerged(graphdef: Any) -> Callable[[Any, Sequence[Sequence[Sample]]], tuple[Any, Any]]:
+    """CISPO loss and gradient by the formula itself, each sample a chain of its own under a dense mask."""
+    chain = jnp.full((_ROOM, _ROOM), _ROOM, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(_ROOM, dtype=jnp.int32)[None], (_ROOM, _ROOM))
+
+    def attend(layer: Any, q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
+        return dense_tree_attention(q, k, v, chain), memory
+
+    def loss(params: Any, tokens: Any, targets: Any, sources: Any, old: Any, scale: Any, temperature: Any) -> Any:
+        policy = nnx.merge(graphdef, params)
+        logits = policy.logits(policy(tokens, positions, attend)[0]) / temperature[:, :, None]
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        logp = logps[jnp.arange(_ROOM)[:, None], sources, targets]
+        ratio = jnp.exp(jnp.clip(jax.lax.stop_gradient(logp) - old, -20, 20))
+        return -(scale * jnp.minimum(ratio, 5.0) * logp).sum()
+
+    grad = jax.jit(jax.value_and_grad(loss))
+
+    def of(params: Any, groups: Sequence[Sequence[Sample]]) -> tuple[Any, Any]:
+        samples = [one for members in groups for one in members]
+        weights = [
+            1.0 / (sum(len(one.token_ids) for one in members) * len(groups)) for members in groups for _ in members
+        ]
+        tokens, targets, sources = (np.zeros((_ROOM, _ROOM), np.int32) for _ in range(3))
+        old, scale, temperature = np.zeros((_ROOM, _ROOM)), np.zeros((_ROOM, _ROOM)), np.ones((_ROOM, 1))
+        for row, (one, weight) in enumerate(zip(samples, weights, strict=True)):
+            n = len(one.token_ids)
+            tokens[row, : one.fed_tokens] = one.fed_ids
+            targets[row, :n], old[row, :n] = one.token_ids, one.old_logp
+            sources[row, :n] = len(one.context_ids) - 1 + np.arange(n)
+            scale[row, :n] = np.float64(np.float32(weight)) * np.float64(np.float32(one.advantage))
+            temperature[row] = np.float32(one.temperature)
+        return grad(params, tokens, targets, sources, old, scale, temperature)
+
+    return of
+
+
+def _relative(ours: Any, oracle: Any) -> float:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(oracle), strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3)) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("dtype", "bound", "examples"), [("float64", 1e-12, 25), ("float32", 1e-5, 10)])
+def test_the_merged_gradient_is_the_unmerged_one(dtype: str, bound: float, examples: int) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        graphdef, _ = abstract_policy(_config(dtype))
+        params = _sharp(init_params(_config(dtype)))
+        step = make_train_step(graphdef, params, StepConfig(vocab_chunk=8))
+        oracle = _unmerged(graphdef)
+
+        @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
+        @given(seed=st.integers(0, 10**9))
+        def equal(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            groups = [
+                random_group(rng, vocab=2, samples=8, longest=16, temperatures=(1.0, 0.7)),
+                random_group(rng, vocab=_VOCAB, samples=4, longest=16),
+                [sample([1, 2], [3, 4], advantage=1.5), sample([1, 2], [3, 4], advantage=-0.5), sample([1, 2], [3], old_logp=[-30.0])],
+            ]
+            assume(all(one.fed_tokens <= _ROOM for members in groups for one in members))
+            total = step.start(params)
+            for batch in pack(groups, PackConfig(row_length=_ROOM, rows=1, block_size=8)).batches:
+                total = step.accumulate(params, total, batch, 0)
+            loss, grads = oracle(params, groups)
+
+            assert abs(float(total.tally.loss) - float(loss)) <= bound * max(1.0, abs(float(loss)))
+            assert int(total.tally.clipped) > 0
+            assert _relative(jax.device_get(total.grads), jax.device_get(grads)) <= bound
+
+        equal()
+
+
+_SHARED: list[tuple[Learner, Any]] = []
+
+
+def _learner() -> Learner:
+    """A learner of fresh state; one for all tests, so that it compiles once."""
+    if not _SHARED:
+        graphdef, _ = abstract_policy(_config())
+        learner = Learner(graphdef, _sharp(init_params(_config())), StepConfig())
+        _SHARED.append((learner, jax.device_get(learner.state)))
+    learner, state = _SHARED[0]
+    learner.state = jax.device_put(state)
+    return learner
+
+
+def _groups(seed: int = 0) -> list[list[Sample]]:
+    rng = np.random.default_rng(seed)
+    return [random_group(rng, vocab=4, samples=8, longest=12) for _ in range(4)]
+
+
+def _gradient_step(learner: Learner, config: PackConfig, groups: list[list[Sample]]) -> tuple[dict[str, float], Any]:
+    """Metrics of an update and the weights after it."""
+    metrics = learner.update(pack(groups, config, row_shards=learner.row_shards).batches, 0)
+    return {name: float(value) for name, value in metrics.items()}, jax.device_get(learner.params())
+
+
+def test_bins_padding_and_order_change_nothing_but_rounding() -> None:
+    plain, weights = _gradient_step(_learner(), PackConfig(row_length=64, rows=4, block_size=16), _groups())
+    others = [
+        (PackConfig(row_length=32, rows=1, block_size=8), _groups()),
+        (PackConfig(row_length=64, rows=4, block_size=16), [group[::-1] for group in _groups()[::-1]]),
+    ]
+    for config, groups in others:
+        metrics, found = _gradient_step(_learner(), config, groups)
+        assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5, abs=1e-6)
+        assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+        assert metrics["trained_terms"] == plain["trained_terms"] == sum(len(s.token_ids) for g in _groups() for s in g)
+        assert metrics["entropy"] == pytest.approx(plain["entropy"], rel=1e-5)
+        assert metrics["probability_correlation"] == pytest.approx(plain["probability_correlation"], abs=1e-5)
+        assert _relative(found, weights) < 1e-3  # Adam's first update is the sign of the gradient
+
+
+def test_a_mesh_of_rows_and_heads_takes_the_same_step() -> None:
+    mesh = sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4")), jax.devices())
+    config = PackConfig(row_length=64, rows=2, block_size=16)
+
+    alone, alone_weights = _gradient_step(_learner(), config, _groups())
+    learner = Learner(
+        abstract_policy(_config())[0], _sharp(init_params(_config(), mesh)), StepConfig(), mesh=mesh
+    )
+    split, split_weights = _gradient_step(learner, config, _groups())
+
+    assert learner.row_shards == 2
+    for name in ("loss", "grad_norm", "entropy", "gap_max", "gap_sum", "trained_terms", "probability_correlation"):
+        assert split[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5)
+    assert _relative(split_weights, alone_weights) < 1e-3
+    specs = {str(x.sharding.spec) for x in jax.tree.leaves(learner.state.opt_state) if x.ndim}
+    assert any("fsdp" in spec for spec in specs)
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was() -> None:
+    learner = _learner()
+    _gradient_step(learner, PackConfig(row_length=64, rows=4, block_size=16), _groups())
+    before = jax.device_get(learner.state)
+    bad = _groups(1)
+    object.__setattr__(bad[0][0], "advantage", float("nan"))
+
+    metrics, _ = _gradient_step(learner, PackConfig(row_length=64, rows=4, block_size=16), bad)
+
+    assert metrics["skipped"] == 1
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(learner.state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    metrics, _ = _gradient_step(learner, PackConfig(row_length=64, rows=4, block_size=16), _groups(2))
+    assert metrics["skipped"] == 0
+    assert int(learner.state.step) == 2
+
+
+def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
+    config = PackConfig(row_length=64, rows=2, block_size=16)
+    learner = Learner(abstract_policy(_config())[0], init_params(_config()), StepConfig())
+    learner.compile(empty_batch(config))
+    for seed in range(6):
+        learner.update(pack([random_group(np.random.default_rng(seed), samples=3, longest=8)], config).batches, seed)
+
+    assert learner._step.accumulate._cache_size() == 1  # type: ignore[attr-defined]
+    assert learner._step.apply._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_gaps_are_measured_on_tokens_that_the_trained_weights_drew() -> None:
+    learner = _learner()
+    config = PackConfig(row_length=16, rows=1, block_size=8)
+    own = [sample([1, 2], [3, 4, 5], version=7, name="a"), sample([1, 2], [6], version=6, name="b")]
+    packed = pack([own], config)
+    logps = np.asarray(learner.score(packed.batches[0]))[0]
+    place = next(p for p in packed.placements if p.request_id == "a")
+    exact = logps[place.start : place.stop]
+    batch = pack([[sample([1, 2], [3, 4, 5], version=7, old_logp=(exact + [0.0, 0.25, -0.5]).tolist()), own[1]]], config)
+
+    metrics = {k: float(v) for k, v in learner.update(batch.batches, 7).items()}
+
+    assert metrics["gap_tokens"] == 3
+    assert metrics["gap_max"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["gap_sum"] == pytest.approx(0.75, abs=1e-5)
+    assert metrics["trained_terms"] == 4
+
+
+def test_supervised_samples_run_the_same_step_and_are_learned() -> None:
+    config = StepConfig(loss=LossConfig(name="sft"), optimizer=OptimizerConfig(learning_rate=0.02))
+    learner = Learner(abstract_policy(_config())[0], _sharp(init_params(_config())), config)
+    told = [supervised_sample("a", np.array([1, 2]), np.array([3, 4])), supervised_sample("b", np.array([1, 5]), np.array([6]))]
+    batches = pack([told], PackConfig(row_length=16, rows=1, block_size=8, loss_norm="batch")).batches
+    logps = np.asarray(learner.score(batches[0]))[batches[0].term_mask]
+
+    losses = [float(learner.update(batches, step)["loss"]) for step in range(30)]
+
+    assert losses[0] == pytest.approx(-logps.mean(), rel=1e-5)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_published_weights_outlive_the_next_update() -> None:
+    learner = _learner()
+    published = learner.params()
+    before = jax.device_get(published)
+    _gradient_step(learner, PackConfig(row_length=64, rows=4, block_size=16), _groups())
+
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(published)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_log_probabilities_and_entropy_are_those_at_the_edges_temperature() -> None:
+    graphdef, _ = abstract_policy(_config())
+    params = _sharp(init_params(_config()))
+    one = sample([1, 2, 3], [4, 5], temperature=0.5)
+    batch = jax.device_put(pack([[one]], PackConfig(row_length=8, rows=1, block_size=8)).batches[0])
+
+    logp, entropy = term_logps(
+        graphdef, params, batch, mesh=None, rules=sharding.Rules(), remat=False, vocab_chunk=4
+    )
+
+    def attend(layer: Any, q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
+        return dense_tree_attention(q, k, v, jnp.full((1, 4), 4)), memory
+
+    policy = nnx.merge(graphdef, params)
+    hidden = policy(jnp.asarray(one.fed_ids)[None], jnp.arange(4)[None], attend)[0]
+    law = jax.nn.log_softmax(policy.logits(hidden) / 0.5)[0, 2:]
+    np.testing.assert_allclose(logp[0, :2], [law[0, 4], law[1, 5]], rtol=1e-5)
+    np.testing.assert_allclose(entropy[0, :2], -(jnp.exp(law) * law).sum(axis=-1), rtol=1e-5)
