@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,13 +42,15 @@ class WarmStartConfig:
     """How long to imitate, and what.
 
     ``steps`` of 0 leaves the phase out. Each demonstration solves one training task, with the tool in ``tool_rate`` of
-    them whatever the level: when to use it is left for RL to find out. ``describe`` is the command by which the agent
-    program prints its system prompt and tools. ``cache`` is a folder, or empty for none.
+    them whatever the level: when to use it is left for RL to find out. The demonstrator is no calculator: at
+    ``guessed_levels`` it cannot work an answer out by itself, and without the tool it guesses. ``describe`` is the
+    command by which the agent program prints its system prompt and tools. ``cache`` is a folder, or empty for none.
     """
 
     steps: int = 0
     demonstrations_per_step: int = 32
     tool_rate: float = 0.5
+    guessed_levels: tuple[str, ...] = ()
     describe: tuple[str, ...] = ()
     cache: str = ".cache/warm_start"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -81,10 +84,10 @@ class Demonstrations:
     def samples(self, index: int) -> list[Sample]:
         """The completions of demonstration ``index``, each in its context: one for each turn of the assistant."""
         task = self.tasks.task(_TASKS_FROM + index)
-        use_tool = np.random.default_rng([self.seed, index]).random() < self.config.tool_rate
-        messages = calculator_demonstrations(
-            task, str(task.payload["answer"]), use_tool=bool(use_tool), agent=self.agent
-        )
+        use_tool = bool(np.random.default_rng([self.seed, index]).random() < self.config.tool_rate)
+        guessed = not use_tool and task.level in self.config.guessed_levels
+        answer = _guess(task.question) if guessed else str(task.payload["answer"])
+        messages = calculator_demonstrations(task, answer, use_tool=use_tool, agent=self.agent)
         samples = []
         for position, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -110,6 +113,12 @@ class Demonstrations:
         dataset = indices.to_iter_dataset(grain.ReadOptions(num_threads=0)).batch(per_step, batch_fn=list)
         ahead = grain.experimental.ThreadPrefetchIterDataset(dataset.map(packed), prefetch_buffer_size=4)
         return iter(ahead)
+
+
+def _guess(question: str) -> str:
+    """What comes to mind without calculating: the first number of the question."""
+    found = re.search(r"\d+", question)
+    return found[0] if found else "0"
 
 
 def make_demonstrations(config: WarmStartConfig, tasks: TaskSource, chat: ChatFormat, seed: int) -> Demonstrations:

@@ -1,9 +1,10 @@
-"""Makes the quickstart's tokenizer: a byte-level BPE of a few thousand merges and a compact chat template.
+"""Makes the quickstart's tokenizer: a small byte-level BPE and a compact chat template.
 
     python scripts/make_tokenizer.py --config configs/quickstart.toml
 
-Numbers are split into runs of at most three digits; every such run is one token, as in Llama 3. The rest of the
-vocabulary comes from what the agent and the tasks of the configuration say. The result is a Hugging Face folder.
+Numbers are split into runs of at most two digits; every such run is one token, so that a number is two or three tokens
+and a small policy sees each of them often. The rest of the vocabulary comes from what the agent and the tasks of the
+configuration say. The result is a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Options:
 
     config: Path = Path("configs/quickstart.toml")
     agent: tuple[str, ...] = ("python", "examples/agents/calculator_agent.py", "--describe")
-    vocab_size: int = 1536
+    vocab_size: int = 640
     sample: int = 2000
 
 
@@ -64,16 +65,16 @@ def main(options: Options) -> None:
         question = tasks.task(index).question
         arguments = json.dumps({"expression": expression_of(question)})
         corpus += [system, question, f'{{"name": "{name}", "arguments": {arguments}}}']
-    # Each run of up to three digits often enough to become one token.
-    runs = [str(number) for number in range(1000)] + [f"{number:03d}" for number in range(1000)]
-    write(Path(config.tokenizer), train([*corpus, *runs * 40], options.vocab_size))
+    # Each run of up to two digits, often enough to become one token.
+    runs = [str(number) for number in range(100)] + [f"{number:02d}" for number in range(100)]
+    write(Path(config.tokenizer), train([*corpus, *runs * 400], options.vocab_size))
 
 
 def train(corpus: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -6,7 +6,7 @@ elsewhere: a mistake in recording, merging, cutting or packing shows as a count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from forgejax.learner.batch import PackedBatch, PackedStep, Placement
 from forgejax.types import TokenIds
 
+Ids = Sequence[int] | NDArray[np.integer]
 
-def drift_tokens(packed: PackedStep, given: Mapping[str, tuple[TokenIds, TokenIds]]) -> int:
+
+def drift_tokens(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> int:
     """How many positions differ, over all samples of a step.
 
     Args:
@@ -53,13 +55,13 @@ def _read_twice(predicted: TokenIds, fed: TokenIds) -> TokenIds:
     return np.where(agree, predicted, -1).astype(np.int32)
 
 
-def _differences(trained: tuple[TokenIds, TokenIds], given: tuple[TokenIds, TokenIds] | None) -> int:
+def _differences(trained: tuple[TokenIds, TokenIds], given: tuple[Ids, Ids] | None) -> int:
     if given is None:
         return sum(len(ids) for ids in trained)
     return sum(_mismatches(ours, theirs) for ours, theirs in zip(trained, given, strict=True))
 
 
-def _mismatches(a: NDArray[np.int32], b: Iterable[int]) -> int:
-    b = np.asarray(b)
+def _mismatches(a: Ids, b: Ids) -> int:
+    a, b = np.asarray(a), np.asarray(b)
     count = min(len(a), len(b))
     return int((a[:count] != b[:count]).sum()) + abs(len(a) - len(b))

@@ -8,12 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from forgejax.learner.batch import PackedBatch
 from forgejax.learner.step import Metrics, StepConfig, TrainState, TrainStep, make_train_step
-from forgejax.models import Policy
 from forgejax.sharding import Rules, batch_sharding, rows_shards
 
 

@@ -39,7 +39,7 @@ class LossConfig:
             raise ConfigError("loss.eps_high, loss.ppo_low and loss.ppo_high: expected positive, ppo_low below 1")
         if self.name in ("cispo", "ppo_clip") and CORRECTIONS[self.correction.name].weighs:
             raise ConfigError(
-                f"loss.correction {self.correction.name!r} multiplies by the ratio, as loss {self.name!r} already does: "
+                f"loss.correction {self.correction.name!r} multiplies by the ratio; loss {self.name!r} already does: "
                 "use it with loss 'reinforce'"
             )
         if self.name == "sft" and self.correction.name != "none":
@@ -54,9 +54,7 @@ def log_ratio(logp: Terms, old_logp: Terms) -> Terms:
     return jnp.clip(logp - old_logp, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
 
 
-def cispo(
-    logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig
-) -> tuple[Terms, Bool[Array, "B M"]]:
+def cispo(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
     """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(min(r, 1 + eps_high)) * A * log pi``.
 
     The weight is clipped and never the gradient: every term keeps one. No lower clip, no KL term.
@@ -65,16 +63,12 @@ def cispo(
     return -jnp.minimum(ratio, 1.0 + config.eps_high) * advantage * logp, ratio > 1.0 + config.eps_high
 
 
-def reinforce(
-    logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig
-) -> tuple[Terms, Bool[Array, "B M"]]:
+def reinforce(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
     """``-A * log pi``, as if the samples were on-policy."""
     return -advantage * logp, jnp.zeros(logp.shape, jnp.bool_)
 
 
-def ppo_clip(
-    logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig
-) -> tuple[Terms, Bool[Array, "B M"]]:
+def ppo_clip(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
     """``-min(r * A, clip(r, 1 - ppo_low, 1 + ppo_high) * A)`` (PPO, arXiv 1707.06347 eq. 7); clipped terms lose their
     gradient."""
     ratio = jnp.exp(log_ratio(logp, old_logp))

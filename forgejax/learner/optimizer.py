@@ -14,7 +14,7 @@ from forgejax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. The rate rises linearly over ``warmup_steps`` and then stays, or falls as a cosine until ``total_steps``."""
+    """AdamW. The rate rises linearly over ``warmup_steps``, then stays or falls as a cosine until ``total_steps``."""
 
     learning_rate: float = 1e-3
     warmup_steps: int = 0

@@ -1,7 +1,8 @@
 """Packing: prefix trees into rows of static shape. Everything here is numpy.
 
-A group too large for a row is cut into ranges of its samples; the bins are spread over rows, the rows over micro-batches
-and shards. Shapes come from geometric buckets, so that a run compiles a handful of programs and never one per tree.
+A group too large for a row is cut into ranges of its samples; the bins are spread over rows, the rows over
+micro-batches and shards. Shapes come from geometric buckets, so that a run compiles a handful of programs and never one
+per tree.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ def pack(groups: Sequence[Sequence[Sample]], config: PackConfig, *, row_shards: 
     if not groups:
         raise ValueError("no samples to pack; expected at least one group with a trained token")
     _check_lengths(groups, config)
-    bins = [bin for group, weight in zip(groups, _scales(groups, config), strict=True) for bin in _bins(group, weight, config)]
+    bins = [
+        bin
+        for group, weight in zip(groups, _scales(groups, config), strict=True)
+        for bin in _bins(group, weight, config)
+    ]
     rows = _balance(_fill(bins, config), config.rows, row_shards)
     shape = _shape(rows, config)
     per_batch = config.rows * row_shards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,12 @@ def turn_sample(turn: Turn, advantage: float) -> Sample:
     )
 
 
-def supervised_sample(request_id: str, context_ids: TokenIds, token_ids: TokenIds, weight: float = 1.0) -> Sample:
+def supervised_sample(
+    request_id: str,
+    context_ids: Sequence[int] | NDArray[np.integer],
+    token_ids: Sequence[int] | NDArray[np.integer],
+    weight: float = 1.0,
+) -> Sample:
     """A sample to imitate, with advantage 1 and no behaviour policy; meant for ``loss = "sft"``."""
     count = len(token_ids)
     none = np.full(count, NO_VERSION, np.int32)

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from forgejax.errors import ConfigError
@@ -25,7 +24,6 @@ from forgejax.learner.forward import term_logps
 from forgejax.learner.losses import LOSSES, LossConfig, log_ratio
 from forgejax.learner.measure import Tally, tally
 from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from forgejax.models import Policy
 from forgejax.sharding import Rules, param_shardings, replicated, scope
 
 Metrics = dict[str, jax.Array]
@@ -45,9 +43,7 @@ class StepConfig:
             raise ConfigError(f"step.vocab_chunk is {self.vocab_chunk}; expected at least 1 edge")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
     """Weights, optimizer state and the number of updates applied (skipped steps do not count)."""
@@ -73,10 +69,10 @@ class TrainStep:
     Attributes:
         init: ``params -> TrainState``, on a copy of the params.
         start: ``params -> Accumulated`` of nothing.
-        accumulate: ``(params, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version`` is
-            the policy version of ``params``: log-probability gaps are measured on the terms it drew.
-        apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient norm is
-            not finite the state comes back as it was, and the metric ``skipped`` is 1.
+        accumulate: ``(params, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version``
+            is the policy version of ``params``: log-probability gaps are measured on the terms it drew.
+        apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient
+            norm is not finite the state comes back as it was, and the metric ``skipped`` is 1.
         score: ``(params, batch) -> [B, M]`` log-probabilities of the terms.
     """
 
@@ -175,7 +171,7 @@ def _loss(
 def _apply(
     optimizer: optax.GradientTransformation, rate: optax.Schedule, state: TrainState, accumulated: Accumulated
 ) -> tuple[TrainState, Metrics]:
-    norm = optax.global_norm(accumulated.grads)
+    norm = optax.tree.norm(accumulated.grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
     updates, opt_state = optimizer.update(accumulated.grads, state.opt_state, _wide(state.params))
     params = optax.apply_updates(state.params, updates)

@@ -22,7 +22,6 @@ from forgejax.errors import ConfigError
 from forgejax.sharding import constrain
 
 DType = Literal["float32", "bfloat16", "float64"]
-_INIT_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,16 +123,19 @@ class Block(nnx.Module):
         self.config = config
         L, D, F = config.num_layers, config.d_model, config.d_ff
         H, K, C = config.num_heads, config.num_kv_heads, config.head_size
-        normal = nnx.initializers.normal(_INIT_STD)
+        # Unit-variance inputs give unit-variance outputs at any width: a fixed 0.02 starves a narrow model's attention.
+        normal = nnx.initializers.normal(D**-0.5)
         # Residual branches start smaller by sqrt(2L), so that the stream's variance does not grow with depth (GPT-2).
-        residual = nnx.initializers.normal(_INIT_STD / (2 * L) ** 0.5)
+        branch = (2 * L) ** -0.5
+        residual_o = nnx.initializers.normal(branch * (H * C) ** -0.5)
+        residual_down = nnx.initializers.normal(branch * F**-0.5)
         ones, zeros, dtype = nnx.initializers.ones, nnx.initializers.zeros, config.param_dtype
 
         self.attention_norm = weight(rngs, (L, D), ("layers", "norm"), dtype, ones)
         self.q = weight(rngs, (L, D, H, C), ("layers", "embed", "heads", "head_dim"), dtype, normal)
         self.k = weight(rngs, (L, D, K, C), ("layers", "embed", "kv_heads", "head_dim"), dtype, normal)
         self.v = weight(rngs, (L, D, K, C), ("layers", "embed", "kv_heads", "head_dim"), dtype, normal)
-        self.o = weight(rngs, (L, H, C, D), ("layers", "heads", "head_dim", "embed"), dtype, residual)
+        self.o = weight(rngs, (L, H, C, D), ("layers", "heads", "head_dim", "embed"), dtype, residual_o)
         if config.attention_bias:
             self.q_bias = weight(rngs, (L, H, C), ("layers", "heads", "head_dim"), dtype, zeros)
             self.k_bias = weight(rngs, (L, K, C), ("layers", "kv_heads", "head_dim"), dtype, zeros)
@@ -144,7 +146,7 @@ class Block(nnx.Module):
         self.mlp_norm = weight(rngs, (L, D), ("layers", "norm"), dtype, ones)
         self.gate = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
         self.up = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
-        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), dtype, residual)
+        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), dtype, residual_down)
 
     def __call__(
         self, layer: jax.Array, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, memory: Any
@@ -190,8 +192,8 @@ class Policy(nnx.Module):
 
     def __init__(self, config: PolicyConfig, rngs: nnx.Rngs):
         self.config = config
-        normal = nnx.initializers.normal(_INIT_STD)
         V, D, dtype = config.vocab_size, config.d_model, config.param_dtype
+        normal = nnx.initializers.normal(D**-0.5)
         self.embedding = weight(rngs, (V, D), ("vocab", "embed"), dtype, normal)
         self.blocks = Block(config, rngs)
         self.final_norm = weight(rngs, (D,), ("norm",), dtype, nnx.initializers.ones)

@@ -7,8 +7,6 @@ and values are never repeated and each product is one matrix product a key head.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,7 +61,7 @@ def _put(blocks: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, end_T: jax.Array, a: jax.Array, b: jax.Array, block: int
+    q: jax.Array, k: jax.Array, end_T: jax.Array, *, a: jax.Array, b: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled scores [K, G * block, block] of query block a against key block b, and which of them count."""
     scores = jnp.einsum("KQC,KSC->KQS", q, k, preferred_element_type=_real(q)) * q.shape[-1] ** -0.5
@@ -92,7 +90,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[
         def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out, top, total = carry
             a, b = q_block[p], kv_block[p]
-            scores, visible = _scores(_at(q_row, a), _at(k_row, b), end_T, a, b, block)
+            scores, visible = _scores(_at(q_row, a), _at(k_row, b), end_T, a=a, b=b, block=block)
             scores = jnp.where(visible, scores, _NEVER)
             old_top = _at(top, a)
             new_top = jnp.maximum(old_top, scores.max(axis=-1))
@@ -103,7 +101,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[
             total = _put(total, _at(total, a) * decay + weights.sum(axis=-1), a)
             return out, _put(top, new_top, a), total
 
-        start = (jnp.zeros(q_row.shape, real), jnp.full(q_row.shape[:-1], _NEVER, real), jnp.zeros(q_row.shape[:-1], real))
+        start = (
+            jnp.zeros(q_row.shape, real),
+            jnp.full(q_row.shape[:-1], _NEVER, real),
+            jnp.zeros(q_row.shape[:-1], real),
+        )
         out, top, total = lax.fori_loop(0, n_pairs, pair, start)
         total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
         return out / total[..., None], top + jnp.log(total)
@@ -124,7 +126,7 @@ def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
             d_q, d_k, d_v = carry
             a, b = q_block[p], kv_block[p]
             q_a, k_b, d_a = _at(q_row, a), _at(k_row, b), _at(d_row, a)
-            scores, visible = _scores(q_a, k_b, end_T, a, b, block)
+            scores, visible = _scores(q_a, k_b, end_T, a=a, b=b, block=block)
             weights = jnp.where(visible, jnp.exp(scores - _at(lse_row, a)[..., None]), 0.0)
             d_weights = jnp.einsum("KQC,KSC->KQS", d_a, _at(v_row, b).astype(real))
             d_scores = weights * (d_weights - _at(delta_row, a)[..., None]) * q.shape[-1] ** -0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 from forgejax.errors import MeshError
 from forgejax.sharding.topology import AXES, CHIPS, MeshPlan, Platform
 
+_THREADS_PER_DEVICE = 4
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _GPU_NODES = ("dev/nvidia0", "dev/kfd", "dev/dxg")
 _ADVICE: dict[Platform, str] = {
@@ -37,6 +39,9 @@ def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
         _require_hardware(plan)
         return
     wanted = plan.devices + extra_devices
+    # XLA's CPU client runs collectives on a thread pool of NPROC threads (by default one a core), and each waiting
+    # participant blocks one. Independent collectives of a program run at once: too small a pool deadlocks.
+    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * wanted))
     try:
         jax.config.update("jax_platforms", "cpu")
         asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked

@@ -45,7 +45,12 @@ def sample(
 
 
 def random_group(
-    rng: np.random.Generator, *, vocab: int = 4, samples: int = 8, longest: int = 12, temperatures: Sequence[float] = (1.0,)
+    rng: np.random.Generator,
+    *,
+    vocab: int = 4,
+    samples: int = 8,
+    longest: int = 12,
+    temperatures: Sequence[float] = (1.0,),
 ) -> list[Sample]:
     """Samples over a small vocabulary, so that prefixes, duplicates and strict prefixes abound."""
     found: list[Sample] = []
@@ -63,8 +68,8 @@ def random_group(
         split = int(rng.integers(1, len(ids)))
         found.append(
             sample(
-                ids[:split],
-                ids[split:],
+                ids[:split].tolist(),
+                ids[split:].tolist(),
                 name=f"r{index}",
                 advantage=float(rng.normal()),
                 old_logp=rng.normal(-1.5, 1.5, len(ids) - split).tolist(),

@@ -145,5 +145,5 @@ def test_every_sampled_token_is_trained_or_has_a_reason() -> None:
 
 
 def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(ConfigError, match="credit.gamma is 2"):
+    with pytest.raises(ConfigError, match=r"credit\.gamma is 2"):
         CreditConfig(gamma=2.0)

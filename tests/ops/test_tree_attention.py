@@ -85,9 +85,7 @@ def test_a_mesh_of_rows_and_heads_gives_the_same_numbers(kv_heads: int) -> None:
     meta = tree_meta(end, lengths, 16)
 
     alone = _grads(lambda q, k, v: tree_attention(q, k, v, meta), q, k, v, w)
-    split = _grads(
-        lambda q, k, v: tree_attention(q, k, v, meta, mesh=mesh, row_axes=("r",), head_axis="h"), q, k, v, w
-    )
+    split = _grads(lambda q, k, v: tree_attention(q, k, v, meta, mesh=mesh, row_axes=("r",), head_axis="h"), q, k, v, w)
 
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -108,7 +106,7 @@ def test_half_precision_accumulates_in_fp32() -> None:
     meta: TreeMeta = tree_meta(end, lengths, 16)
 
     ours = tree_attention(q, k, v, meta)
-    wide = dense_tree_attention(*(x.astype("float32") for x in (q, k, v)), jnp.asarray(end))
+    wide = dense_tree_attention(q.astype("float32"), k.astype("float32"), v.astype("float32"), jnp.asarray(end))
 
     assert ours.dtype == jnp.bfloat16
     error = jnp.abs(ours.astype("float32") - wide)[0]
