@@ -6,6 +6,7 @@ Its result depends on the configuration only, so it is cached and the next run s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -41,14 +42,16 @@ _TASKS_FROM = 1_000_000_000
 class WarmStartConfig:
     """How long to imitate, and what.
 
-    ``steps`` of 0 leaves the phase out. Each demonstration solves one training task, with the tool in ``tool_rate`` of
-    them whatever the level: when to use it is left for RL to find out. The demonstrator is no calculator: at
-    ``guessed_levels`` it cannot work an answer out by itself, and without the tool it guesses. ``describe`` is the
-    command by which the agent program prints its system prompt and tools. ``cache`` is a folder, or empty for none.
+    ``steps`` of 0 leaves the phase out. Each of the ``demonstrations``, ``batch_size`` of which make a step, solves one
+    training task, with the tool in ``tool_rate`` of them whatever the level: when to use it is left for RL to find out.
+    The demonstrator is no calculator: at ``guessed_levels`` it cannot work an answer out by itself, and guesses where it
+    does without the tool. ``describe`` is the command by which the agent program prints its system prompt and tools. ``cache`` is
+    a folder, or empty for none.
     """
 
     steps: int = 0
-    demonstrations_per_step: int = 32
+    demonstrations: int = 8192
+    batch_size: int = 128
     tool_rate: float = 0.5
     guessed_levels: tuple[str, ...] = ()
     describe: tuple[str, ...] = ()
@@ -56,10 +59,10 @@ class WarmStartConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.demonstrations_per_step < 1:
+        if self.steps < 0 or not 1 <= self.batch_size <= self.demonstrations:
             raise ConfigError(
-                f"warm_start.steps {self.steps} and demonstrations_per_step {self.demonstrations_per_step}: "
-                "expected 0 or more steps of at least 1"
+                f"warm_start.steps {self.steps}, batch_size {self.batch_size} and demonstrations "
+                f"{self.demonstrations}: expected 0 or more steps of 1 up to all demonstrations"
             )
         if not 0.0 <= self.tool_rate <= 1.0:
             raise ConfigError(f"warm_start.tool_rate is {self.tool_rate}; expected a share from 0 to 1")
@@ -73,7 +76,7 @@ class WarmStartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrations:
-    """An endless, seeded stream of demonstrations, as token ids."""
+    """A seeded set of demonstrations, as token ids."""
 
     config: WarmStartConfig
     tasks: TaskSource
@@ -102,17 +105,23 @@ class Demonstrations:
 
     def batches(self, packing: PackConfig, row_shards: int) -> Iterator[PackedStep]:
         """One packed step for each step of the phase, prepared in a thread of Grain's."""
-        per_step = self.config.demonstrations_per_step
         # All demonstrations begin alike, so they are merged into one forest, and every token weighs the same.
         packing = dataclasses.replace(packing, loss_norm="batch")
+        samples = functools.lru_cache(maxsize=None)(self.samples)  # rendering one costs as much as training on it
 
         def packed(members: Sequence[int]) -> PackedStep:
-            return pack([[s for index in members for s in self.samples(index)]], packing, row_shards=row_shards)
+            together = [sample for index in members for sample in samples(int(index))]
+            return pack([together], packing, row_shards=row_shards)
 
-        indices = grain.MapDataset.range(self.config.steps * per_step)
-        dataset = indices.to_iter_dataset(grain.ReadOptions(num_threads=0)).batch(per_step, batch_fn=list)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(dataset.map(packed), prefetch_buffer_size=4)
-        return iter(ahead)
+        epochs = grain.MapDataset.range(self.config.demonstrations).shuffle(seed=self.seed).repeat()
+        batches = epochs.to_iter_dataset(grain.ReadOptions(num_threads=0)).batch(self.config.batch_size, batch_fn=list)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(packed), prefetch_buffer_size=4)
+        iterator = iter(ahead)
+        try:
+            for _ in range(self.config.steps):
+                yield next(iterator)
+        finally:
+            iterator.close()
 
 
 def _guess(question: str) -> str:
@@ -144,13 +153,7 @@ def imitate(
 ) -> None:
     """Runs the phase on a learner made with ``WarmStartConfig.step_config``.
 
-    ``progress(step, loss)`` is called as each step's figures arrive, one step late, so that the devices never wait.
+    ``progress(step, loss)`` is called after each step.
     """
-    pending: tuple[int, Any] | None = None
-    for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards)):
-        metrics = learner.update(packed.batches, version=0)
-        if pending is not None:
-            progress(pending[0], float(pending[1]))
-        pending = (number + 1, metrics["loss"])
-    if pending is not None:
-        progress(pending[0], float(pending[1]))
+    for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards), start=1):
+        progress(number, float(learner.update(packed.batches, version=0)["loss"]))

@@ -51,6 +51,8 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
     parser.add_argument("--resume", nargs="?", const="", default=None)
     own, overrides = parser.parse_known_args(arguments)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # The rest takes seconds to import: a typo in the command line is answered first.
     from forgejax import rundir  # noqa: PLC0415
     from forgejax.config import check_mesh, load_config, load_saved, to_mapping  # noqa: PLC0415
