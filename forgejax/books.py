@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -36,7 +36,11 @@ class StepData:
 
 @dataclass(kw_only=True)
 class Books:
-    """Written by the training thread alone. ``sampled_before``: tokens drawn by earlier attempts at this run."""
+    """Written by the training thread alone.
+
+    ``sampled_before``: tokens drawn by earlier attempts at this run. ``counted_at``: the moment up to which the tally
+    has the run's wall clock.
+    """
 
     config: TrainConfig
     learner: Learner
@@ -47,23 +51,26 @@ class Books:
     progress: Progress
     tally: Tally
     sampled_before: int = 0
+    counted_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.mark()
 
     def open_step(self, data: StepData, step: int, metrics: Metrics) -> Callable[[], None]:
         """Begins the entry of the step that has just been dispatched, the ``step``-th.
 
         The call that is returned completes it; it waits for the devices, so it is made once the next step is under way.
         """
-        began, sampled = time.monotonic(), self._sampled()
 
         def close() -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            seconds = max(time.monotonic() - began, 1e-9)
+            seconds, sampled = self._since_mark()
             self._enter(data, values)
             row = {
                 "step": step,
                 **data.figures,
                 **{f"learner/{name}": value for name, value in values.items()},
-                **self._rates(data, values, seconds, self._sampled() - sampled),
+                **self._rates(data, values, seconds, sampled),
                 **self._levels(),
             }
             self.metrics.write(row)
@@ -71,6 +78,10 @@ class Books:
             self._require_sound_steps()
 
         return close
+
+    def mark(self) -> None:
+        """Rates are measured from here: called where training begins or goes on after something else."""
+        self._marked = (time.monotonic(), self._sampled())
 
     def measure_gap(self, turns: Iterable[Turn], version: int) -> None:
         """Scores what the sampler drew with the learner's current weights, of ``version``."""
@@ -110,13 +121,18 @@ class Books:
             version,
         )
 
+    def stamp(self) -> None:
+        """Brings the tally's wall clock up to now."""
+        now = time.monotonic()
+        self.tally.wall_s += now - self.counted_at
+        self.counted_at = now
+
     def _enter(self, data: StepData, values: Mapping[str, float]) -> None:
         packed = data.training.packed
         terms, skipped = round(values["trained_terms"]), values["skipped"] > 0
         self.tally.count_step(terms=terms, skipped=skipped)
         self.tally.count_packing(packed.stats)
         if skipped:
-            self.pool.count_tokens("skipped_step", terms)
             self.progress.note(f"step {data.number + 1} was not finite and has been skipped")
         records = {}
         for request_id in {placement.request_id for placement in packed.placements}:
@@ -124,6 +140,12 @@ class Books:
             if found is not None:
                 records[request_id] = (found.prompt_ids, found.sampled_ids)
         self.tally.drift_tokens += drift_tokens(packed, records)
+
+    def _since_mark(self) -> tuple[float, int]:
+        """Seconds and sampled tokens since the last mark, which moves to now."""
+        began, sampled = self._marked
+        self.mark()
+        return max(self._marked[0] - began, 1e-9), self._marked[1] - sampled
 
     def _sampled(self) -> int:
         return sum(self.driver.metrics().tokens_sampled.values())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
-from flax import nnx
+import jax
 from jax.sharding import Mesh
 
 from forgejax.agents import ReasoningGymTasks, SpeedBaseline, make_scaffold
@@ -21,10 +21,10 @@ from forgejax.errors import ConfigError
 from forgejax.evaluate import Evaluated, keep, kept
 from forgejax.gateway import ChatFormat, Gateway
 from forgejax.learner import Learner, PackGroups, empty_batch, judge
-from forgejax.models import Params, Policy, abstract_policy, init_params
+from forgejax.models import Params, abstract_policy, init_params
 from forgejax.pool.codec import decode_group
 from forgejax.pool.dataset import GroupBatch, GroupDataset
-from forgejax.pool.journal import Journal
+from forgejax.pool.journal import LOST_ATTEMPT, Journal
 from forgejax.pool.pool import Pool
 from forgejax.report.figures import group_figures
 from forgejax.report.metrics import MetricsWriter
@@ -35,10 +35,10 @@ from forgejax.rundir import RunDir
 from forgejax.sharding import MeshPlan, Rules, build_mesh, prepare_platform, resolve, spare_devices
 from forgejax.tally import Tally
 from forgejax.train import Trainer
-from forgejax.warm_start import cache_key, imitate, make_demonstrations
+from forgejax.warm_start import Demonstrations, cache_key, imitate, make_demonstrations
 
 BEFORE_FILE = "evaluation-before.json"
-LOST_ATTEMPT = "lost_attempt"
+_RULES = Rules()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,6 @@ def run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callab
 
     ``on_ready`` gets the trainer as soon as it can be stopped. Raises ForgejaxError with a sentence for the user.
     """
-    began = time.monotonic()
     with ExitStack() as stack:
         trainer = build(config, place, progress, stack)
         on_ready(trainer)
@@ -68,30 +67,30 @@ def run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callab
             before = trainer.evaluate()
             keep(place.path / BEFORE_FILE, before)
         trainer.service.start_groups()
-        with progress.phase("training", f"steps {trainer.step + 1} to {config.run.steps}"):
+        with progress.phase("training", f"{config.run.steps - trainer.step} steps"):
             trainer.train()
         finished = trainer.step >= config.run.steps
         trainer.service.stop_groups()
         trainer.pool.close()
         after = trainer.evaluate() if finished else None
         trainer.pool.rewind(trainer.step)  # what was prefetched and never trained goes back into the books
-        trainer.books.tally.wall_s += time.monotonic() - began
         trainer.checkpoints.wait()
+        trainer.books.stamp()
         return _close(trainer, before, after, finished)
 
 
 def _close(trainer: Trainer, before: Evaluated | None, after: Evaluated | None, finished: bool) -> Outcome:
-    engine = trainer.driver.metrics()
-    not_trained = dict(trainer.pool.tokens().not_trained)
-    for reason, tokens in (("cancelled", engine.tokens_cancelled), ("request_failed", engine.tokens_failed)):
-        if count := sum(tokens.values()):
-            not_trained[reason] = not_trained.get(reason, 0) + count
+    engine, tally = trainer.driver.metrics(), trainer.books.tally
+    not_trained = Counter(trainer.pool.tokens().not_trained)
+    not_trained["cancelled"] += sum(engine.tokens_cancelled.values())
+    not_trained["request_failed"] += sum(engine.tokens_failed.values())
+    not_trained["skipped_step"] += tally.skipped_tokens
     return Outcome(
         trainer=trainer,
         before=before,
         after=after,
         tokens_sampled=trainer.books.sampled_before + sum(engine.tokens_sampled.values()),
-        tokens_not_trained=not_trained,
+        tokens_not_trained={reason: tokens for reason, tokens in sorted(not_trained.items()) if tokens},
         cache_hit_rate=engine.cache_hit_rate,
         finished=finished,
     )
@@ -99,6 +98,7 @@ def _close(trainer: Trainer, before: Evaluated | None, after: Evaluated | None, 
 
 def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Trainer:
     """Everything a run needs, started; ``stack`` takes it down in the right order."""
+    began = time.monotonic()
     plan, mesh, device = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = _chat(config)
@@ -137,6 +137,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
             scaffold=make_scaffold(config.agent),
             tasks=tasks,
             pool=pool,
+            requests=requests,
             baseline=_baseline(config, journal),
         )
     )
@@ -155,6 +156,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         progress=progress,
         tally=tally,
         sampled_before=sampled_before,
+        counted_at=began,
     )
     return Trainer(
         config=config.run,
@@ -172,18 +174,13 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     )
 
 
-def _devices(config: TrainConfig) -> tuple[MeshPlan, Mesh, Any]:
-    """The learner's mesh, and a device outside it for the engine: their programs must not wait for each other."""
+def _devices(config: TrainConfig) -> tuple[MeshPlan, Mesh, jax.Device]:
+    """The learner's mesh and the engine's device: one outside the mesh where there is one, for then their programs need
+    not wait for each other; else the mesh's first. The engine's programs hold no collective, so sharing is safe."""
     plan = resolve(config.mesh)
     prepare_platform(plan, extra_devices=ENGINE_DEVICES)
     mesh = build_mesh(plan)
-    spare = spare_devices(mesh)
-    if not spare:
-        raise ConfigError(
-            f"mesh {plan.name} takes all {plan.devices} devices and leaves none for the engine; "
-            "choose a mesh that is smaller by at least one device"
-        )
-    return plan, mesh, spare[0]
+    return plan, mesh, next(iter(spare_devices(mesh)), mesh.devices.flat[0])
 
 
 def _chat(config: TrainConfig) -> ChatFormat:
@@ -199,34 +196,26 @@ def _chat(config: TrainConfig) -> ChatFormat:
 def _learner(
     config: TrainConfig, mesh: Mesh, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
 ) -> Learner:
-    rules = Rules()
     graphdef, _ = abstract_policy(config.policy)
-    params = init_params(config.policy, mesh, rules, config.run.seed)
+    params = init_params(config.policy, mesh, _RULES, config.run.seed)
     if warm and config.warm_start.steps:
-        params = _warm_params(config, graphdef, params, mesh, rules, chat, tasks, progress)
-    return Learner(graphdef, params, config.step, mesh=mesh, rules=rules)
+        demonstrations = make_demonstrations(config.warm_start, tasks, chat, config.run.seed)
+        params = _warm_params(config, params, mesh, demonstrations, progress)
+    return Learner(graphdef, params, config.step, mesh=mesh, rules=_RULES)
 
 
 def _warm_params(
-    config: TrainConfig,
-    graphdef: nnx.GraphDef[Policy],
-    params: Params,
-    mesh: Mesh,
-    rules: Rules,
-    chat: ChatFormat,
-    tasks: ReasoningGymTasks,
-    progress: Progress,
+    config: TrainConfig, params: Params, mesh: Mesh, demonstrations: Demonstrations, progress: Progress
 ) -> Params:
     """Weights after the supervised phase, from the cache if some run has been through the very same one."""
     warm = config.warm_start
-    demonstrations = make_demonstrations(warm, tasks, chat, config.run.seed)
     step_config = warm.step_config(config.step)
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
     cached = Path(warm.cache) / cache_key([to_mapping(each) for each in settings], demonstrations, config.tokenizer)
     if warm.cache and cached.is_dir():
         progress.note(f"warm start taken from {cached}")
         return load_tree(cached, params)
-    learner = Learner(graphdef, params, step_config, mesh=mesh, rules=rules)
+    learner = Learner(abstract_policy(config.policy)[0], params, step_config, mesh=mesh, rules=_RULES)
     with progress.phase("warm start", f"{warm.steps} supervised steps"):
         imitate(learner, demonstrations, config.packing, _told(progress, warm.steps))
     params = learner.params()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from pathlib import Path
 
 from forgejax.build import Outcome
 from forgejax.config import TrainConfig, to_mapping
 from forgejax.pool.account import UNUSED_AT_END
+from forgejax.pool.journal import LOST_ATTEMPT
 from forgejax.report.evaluation import NOT_MEASURED
 from forgejax.report.html import Report, write_html
 from forgejax.report.invariants import Bounds
@@ -62,9 +64,9 @@ def bounds(config: TrainConfig) -> Bounds:
 def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
     trainer = outcome.trainer
     tally, groups = trainer.books.tally, trainer.pool.snapshot()
-    groups_not_trained = groups.groups_not_trained
-    if groups.finished_waiting:
-        groups_not_trained |= {UNUSED_AT_END: groups.finished_waiting}
+    groups_not_trained = Counter(groups.groups_not_trained)
+    groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
+    groups_not_trained[LOST_ATTEMPT] += groups.waiting
     return Summary(
         **evaluation_fields("before", outcome.before.result if outcome.before else NOT_MEASURED),
         **evaluation_fields("after", outcome.after.result if outcome.after else NOT_MEASURED),
@@ -86,5 +88,5 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         tokens_not_trained=dict(outcome.tokens_not_trained),
         groups_dispatched=groups.groups_dispatched,
         groups_trained=groups.groups_trained,
-        groups_not_trained=groups_not_trained,
+        groups_not_trained={reason: count for reason, count in sorted(groups_not_trained.items()) if count},
     )

@@ -21,8 +21,8 @@ from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.evaluate import Evaluation, evaluate
 from forgejax.gateway import Gateway
 from forgejax.pool.pool import Pool
-from forgejax.rollout import Driver, LocalSampler
-from forgejax.types import Completion, SampleRequest, SessionSpec, Task, TaskSource
+from forgejax.rollout import Driver, LocalSampler, RequestLog
+from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task, TaskSource
 
 _START_S = 120.0
 _STOP_S = 60.0
@@ -40,7 +40,29 @@ class Parts:
     scaffold: Scaffold
     tasks: TaskSource
     pool: Pool
+    requests: RequestLog
     baseline: SpeedBaseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedFirst:
+    """The pool as a ``GroupSink`` that accepts a group once the engine's log has its requests on the disk.
+
+    Ids are compared with that log when the group is trained, which may be after a crash.
+    """
+
+    pool: GroupSink
+    requests: RequestLog
+
+    async def next_dispatch(self) -> Dispatch | None:
+        return await self.pool.next_dispatch()
+
+    def finish(self, group: Group) -> None:
+        self.requests.flush()
+        self.pool.finish(group)
+
+    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+        self.pool.fail(dispatch, reason, sampled_tokens)
 
 
 class RolloutService:
@@ -61,6 +83,7 @@ class RolloutService:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)
         self._groups: Future[None] | None = None
+        self._running: asyncio.Task[None] | None = None
 
     def __enter__(self) -> RolloutService:
         self._thread.start()
@@ -74,13 +97,16 @@ class RolloutService:
 
     def __exit__(self, *_: object) -> None:
         """Stops everything; what cannot be stopped in time is left to die with the process."""
-        self.stop_groups()
+        with contextlib.suppress(ForgejaxError):
+            self.stop_groups()
         with contextlib.suppress(ForgejaxError):
             self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
         with contextlib.suppress(EngineError):
             self._parts.driver.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     @property
     def url(self) -> str:
@@ -89,7 +115,7 @@ class RolloutService:
     def start_groups(self) -> None:
         """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
         runner = GroupRunner(
-            sink=self._parts.pool,
+            sink=LoggedFirst(pool=self._parts.pool, requests=self._parts.requests),
             tasks=self._parts.tasks,
             episodes=self._episodes,
             group_size=self._parts.config.run.group_size,
@@ -97,14 +123,16 @@ class RolloutService:
             session=SessionSpec(law=self._parts.config.sampling, seed=self._parts.config.run.seed),
         )
         self._groups = asyncio.run_coroutine_threadsafe(self._run_groups(runner), self._loop)
+        # Nothing will come any more: wakes a trainer that waits for groups, who by then can be told why.
+        self._groups.add_done_callback(lambda _: self._parts.pool.close())
 
     def stop_groups(self) -> None:
-        """Cancels the groups in flight; each is reported to the pool. Idempotent."""
+        """Cancels the groups in flight; each is reported to the pool. Raises what a report raises. Idempotent."""
         if self._groups is None:
             return
-        self._groups.cancel()
+        groups, self._groups = self._groups, None
+        groups.cancel()
         self._call(self._settled(), _STOP_S, "the episodes in flight did not end")
-        self._groups = None
 
     def check(self) -> None:
         """Raises what ended the groups or the engine, if something did."""
@@ -127,7 +155,7 @@ class RolloutService:
             concurrency=run.eval_concurrency,
             seed=run.seed,
         )
-        waves = -(-len(tasks) * run.eval_samples // run.eval_concurrency)
+        waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
         deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
         return self._call(work, deadline_s, "the evaluation did not end")
 
@@ -149,16 +177,13 @@ class RolloutService:
 
     async def _run_groups(self, runner: GroupRunner) -> None:
         self._running = asyncio.current_task()
-        try:
-            await runner.run()
-        finally:
-            self._parts.pool.close()  # nothing will come any more: wakes a trainer that waits for groups
+        await runner.run()
 
     async def _settled(self) -> None:
-        """Until the cancelled runner has reported its groups."""
-        others = [task for task in asyncio.all_tasks() if task is self._running]
-        if others:
-            await asyncio.wait(others)
+        """Until the cancelled runner has reported its groups. It has no task where it was cancelled before it began."""
+        if self._running is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(self._running)
 
     def _call(self, work: Coroutine[Any, Any, T], deadline_s: float, failure: str) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

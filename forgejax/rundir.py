@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from forgejax.errors import ConfigError, RunLockedError
 from forgejax.pool.schema import sqlite_url
+from forgejax.report.storage import write_atomic
 
 _CONFIG = "config.json"
 
@@ -42,7 +43,7 @@ class RunDir:
 
     def save_config(self, config: dict[str, Any]) -> None:
         """Keeps the resolved configuration, so that ``--resume`` needs nothing else."""
-        (self.path / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_atomic(self.path / _CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
     def close(self) -> None:
         self.lock.close()
@@ -53,16 +54,14 @@ def create(root: Path, name: str, stem: str) -> RunDir:
 
     Raises ConfigError if a run of that name exists or the folder cannot be made.
     """
+    path = root / name
+    if name and path.exists():
+        raise ConfigError(f"there is a run in {path} already; choose another --run.name, or go on with --resume={name}")
     try:
         if name:
-            path = root / name
             path.mkdir(parents=True)
         else:
             path = _make_numbered(root, stem)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"there is a run in {root / name} already; choose another --run.name, or go on with --resume={name}"
-        ) from error
     except OSError as error:
         raise ConfigError(f"the run directory under {root} cannot be made: {error}; set --run.root") from error
     return _locked(path, resumed=False)

@@ -46,6 +46,7 @@ class Trainer:
     def train(self) -> None:
         """Trains until ``run.steps`` steps are done, or until ``stop`` is called; ends with a checkpoint."""
         log = _nothing
+        self.books.mark()
         while self.step < self.config.steps and (data := self._take()) is not None:
             metrics = self.learner.update(data.training.packed.batches, version=self.step)
             self.step += 1
@@ -75,14 +76,16 @@ class Trainer:
         outcome = evaluation.result.overall.reward
         if outcome is not None:
             self.progress.note(f"held-out outcome after step {self.step}: {outcome:.3f}")
+        self.books.mark()
         return Evaluated(result=evaluation.result, examples=examples(evaluation, tasks, self.chat))
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""
         if self.checkpoints.latest == self.step:
             return
+        oldest = self.checkpoints.oldest  # until the new one is on the disk, a crash goes back to one of these
+        self.books.stamp()
         self.checkpoints.save(self.step, self.learner.state, self.books.tally.to_mapping(), self.batches)
-        oldest = self.checkpoints.oldest
         if oldest is not None:
             self.pool.forget(oldest)
 

@@ -88,7 +88,8 @@ class SampleRequest:
 class Completion:
     """What the engine drew for one request. Arrays are parallel to ``token_ids``; a drawn stop id is included.
 
-    ``logprobs[t]`` is the log-probability of ``token_ids[t]`` under ``law`` and policy version ``versions[t]``;
+    ``logprobs[t]`` is the log-probability of ``token_ids[t]`` under the whole softmax of policy version
+    ``versions[t]`` at the law's temperature (at 1 where the law is greedy), before any truncation;
     ``oldest_versions[t]`` is the oldest policy version in the KV that this token saw. ``queued_s`` is the time spent
     waiting for the engine before prefill began (no fault of the agent), ``generate_s`` the time from then to the end.
     """

@@ -44,9 +44,9 @@ class WarmStartConfig:
 
     ``steps`` of 0 leaves the phase out. Each of the ``demonstrations``, ``batch_size`` of which make a step, solves one
     training task, with the tool in ``tool_rate`` of them whatever the level: when to use it is left for RL to find out.
-    The demonstrator is no calculator: at ``guessed_levels`` it cannot work an answer out by itself, and guesses where it
-    does without the tool. ``describe`` is the command by which the agent program prints its system prompt and tools. ``cache`` is
-    a folder, or empty for none.
+    The demonstrator is no calculator: at ``guessed_levels`` it cannot work an answer out in its head and guesses where
+    it does without the tool. ``describe`` is the command by which the agent program prints its system prompt and tools.
+    ``cache`` is a folder, or empty for none.
     """
 
     steps: int = 0

@@ -11,6 +11,7 @@ Ctrl-C ends the run after the current step, with a checkpoint; a second one ends
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -36,6 +37,8 @@ FAILED = 1
 
 def main() -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # `python` in an agent's command is this environment's, whether or not it has been activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         config, place = _open(sys.argv[1:])
@@ -58,13 +61,16 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     from forgejax.config import check_mesh, load_config, load_saved, to_mapping  # noqa: PLC0415
 
     config = load_config(own.config, overrides)
+    if own.resume is not None:
+        with contextlib.ExitStack() as on_error:
+            place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), own.resume)))
+            config = load_saved(rundir.saved_config(place), str(place.path), overrides)
+            check_mesh(config)  # once only: it settles for good which devices this process has
+            on_error.pop_all()
+        return config, place
     check_mesh(config)
-    if own.resume is None:
-        place = rundir.create(Path(config.run.root), config.run.name, own.config.stem)
-        place.save_config(to_mapping(config))
-    else:
-        place = rundir.reopen(Path(config.run.root), own.resume)
-        config = load_saved(rundir.saved_config(place), str(place.path), overrides)
+    place = rundir.create(Path(config.run.root), config.run.name, own.config.stem)
+    place.save_config(to_mapping(config))
     return config, place
 
 

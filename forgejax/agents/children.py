@@ -138,17 +138,23 @@ class Child(asyncio.SubprocessProtocol):
     async def stop(self) -> None:
         """Ends the process and its group: TERM, a moment to tidy up, then KILL; then reads what it had still written.
 
-        Takes at most a few seconds, also where a grandchild that left the group holds the pipes open. Idempotent.
+        Takes at most a few seconds, also where a grandchild that left the group holds the pipes open; none where
+        it is cancelled, which ends the process all the same. Idempotent.
         """
         if self._transport.is_closing():
             return  # its process id may belong to someone else by now
-        if not self.exited.is_set():
-            self._signal_group(signal.SIGTERM)
+        try:
+            if not self.exited.is_set():
+                self._signal_group(signal.SIGTERM)
+                await _within(TERMINATE_S, self.exited)
+            self._signal_group(signal.SIGKILL)
             await _within(TERMINATE_S, self.exited)
-        self._signal_group(signal.SIGKILL)
-        await _within(TERMINATE_S, self.exited)
-        await _within(DRAIN_S, self._drained)
-        self._transport.close()
+            await _within(DRAIN_S, self._drained)
+        except asyncio.CancelledError:
+            self._signal_group(signal.SIGKILL)
+            raise
+        finally:
+            self._transport.close()
 
     def kill(self) -> None:
         """Kills the whole group at once."""

@@ -28,11 +28,15 @@ class TokenAccount:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSnapshot:
-    """The pool at one moment. Counts and maxima are those of the surviving lineage, over all run attempts."""
+    """The pool at one moment. Counts and maxima are those of the surviving lineage, over all run attempts.
+
+    ``waiting`` groups were running in an attempt that died, and have not been dispatched again.
+    """
 
     version: int
     head: int
     in_flight: int
+    waiting: int
     running: int
     finished_waiting: int
     groups_dispatched: int

@@ -236,6 +236,7 @@ class Pool:
                 version=self._version,
                 head=window.head,
                 in_flight=running + finished + window.count(State.TAKEN),
+                waiting=window.count(State.WAITING),
                 running=running,
                 finished_waiting=finished,
                 groups_dispatched=ledger.dispatched,

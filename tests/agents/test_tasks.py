@@ -8,7 +8,12 @@ import pytest
 from forgejax.agents import DatasetConfig, ReasoningGymTasks, TasksConfig
 from forgejax.errors import ConfigError
 
-SMALL: dict[str, int | float | str | bool] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+SMALL: dict[str, int | float | str | bool | list[str]] = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 1,
+    "max_digits": 1,
+}
 
 
 def test_a_task_depends_on_the_configuration_and_its_index_only() -> None:

@@ -1,0 +1,194 @@
+"""The docs are held to the code: what they show runs, what they name exists, what they promise of imports is kept."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from forgejax.agents import EpisodeSpec, ProcessScaffold
+from forgejax.config import load_config
+from forgejax.gateway import ChatFormat, Gateway, GatewayConfig
+from forgejax.sharding import MeshConfig, resolve
+from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart.toml"
+DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STRUCTURE = (ROOT / "docs/structure.md").read_text(encoding="utf-8")
+
+
+class OneAnswer:
+    """A sampler that gives the same reply to every request and keeps what it was asked."""
+
+    def __init__(self, reply: list[int]) -> None:
+        self.reply = reply
+        self.requests: list[SampleRequest] = []
+
+    async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
+        self.requests.append(request)
+        ids = np.asarray([*self.reply, *sorted(request.stop_ids)[:1]], np.int32)
+        if on_tokens is not None:
+            on_tokens(ids.tolist())
+        return Completion(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            versions=np.zeros(len(ids), np.int32),
+            oldest_versions=np.zeros(len(ids), np.int32),
+            finish_reason=FinishReason.STOP,
+            law=request.law,
+        )
+
+
+def snippet(name: str) -> str:
+    """The fenced block of the README behind ``<!-- snippet: name -->``."""
+    found = re.search(rf"<!-- snippet: {name} -->\n```\w*\n(.*?)```", README, re.DOTALL)
+    assert found is not None, f"the README has no snippet {name!r}"
+    return found[1]
+
+
+def overrides(command: str) -> list[str]:
+    """The options in ``make train ARGS="..."``."""
+    make, target, arguments = shlex.split(command)
+    assert (make, target) == ("make", "train")
+    return shlex.split(arguments.removeprefix("ARGS="))
+
+
+async def test_the_readmes_agent_answers_through_the_gateway_with_the_readmes_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_agent.py").write_text(snippet("agent"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    config = load_config(QUICKSTART, overrides(snippet("command")))
+    chat = ChatFormat.load(ROOT / config.tokenizer)
+    sampler = OneAnswer(chat.codec.encode("42"))
+    gateway = Gateway(sampler, chat, config.engine.max_context, GatewayConfig(port=0))
+    scaffold = ProcessScaffold(config.agent)
+    await gateway.start()
+    await scaffold.start()
+    try:
+        session = gateway.open(SessionSpec())
+        result = await scaffold.run(
+            EpisodeSpec(
+                id="one",
+                question="Calculate 40 + 2.",
+                base_url=session.base_url,
+                api_key=session.api_key,
+                deadline_s=config.agent.deadline_s,
+            )
+        )
+        turns = await gateway.close(session.id)
+    finally:
+        await scaffold.close()
+        await gateway.stop()
+    assert (result.answer, result.error) == ("42", None)
+    asked = chat.render(
+        [{"role": "system", "content": "Answer with a number."}, {"role": "user", "content": "Calculate 40 + 2."}], ()
+    )
+    assert [turn.completion.prompt_ids.tolist() for turn in turns] == [list(asked)]
+
+
+def test_the_readmes_toml_means_the_same_as_its_options(tmp_path: Path) -> None:
+    own = re.sub(r"\[agent\]\n.*?(?=\n\[)", lambda _: snippet("toml"), QUICKSTART.read_text(), count=1, flags=re.DOTALL)
+    (tmp_path / "mine.toml").write_text(own, encoding="utf-8")
+    by_file = load_config(tmp_path / "mine.toml").agent
+    by_option = load_config(QUICKSTART, overrides(snippet("command"))).agent
+    assert (by_file.kind, by_file.command, by_file.deadline_s) == ("process", ("python", "my_agent.py"), 60.0)
+    assert (by_option.kind, by_option.command) == (by_file.kind, by_file.command)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_names_a_tokenizer_that_is_there(path: Path) -> None:
+    config = load_config(path)
+    assert (ROOT / config.tokenizer / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_every_path_a_doc_links_to_or_names_exists(doc: Path) -> None:
+    text = doc.read_text(encoding="utf-8")
+    linked = [doc.parent / link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    named = [ROOT / path for path in re.findall(r"`((?:forgejax|scripts|examples|tests)/[\w/.-]*)`", text)]
+    assert [str(path) for path in linked + named if not path.exists()] == []
+
+
+@pytest.mark.parametrize("doc", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda doc: doc.name)
+def test_every_make_target_a_doc_names_exists(doc: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", doc.read_text(encoding="utf-8"), re.MULTILINE)) <= set(targets)
+
+
+def test_every_mesh_the_readme_names_resolves() -> None:
+    names = re.findall(r"--mesh=([\w-]+)", README)
+    assert "v5e-64" in names
+    assert {name: resolve(MeshConfig(name=name)).chips for name in names if name.startswith("v5e")}["v5e-64"] == 64
+
+
+def rooms() -> dict[str, set[str]]:
+    """Each package of the table in docs/structure.md, and what it says the package imports."""
+    rows = re.findall(r"^\| \[`forgejax/(\w+)/`\].*\| ([^|]+) \|$", STRUCTURE, re.MULTILINE)
+    return {name: set() if imports == "nothing" else set(imports.split(", ")) for name, imports in rows}
+
+
+def test_the_structure_page_names_exactly_the_packages_and_files_that_exist() -> None:
+    assert set(rooms()) == {path.parent.name for path in ROOT.glob("forgejax/*/__init__.py")}
+    files = set(re.findall(r"`(?:forgejax/)?(\w+\.py)`", "\n".join(re.findall(r"^\|.*?\|", STRUCTURE, re.MULTILINE))))
+    assert files == {path.name for path in ROOT.glob("forgejax/*.py")} - {"__init__.py"}
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_package_imports_only_what_the_structure_page_allows(room: str) -> None:
+    allowed = rooms()[room] | {room} | ({"errors"} if "types" in rooms()[room] else set())
+    found = {
+        module.split(".")[1]
+        for path in (ROOT / "forgejax" / room).rglob("*.py")
+        for module in imported(path)
+        if module.startswith("forgejax.")
+    }
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("room", ["agents", "gateway", "pool", "report"])
+def test_the_packages_beside_the_engines_never_import_jax(room: str) -> None:
+    modules = [module for path in (ROOT / "forgejax" / room).rglob("*.py") for module in imported(path)]
+    assert [module for module in modules if module.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
+
+
+def imported(path: Path) -> list[str]:
+    """Every module that the file imports, at any level of it."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            modules.append(node.module)
+    return modules
+
+
+def test_the_pins_satisfy_every_declared_dependency_and_hold_no_address() -> None:
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.MULTILINE))
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = declared["project"]
+    wanted = [
+        Requirement(each)
+        for each in (
+            *project["dependencies"],
+            *project["optional-dependencies"]["dev"],
+            *declared["build-system"]["requires"],
+        )
+    ]
+    assert [str(each) for each in wanted if each.name.lower() not in pins] == []
+    assert [str(each) for each in wanted if not each.specifier.contains(pins[each.name.lower()])] == []
+    assert {"tensorflow", "seqio"}.isdisjoint(pins)
+    assert "://" not in text
