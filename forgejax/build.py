@@ -62,6 +62,8 @@ def run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callab
     with ExitStack() as stack:
         trainer = build(config, place, progress, stack)
         on_ready(trainer)
+        with progress.phase("compiling", "the engine"):
+            trainer.pool.count_tokens("probe", sum(len(each.token_ids) for each in trainer.service.warm_up()))
         before = kept(place.path / BEFORE_FILE)
         if trainer.step == 0 and not trainer.stopping:
             before = trainer.evaluate()

@@ -15,6 +15,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from forgejax.agents import EpisodeRunner, GroupRunner, Scaffold, SpeedBaseline
 from forgejax.config import TrainConfig
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
@@ -27,6 +29,7 @@ from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest
 _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
+_WARM_TOKENS = 8
 T = TypeVar("T")
 
 
@@ -158,6 +161,27 @@ class RolloutService:
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
         deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
         return self._call(work, deadline_s, "the evaluation did not end")
+
+    def warm_up(self) -> list[Completion]:
+        """Has the engine compile its programs by use: every prefill length, every number of busy slots.
+
+        The first episodes would else wait for it, and their times would say nothing of the policy.
+        """
+        engine, drawn = self._parts.config.engine, []
+        for busy in engine.decode_rows:
+            lengths = [min(bucket + 1, engine.max_context - _WARM_TOKENS) for bucket in engine.prefill_buckets]
+            drawn += self.probe(
+                [
+                    SampleRequest(
+                        request_id=f"warm-up-{self._parts.pool.attempt}-{busy}-{number}",
+                        prompt_ids=np.zeros(max(1, lengths[number % len(lengths)]), np.int32),
+                        max_tokens=_WARM_TOKENS,
+                        purpose="probe",
+                    )
+                    for number in range(busy)
+                ]
+            )
+        return drawn
 
     def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Draws completions for prompts given as ids, past the gateway."""

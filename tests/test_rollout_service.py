@@ -1,8 +1,9 @@
 """What holds between the engine's log, the pool and the trainer, seen without any of them."""
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -79,6 +80,13 @@ def parts(pool: Any = None, **changed: Any) -> Any:
     return cast(Parts, SimpleNamespace(**(values | changed)))
 
 
+def check_on(service: RolloutService) -> NoReturn:
+    """Looks again and again, as the training loop does, until something has ended the groups."""
+    while True:
+        service.check()
+        time.sleep(0.001)
+
+
 def test_a_group_is_accepted_only_once_the_engines_log_is_on_the_disk() -> None:
     both = Recorder()
     LoggedFirst(pool=cast(Any, both), requests=cast(Any, both)).finish(cast(Group, None))
@@ -110,8 +118,7 @@ def test_what_ends_the_groups_is_told_to_a_trainer_who_waits_for_them(problem: E
     with service:
         service.start_groups()
         with pytest.raises(type(problem)):
-            while True:
-                service.check()
+            check_on(service)
 
     assert told == [problem]
     assert pool.calls == []
@@ -123,8 +130,7 @@ def test_a_report_that_fails_while_the_groups_are_stopped_is_raised_and_everythi
     with service:
         service.start_groups()
         with pytest.raises(StorageFullError):
-            while True:
-                service.check()
+            check_on(service)
         with pytest.raises(StorageFullError):
             service.stop_groups()
         service.stop_groups()

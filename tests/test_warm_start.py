@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import QUICKSTART, REPOSITORY, compiled_once, tiny_config, tiny_outcome, tiny_place
@@ -173,7 +174,8 @@ def test_a_second_run_takes_the_warm_weights_from_the_cache_and_another_configur
             config, warm_start=dataclasses.replace(config.warm_start, steps=2, describe=DESCRIBE)
         )
         outcome = tiny_outcome(config, tiny_place(config), Notes())
-        return np.asarray(outcome.trainer.learner.state.params["embed"]["embedding"][...])
+        leaves = jax.device_get(jax.tree.leaves(outcome.trainer.learner.state.params))
+        return np.concatenate([leaf.ravel() for leaf in leaves])
 
     notes: list[str] = []
     cold = weights()

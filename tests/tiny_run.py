@@ -43,7 +43,7 @@ SHRUNK = (
     "--gateway.port=0",
     "--agent.kind=coroutine",
     "--agent.function=tiny_agent:play",
-    "--agent.deadline-s=30",
+    "--agent.deadline-s=120",
     "--tasks.eval-tasks=8",
 )  # fmt: skip
 
