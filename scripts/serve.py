@@ -57,6 +57,17 @@ class ServeConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a port from 1 to 65535, or 0 for a free one")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        try:
+            SamplingLaw(temperature=self.grpc_temperature)
+        except ValueError as error:
+            raise ConfigError(f"grpc_temperature: {error}") from error
+
 
 def make_driver(config: ServeConfig) -> Driver:
     """The driver, not yet started. Raises ForgejaxError for what cannot be served."""
@@ -90,11 +101,13 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
         print(f"serving http://{config.host}:{port} and grpc {config.host}:{grpc_port}", flush=True)
         await stop.wait()
     finally:
-        driver.stop()
-        await grpc_server.stop(grace=1.0)
-        await runner.cleanup()
-        if driver.request_log is not None:
-            driver.request_log.close()
+        try:
+            await asyncio.to_thread(driver.stop)
+        finally:
+            await grpc_server.stop(grace=1.0)
+            await runner.cleanup()
+            if driver.request_log is not None:
+                driver.request_log.close()
 
 
 async def _serve_until_signal(config: ServeConfig) -> None:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 
 from forgejax.agents.scaffold import AgentResult, EpisodeSpec
-from forgejax.errors import ConfigError
+from forgejax.errors import AgentError, ConfigError
 from forgejax.types import StopReason
 
 AgentFunction = Callable[[str, str, str], Awaitable[object]]
@@ -41,7 +41,7 @@ class CoroutineScaffold:
     def check(self) -> None: ...
 
     async def run(self, episode: EpisodeSpec) -> AgentResult:
-        call = asyncio.ensure_future(self._function(episode.question, episode.base_url, episode.api_key))
+        call = asyncio.ensure_future(self._call(episode))
         call.add_done_callback(_retrieve)
         try:
             await asyncio.wait({call}, timeout=episode.deadline_s)
@@ -62,6 +62,12 @@ class CoroutineScaffold:
         return AgentResult(answer=answer)
 
     async def close(self) -> None: ...
+
+    async def _call(self, episode: EpisodeSpec) -> object:
+        try:
+            return await self._function(episode.question, episode.base_url, episode.api_key)
+        except SystemExit as error:  # asyncio would end the event loop, and all that runs on it
+            raise AgentError(f"sys.exit({error.code!r})") from error
 
 
 def _retrieve(call: asyncio.Future[object]) -> None:

@@ -32,7 +32,9 @@ def describe_agent(command: Sequence[str]) -> AgentDescription:
     """Asks the agent program itself: ``command`` prints ``{"system": ..., "tools": [...]}``. Raises AgentError."""
     find_program(command)
     try:
-        run = subprocess.run(list(command), capture_output=True, text=True, timeout=DESCRIBE_S, check=False)
+        run = subprocess.run(
+            list(command), capture_output=True, text=True, errors="replace", timeout=DESCRIBE_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AgentError(f"agent command {shown(command)} does not describe itself: {error}") from error
     if run.returncode != 0:

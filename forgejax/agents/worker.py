@@ -48,8 +48,9 @@ class WorkerScaffold:
                 raise problem
 
     def check(self) -> None:
+        """Raises AgentError once every worker is broken; until then the others take its episodes."""
         broken = [worker.broken for worker in self._workers if worker.broken is not None]
-        if broken:
+        if broken and len(broken) == len(self._workers):
             raise broken[0]
 
     async def run(self, episode: EpisodeSpec) -> AgentResult:
@@ -208,6 +209,7 @@ class _Worker:
 
     def _break(self, error: str) -> None:
         self.broken = AgentError(f"{error}\nIt ended {self._deaths} times in a row without giving a result.")
+        log.error("%s; it is not started again", self.broken)
         self._fail_open(str(self.broken))
         self.ready.set()  # lets waiting episodes see that it is broken
 

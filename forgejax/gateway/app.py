@@ -123,6 +123,9 @@ class ChatHandler:
         except web.HTTPRequestEntityTooLarge as error:
             message = f"the body has more than {config.max_body_bytes} bytes; send fewer or shorter messages"
             raise RefusedError(413, message, code="body_too_large") from error
+        except web.RequestPayloadError as error:
+            message = f"the body cannot be read: {error.__cause__ or error}; check its Content-Encoding"
+            raise RefusedError(400, message, code="invalid_body") from error
         except TimeoutError as error:
             message = f"the body did not arrive within {config.body_timeout_s:g} s; send it again"
             raise RefusedError(408, message, code="timeout") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from forgejax.errors import ConfigError
@@ -41,7 +42,7 @@ class GatewayConfig:
                 f"gateway.max_tokens_default is {self.max_tokens_default}; give at least 1, or leave it out"
             )
         for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "max_body_bytes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive number")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")
         if not self.host or not self.model_name:
             raise ConfigError("gateway.host and gateway.model_name must not be empty")

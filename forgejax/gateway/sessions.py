@@ -21,7 +21,8 @@ from forgejax.gateway.reply_builder import ReplyBuilder
 from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS
 from forgejax.types import Completion, Sampler, SampleRequest, SessionSpec, Turn
 
-_CLOSED_KEPT = 1024
+_CLOSED_KEPT = 64  # sessions that can be closed again; their turns take memory
+_KEYS_KEPT = 1024  # of sessions closed before those
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +152,14 @@ class SessionLog:
 
 
 class SessionTable:
-    """Every open session by its key, and the last closed ones, so that late requests are told what happened."""
+    """Every open session, the last closed ones, and the keys of more, so that late requests are told what happened."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._by_key: dict[str, SessionLog] = {}
         self._by_id: dict[str, SessionLog] = {}
         self._closed: OrderedDict[str, SessionLog] = OrderedDict()
+        self._late_keys: OrderedDict[str, None] = OrderedDict()
 
     def open(self, spec: SessionSpec) -> SessionLog:
         session = SessionLog(self._service, spec)
@@ -171,7 +173,7 @@ class SessionTable:
         session = None if api_key is None else self._by_key.get(api_key)
         if session is not None and not session.closed:
             return session
-        if session is not None:
+        if session is not None or api_key in self._late_keys:
             raise session_closed()
         if self._service.config.allow_anonymous:
             return SessionLog(self._service, SessionSpec(purpose="evaluation"))
@@ -193,6 +195,9 @@ class SessionTable:
         if len(self._closed) > _CLOSED_KEPT:
             _, oldest = self._closed.popitem(last=False)
             del self._by_key[oldest.api_key], self._by_id[oldest.id]
+            self._late_keys[oldest.api_key] = None
+            if len(self._late_keys) > _KEYS_KEPT:
+                self._late_keys.popitem(last=False)
         return turns
 
     async def close_all(self) -> None:

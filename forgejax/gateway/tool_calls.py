@@ -166,9 +166,9 @@ def overlap(text: str, tag: str) -> int:
 
 
 def _strict_json(text: str) -> Any:
-    """JSON that every parser reads alike: no repeated keys, no NaN, no half surrogate pairs. Raises ValueError."""
+    """JSON that every parser reads alike: no repeated keys, no NaN, no infinity, no half surrogate pairs. Raises ValueError."""
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    json.dumps(value, ensure_ascii=False).encode()
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 

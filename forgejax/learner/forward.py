@@ -6,7 +6,6 @@ projection, which runs in chunks, is recomputed in the backward pass, and never 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ def term_logps(
         mesh: the mesh the arrays lie on, or None.
         rules: partition rules.
         remat: recompute each layer in the backward pass.
-        vocab_chunk: edges of a row whose logits exist at a time.
+        vocab_chunk: the most edges of a row whose logits exist at a time.
     """
     policy = nnx.merge(graphdef, params)
     attend = tree_attend(batch.attention, mesh, rules)
@@ -76,11 +75,14 @@ def _edge_logps(
     policy: Policy, hidden_BED: jax.Array, batch: PackedBatch, vocab_chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     B, E, _ = hidden_BED.shape
-    size = math.gcd(E, vocab_chunk)
+    count = -(-E // vocab_chunk)
+    size = -(-E // count)  # chunks of one size: the last is filled up by a few edges at most
 
     def chunks(x: Any) -> jax.Array:
         x = jnp.asarray(x)
-        return jnp.moveaxis(x.reshape(B, E // size, size, *x.shape[2:]), 1, 0)
+        if count * size > E:
+            x = jnp.pad(x, ((0, 0), (0, count * size - E)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def chunk(hidden: jax.Array, target: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -94,4 +96,4 @@ def _edge_logps(
 
     xs = (chunks(hidden_BED), chunks(batch.edge_tgt), chunks(batch.edge_temperature))
     _, (logp, entropy) = jax.lax.scan(lambda carry, x: (carry, chunk(*x)), None, xs)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, E) for x in (logp, entropy))  # type: ignore[return-value]
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, count * size)[:, :E] for x in (logp, entropy))  # type: ignore[return-value]

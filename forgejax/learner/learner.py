@@ -68,7 +68,10 @@ class Learner:
         return self._copy(self.state.params)
 
     def compile(self, batch: PackedBatch) -> None:
-        """Compiles the step for a batch of these shapes and leaves the state as it is."""
+        """Compiles the gradients of a batch of these shapes and leaves the state as it is.
+
+        What applies them is short, and compiles when the first update calls it.
+        """
         accumulated = self._step.start(self.state.params)
         jax.block_until_ready(self._step.accumulate(self.state.params, accumulated, self.place(batch), np.int32(0)))
 

@@ -35,7 +35,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ConfigError(f"loss.name {self.name!r}: expected one of {', '.join(LOSSES)}")
-        if self.eps_high <= 0 or not 0 < self.ppo_low < 1 or self.ppo_high <= 0:
+        if not (self.eps_high > 0 and 0 < self.ppo_low < 1 and self.ppo_high > 0):
             raise ConfigError("loss.eps_high, loss.ppo_low and loss.ppo_high: expected positive, ppo_low below 1")
         if self.name in ("cispo", "ppo_clip") and CORRECTIONS[self.correction.name].weighs:
             raise ConfigError(

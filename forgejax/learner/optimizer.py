@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -28,9 +29,11 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0 or self.weight_decay < 0 or self.eps <= 0 or self.max_grad_norm <= 0:
+        finite = 0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.eps < math.inf
+        if not (finite and self.max_grad_norm > 0):
             raise ConfigError(
-                "optimizer.learning_rate and weight_decay must not be negative, eps and max_grad_norm must be positive"
+                "optimizer.learning_rate and weight_decay must be finite and not negative, eps finite and positive, "
+                "max_grad_norm positive"
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.final_fraction <= 1):
             raise ConfigError("optimizer.b1 and b2: expected 0 up to but not 1; final_fraction: 0 to 1")

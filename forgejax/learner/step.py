@@ -31,7 +31,8 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Loss, optimizer and memory of the train step. ``vocab_chunk``: edges of a row whose logits exist at a time."""
+    """Loss, optimizer and memory of the train step. ``vocab_chunk``: the most edges of a row whose logits
+    exist at a time."""
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

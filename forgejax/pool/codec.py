@@ -6,6 +6,7 @@ Arrays are extension type 1, holding ``[dtype.str, shape, raw bytes in C order]`
 
 import math
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -24,10 +25,13 @@ def encode_group(group: Group) -> bytes:
 
     Raises PoolError if it holds a value that would not come back as it was. ``Task.payload`` must hold plain data
     (None, bool, int of 64 bits, float, str, bytes, list, dict with str keys) or arrays; tuples and sets in it come back
-    as lists.
+    as lists, and dates, decimals and enums as the text or number they are written as. Lone surrogates in an answer or
+    an error come back as their escapes.
     """
     try:
-        body = msgspec.msgpack.encode(group, enc_hook=_plain)
+        if not all(isinstance(key, str) for key in group.task.payload):
+            raise TypeError(f"the keys of its task payload are {list(group.task.payload)}; expected strings")
+        body = _packed(group)
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
         raise PoolError(
             f"group {group.dispatch.index} (task {group.task.id}) cannot be stored: {error}; "
@@ -54,6 +58,23 @@ def decode_group(data: bytes, *, index: int) -> Group:
     if group.dispatch.index != index:
         raise PoolError(f"group {index}: its stored bytes are those of group {group.dispatch.index}; {advice}")
     return group
+
+
+def _packed(group: Group) -> bytes:
+    """The group in MessagePack. An agent's words can hold lone surrogates, which UTF-8 cannot: one odd answer must not
+    end the run, so they become their escapes."""
+    try:
+        return msgspec.msgpack.encode(group, enc_hook=_plain)
+    except UnicodeEncodeError:
+        words = (
+            replace(trajectory, answer=_escaped(trajectory.answer), error=_escaped(trajectory.error))
+            for trajectory in group.trajectories
+        )
+        return msgspec.msgpack.encode(replace(group, trajectories=tuple(words)), enc_hook=_plain)
+
+
+def _escaped(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: object) -> Any:

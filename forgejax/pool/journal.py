@@ -141,10 +141,13 @@ class Journal:
 
     def forget(self, step: int) -> None:
         """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on."""
-        past = sa.select(schema.consumption.c.index).where(
-            schema.consumption.c.voided_by.is_(None), schema.consumption.c.step < step
-        )
         with self._write() as connection:
+            already = connection.scalar(sa.select(schema.run.c.forgotten_before)) or 0
+            past = sa.select(schema.consumption.c.index).where(
+                schema.consumption.c.voided_by.is_(None),
+                schema.consumption.c.step >= already,
+                schema.consumption.c.step < step,
+            )
             connection.execute(
                 sa.update(schema.groups)
                 .where(schema.groups.c.index.in_(past), schema.groups.c.payload.is_not(None))

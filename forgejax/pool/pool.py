@@ -31,8 +31,8 @@ class PoolConfig:
     max_drop_batches: int = 4
 
     def __post_init__(self) -> None:
-        if not self.take_timeout_s > 0:
-            raise ConfigError(f"take_timeout_s is {self.take_timeout_s}; expected seconds above 0")
+        if not 0 < self.take_timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(f"take_timeout_s is {self.take_timeout_s}; expected seconds above 0, and not endless")
         if self.max_drop_batches < 1:
             raise ConfigError(f"max_drop_batches is {self.max_drop_batches}; expected at least 1")
 

@@ -38,7 +38,8 @@ class EngineConfig:
         for name in ("max_stop_ids", "repetition_tokens"):
             self._at_least(name, 1)
         self._at_least("max_context", 2)
-        self._at_least("prefix_cache_tokens", 0)
+        for name in ("prefix_cache_tokens", "seed"):
+            self._at_least(name, 0)
         if not self.prefill_buckets or list(self.prefill_buckets) != sorted(set(self.prefill_buckets)):
             raise ConfigError(f"engine.prefill_buckets {self.prefill_buckets}: expected increasing chunk lengths")
         if self.prefill_buckets[0] < 1:

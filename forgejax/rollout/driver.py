@@ -29,6 +29,7 @@ from forgejax.types import Completion, FinishReason, SampleRequest, TokenIds
 
 _logger = logging.getLogger(__name__)
 _IDLE_S = 1.0
+_LEAST_TEMPERATURE = 1e-20  # logits divided by less could leave float32, and every log-prob would be NaN
 
 
 class Driver:
@@ -159,6 +160,15 @@ class Driver:
                 f"request {request.request_id}: {len(request.stop_ids)} stop ids given, {config.max_stop_ids} expected "
                 "at most; raise engine.max_stop_ids"
             )
+        if any(not 0 <= stop_id < 2**31 for stop_id in request.stop_ids):
+            raise EngineError(
+                f"request {request.request_id}: its stop ids are {sorted(request.stop_ids)}; expected 0 to {2**31 - 1}"
+            )
+        if 0.0 < request.law.temperature < _LEAST_TEMPERATURE:
+            raise EngineError(
+                f"request {request.request_id}: temperature {request.law.temperature} is below "
+                f"{_LEAST_TEMPERATURE:g}; give 0 to take the likeliest token"
+            )
         return np.ascontiguousarray(ids, np.int32)
 
     # -- The driver's thread -----------------------------------------------------------------------------------------
@@ -285,7 +295,7 @@ class Driver:
             versions=np.full(count, version, np.int32),
             oldest_versions=np.full(count, job.oldest_version, np.int32),
         )
-        job.draws.append(draw)
+        job.add(draw)
         if count == 0 or not np.isfinite(run.logprobs).all():
             raise EngineError(
                 f"request {job.request.request_id}: policy version {version} gave {count} tokens with log-probs "

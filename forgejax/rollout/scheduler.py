@@ -42,11 +42,12 @@ class Job:
     cached_tokens: int = 0
     certain_run: int = 0  # tokens in a row above the repetition probability
     callback_error: Exception | None = None
+    drawn: int = 0  # tokens in ``draws``
     draws: list[Draw] = field(default_factory=list)
 
-    @property
-    def drawn(self) -> int:
-        return sum(len(draw.token_ids) for draw in self.draws)
+    def add(self, draw: Draw) -> None:
+        self.draws.append(draw)
+        self.drawn += len(draw.token_ids)
 
     def sampled_ids(self) -> NDArray[np.int32]:
         return np.concatenate([np.zeros(0, np.int32), *(draw.token_ids for draw in self.draws)])
@@ -102,9 +103,11 @@ class Scheduler:
 
     def drop_waiting(self, ended: Callable[[Job], bool]) -> list[Job]:
         """Takes the waiting jobs that have ended out of the queue."""
-        dropped = [job for job in self._waiting if ended(job)]
-        if dropped:
-            self._waiting = deque(job for job in self._waiting if job not in dropped)
+        kept: deque[Job] = deque()
+        dropped: list[Job] = []
+        for job in self._waiting:
+            (dropped if ended(job) else kept).append(job)
+        self._waiting = kept
         return dropped
 
     @property

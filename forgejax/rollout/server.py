@@ -27,6 +27,7 @@ from forgejax.rollout.wire import Line, draw_line, end_line, parse_request
 from forgejax.types import Completion, SampleRequest
 
 _HEARTBEAT_S = 5.0
+_CLIENT_S = 30.0  # for a client to send its request, or to read what waits for it
 _BODY_BYTES = 64 << 20
 
 
@@ -61,7 +62,7 @@ class RolloutServer:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         try:
-            sample = parse_request(await request.read(), f"remote-{uuid.uuid4().hex}")
+            sample = parse_request(await _body(request), f"remote-{uuid.uuid4().hex}")
         except ValueError as error:
             return _refusal(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
@@ -73,6 +74,9 @@ class RolloutServer:
         try:
             await response.prepare(request)
             await _write_lines(response, lines)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
         finally:
             future.cancel()  # does nothing to a finished one
         return response
@@ -88,7 +92,7 @@ class RolloutServer:
         if self._publish_root is None:
             return _refusal(403, "this server takes no weights; start it with a publish directory")
         try:
-            body = msgspec.json.decode(await request.read(), type=PublishBody)
+            body = msgspec.json.decode(await _body(request), type=PublishBody)
         except ValueError as error:
             return _refusal(400, str(error))
         async with self._publishing:
@@ -99,7 +103,10 @@ class RolloutServer:
         return web.json_response({"version": body.version})
 
     def _load(self, root: Path, path: Path, version: int) -> None:
-        path = path.resolve()
+        try:
+            path = path.resolve()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise EngineError(f"{str(path)!r} is no path that can be read: {error}") from error
         if not path.is_relative_to(root):
             raise EngineError(f"{path} is not below the publish directory {root}; write the checkpoint there")
         self._driver.publish(load_params(path, self._driver.engine.abstract_params), version)
@@ -128,13 +135,25 @@ def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -
     return future
 
 
+async def _body(request: web.Request) -> bytes:
+    """The whole body. Raises ValueError for one that does not arrive or cannot be unpacked."""
+    try:
+        async with asyncio.timeout(_CLIENT_S):
+            return await request.read()
+    except web.RequestPayloadError as error:
+        raise ValueError(f"the body cannot be read: {error.__cause__ or error}; check its Content-Encoding") from error
+    except TimeoutError as error:
+        raise ValueError(f"the body did not arrive within {_CLIENT_S:g} s; send it again") from error
+
+
 async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line]) -> None:
     while True:
         try:
             line = await asyncio.wait_for(lines.get(), _HEARTBEAT_S)
         except TimeoutError:
             line = Line()  # a sign of life; writing it also finds out whether the client still is
-        await response.write(msgspec.json.encode(line) + b"\n")
+        async with asyncio.timeout(_CLIENT_S):  # a client that no longer reads must not be kept for ever
+            await response.write(msgspec.json.encode(line) + b"\n")
         if line.end is not None or line.error is not None:
             await response.write_eof()
             return

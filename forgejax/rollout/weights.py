@@ -29,6 +29,7 @@ class WeightBox:
     """
 
     def __init__(self, params: Any, version: int, device: jax.Device):
+        _check_version(version)
         self._device = device
         self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         self.current = Weights(params=self._copy(params), version=version)
@@ -37,8 +38,9 @@ class WeightBox:
         """Copies the weights to the engine's device and makes them current.
 
         When this returns the copy is complete: the caller may donate its buffers. Raises EngineError for weights of
-        another model.
+        another model, and for a version that is no int32 from 0.
         """
+        _check_version(version)
         given = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         if given != self._shape:
             raise EngineError(
@@ -49,6 +51,11 @@ class WeightBox:
 
     def _copy(self, params: Any) -> Any:
         return jax.block_until_ready(jax.device_put(params, self._device, may_alias=False))
+
+
+def _check_version(version: int) -> None:
+    if not 0 <= version < 2**31:
+        raise EngineError(f"policy version {version}: expected 0 to {2**31 - 1}; tokens carry it as an int32")
 
 
 def _difference(given: Any, expected: Any) -> str:

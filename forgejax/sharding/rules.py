@@ -36,7 +36,6 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("data", "fsdp")  # B of a packed batch, S of a decode state
     length: tuple[str, ...] = ("context",)  # T of a packed batch
 
@@ -62,7 +61,7 @@ def param_shardings(tree: Tree, mesh: Mesh, rules: Rules) -> Tree:
 
     An ``nnx.Variable`` with ``logical_axes`` metadata is split by the rules; any other array (a step count) is
     replicated. Optimizer moments keep the metadata of their weights, so an abstract optimizer state works as well.
-    Key-value heads that are fewer than their shards are replicated: each shard then keeps all of them.
+    Key-value heads whose shards are a greater multiple of them are replicated: each shard then keeps all of them.
 
     Raises:
         MeshError: a dimension does not divide by its mesh axes, or one mesh axis would split two dimensions.
@@ -165,7 +164,7 @@ def _weight_spec(weight: str, shape: tuple[int, ...], names: Sequence[str], mesh
     for name, size in zip(names, shape, strict=True):
         axes = _split_by(rules.axes(name), mesh)
         shards = _size(axes, mesh)
-        if name == "kv_heads" and size < shards:
+        if name == "kv_heads" and size < shards and shards % size == 0:
             axes, shards = (), 1
         if size % shards:
             raise MeshError(

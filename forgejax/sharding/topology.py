@@ -19,7 +19,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 """Mesh axes, slowest links first: ``tensor`` exchanges activations in every layer and lies innermost."""
 
 _GIB = 2**30
-_NAME = re.compile(r"(?P<chip>[a-z0-9]+)-(?P<count>[0-9]+)")
+_NAME = re.compile(r"(?P<chip>[a-z0-9]+)-(?P<count>[0-9]{1,6})")
 _GRAMMAR = "a chip and a count, as cpu-4, v5e-64, v4-32 or h100-8"
 
 

@@ -1,6 +1,7 @@
 """The white-box scaffold."""
 
 import asyncio
+import sys
 
 import pytest
 
@@ -28,6 +29,15 @@ async def test_an_exception_is_a_failed_agent() -> None:
     result = await CoroutineScaffold(crash).run(make_episode())
     assert result.stop_reason is StopReason.AGENT_FAILED
     assert "TimeoutError: the model is slow" in str(result.error)
+
+
+async def test_a_function_that_exits_is_a_failed_agent_and_the_loop_goes_on() -> None:
+    async def leave(question: str, base_url: str, api_key: str) -> str:
+        sys.exit("usage")
+
+    result = await CoroutineScaffold(leave).run(make_episode())
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert "sys.exit('usage')" in str(result.error)
 
 
 async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:

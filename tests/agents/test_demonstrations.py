@@ -50,6 +50,7 @@ def test_a_question_without_arithmetic_is_refused() -> None:
         ("print('hello')", "expected"),
         ("raise SystemExit('no such option')", "no such option"),
         ("print('{}')", "expected"),
+        ("import sys; sys.stdout.buffer.write(bytes([255]))", "expected"),
     ],
 )
 def test_an_agent_that_does_not_describe_itself_is_refused(source: str, message: str) -> None:

@@ -111,6 +111,17 @@ async def test_too_many_deaths_in_a_row_break_the_scaffold() -> None:
         assert time.monotonic() - started_at < 1.0
 
 
+async def test_the_scaffold_is_broken_once_its_last_worker_is() -> None:
+    source = LOOP + "    if question == 'die': sys.exit('out of luck')\n    print(json.dumps(reply))\n"
+    async with started(python_agent(source, workers=2, max_restarts=0)) as scaffold:
+        await scaffold.run(make_episode("d1", "die"))
+        scaffold.check()
+        assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
+        await scaffold.run(make_episode("d2", "die"))
+        with pytest.raises(AgentError, match="out of luck"):
+            scaffold.check()
+
+
 async def test_a_mute_worker_costs_the_deadline_and_its_late_answer_is_ignored(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -264,8 +264,8 @@ async def test_a_bad_body_is_a_400_that_names_the_field(chat_format: ChatFormat,
     await gateway.stop()
 
 
-async def post(session: Session, raw: bytes) -> tuple[int, dict[str, Any]]:
-    headers = {"Authorization": f"Bearer {session.api_key}"}
+async def post(session: Session, raw: bytes, more: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    headers = {"Authorization": f"Bearer {session.api_key}", **(more or {})}
     async with (
         aiohttp.ClientSession() as http,
         http.post(f"{session.base_url}/chat/completions", data=raw, headers=headers) as response,
@@ -278,6 +278,13 @@ async def test_a_body_over_the_limit_is_a_413(chat_format: ChatFormat) -> None:
     status, error = await post(gateway.open(TRAINING), b" " * 2000)
     await gateway.stop()
     assert (status, error["code"]) == (413, "body_too_large")
+
+
+async def test_a_body_that_is_not_packed_as_it_says_is_a_400(chat_format: ChatFormat) -> None:
+    gateway = await started(ScriptedSampler(chat_format))
+    status, error = await post(gateway.open(TRAINING), b"plain", {"Content-Encoding": "gzip"})
+    await gateway.stop()
+    assert (status, error["code"]) == (400, "invalid_body")
 
 
 async def test_fields_nobody_knows_are_ignored(chat_format: ChatFormat) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import math
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +79,23 @@ async def test_a_closed_session_answers_410_and_closes_again_with_the_same_turns
     assert await status_of(session, session.api_key) == (410, "session_closed")
     with pytest.raises(GatewayError, match="no session nobody"):
         await gateway.close("nobody")
+    await gateway.stop()
+
+
+async def test_what_is_kept_of_closed_sessions_is_bounded_and_late_requests_are_still_told(
+    chat_format: ChatFormat,
+) -> None:
+    gateway = await started(ScriptedSampler(chat_format, "5<|im_end|>"))
+    first = gateway.open(TRAINING)
+    await status_of(first, first.api_key)
+    turns = [weakref.ref(turn) for turn in await gateway.close(first.id)]
+    for _ in range(64):
+        await gateway.close(gateway.open(TRAINING).id)
+    gc.collect()
+    assert [turn() for turn in turns] == [None]
+    with pytest.raises(GatewayError, match="closed long ago"):
+        await gateway.close(first.id)
+    assert await status_of(first, first.api_key) == (410, "session_closed")
     await gateway.stop()
 
 
@@ -267,7 +287,14 @@ async def test_stopping_closes_every_session_and_opening_needs_a_running_gateway
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"port": 70000}, {"tool_call_format": "xml"}, {"max_tokens_default": 0}, {"cancel_grace_s": 0}, {"host": ""}],
+    [
+        {"port": 70000},
+        {"tool_call_format": "xml"},
+        {"max_tokens_default": 0},
+        {"cancel_grace_s": 0},
+        {"host": ""},
+        {"body_timeout_s": math.nan},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"gateway.{next(iter(wrong))}"):

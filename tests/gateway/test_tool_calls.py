@@ -45,6 +45,7 @@ def test_calls_are_cut_out_of_the_text(text: str, expected: list[str | tuple[str
         ("{name: calculator}", "not JSON"),
         ("", "not JSON"),
         ('{"name": "calculator", "arguments": {"expression": NaN}}', "NaN"),
+        ('{"name": "calculator", "arguments": {"expression": 1e999}}', "Out of range"),
         ('{"name": "calculator", "name": "x", "arguments": {"expression": "1"}}', "twice"),
         ('{"name": "calculator", "arguments": {"expression": "\\ud800"}}', "surrogate"),
         ("[" * 100_000, "not JSON"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +41,11 @@ def test_matrices_decay_and_norms_do_not() -> None:
 def test_a_cosine_without_an_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="total_steps 0"):
         OptimizerConfig(schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": math.nan}, {"learning_rate": math.inf}, {"weight_decay": math.nan}, {"eps": 0.0}]
+)
+def test_a_rate_that_would_ruin_the_weights_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be finite"):
+        OptimizerConfig(**wrong)  # type: ignore[arg-type]

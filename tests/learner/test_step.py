@@ -14,6 +14,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from forgejax import sharding
+from forgejax.learner.forward import _edge_logps
 from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
@@ -183,6 +184,41 @@ def test_bins_padding_and_order_change_nothing_but_rounding() -> None:
         assert metrics["entropy"] == pytest.approx(plain["entropy"], rel=1e-5)
         assert metrics["probability_correlation"] == pytest.approx(plain["probability_correlation"], abs=1e-5)
         assert _relative(found, grads) <= 1e-5
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1, 1), (20, 16), (24, 16), (31, 16), (32, 32), (500, 32)])
+def test_logits_come_in_the_fewest_chunks_the_limit_allows_and_are_those_of_one(limit: int, size: int) -> None:
+    """32 edges; a divisor of the limit alone would cut 20 into chunks of 4."""
+    sizes = []
+
+    class Recorder:
+        def logits(self, hidden: jax.Array) -> jax.Array:
+            sizes.append(hidden.shape[1])
+            return hidden * 3.0
+
+    batch = pack([[sample([1, 2, 3], [4, 5, 6], temperature=0.5)]], _CONFIG).batches[0]
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, _VOCAB)), jnp.float32)
+    logp, entropy = _edge_logps(Recorder(), hidden, batch, limit)  # type: ignore[arg-type]
+    law = jax.nn.log_softmax(hidden * 3.0 / batch.edge_temperature[..., None])
+    drawn = jnp.take_along_axis(law, jnp.asarray(batch.edge_tgt)[..., None], axis=-1)[..., 0]
+
+    assert set(sizes) == {size}
+    np.testing.assert_allclose(logp, drawn, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, -(jnp.exp(law) * law).sum(axis=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_uneven_last_chunk_adds_nothing_to_the_gradient() -> None:
+    batch = pack([[sample([1, 2, 3], [4, 5, 6])]], _CONFIG).batches[0]
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32, _VOCAB)), jnp.float32)
+
+    class Plain:
+        def logits(self, hidden: jax.Array) -> jax.Array:
+            return hidden
+
+    def loss(hidden: jax.Array, limit: int) -> jax.Array:
+        return _edge_logps(Plain(), hidden, batch, limit)[0].sum()  # type: ignore[arg-type]
+
+    np.testing.assert_allclose(jax.grad(loss)(hidden, 11), jax.grad(loss)(hidden, 32), rtol=1e-5, atol=1e-6)
 
 
 def test_a_mesh_of_rows_and_heads_takes_the_same_step() -> None:

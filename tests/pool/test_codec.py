@@ -79,6 +79,22 @@ def test_what_would_not_come_back_is_refused(value: object) -> None:
         encode_group(unstorable)
 
 
+def test_keys_that_would_not_come_back_are_refused_before_the_group_is_accepted() -> None:
+    keyed: Any = {1: "a"}
+    group = dataclasses.replace(group_of(DISPATCH), task=dataclasses.replace(group_of(DISPATCH).task, payload=keyed))
+    with pytest.raises(PoolError, match=r"cannot be stored: the keys of its task payload are \[1\]"):
+        encode_group(group)
+
+
+def test_an_answer_that_no_utf8_can_hold_does_not_end_the_run() -> None:
+    group = group_of(DISPATCH)
+    odd = dataclasses.replace(group.trajectories[0], answer="7\ud800 \N{SNOWMAN}", error="\udcff")
+    decoded = decode_group(encode_group(dataclasses.replace(group, trajectories=(odd,))), index=7)
+    assert decoded.trajectories[0].answer == "7\\ud800 \N{SNOWMAN}"
+    assert decoded.trajectories[0].error == "\\udcff"
+    assert_same(decoded.trajectories[0].turns, group.trajectories[0].turns)
+
+
 def test_any_damaged_byte_is_noticed_and_the_group_named() -> None:
     data = encode_group(group_of(DISPATCH, tokens=2))
     for position in range(0, len(data), 7):

@@ -153,6 +153,11 @@ def test_forgotten_groups_free_their_bytes_and_bar_an_earlier_resume(tmp_path: P
     with pytest.raises(PoolError, match="resume from a checkpoint at step 2 or later"):
         journal.resume(1)
     journal.resume(2)
+    finish(journal, journal.dispatch(3, version=0, taken_before=0))
+    journal.consume(consumption(2, step=2))
+    journal.consume(consumption(3, step=3))
+    journal.forget(3)  # goes on from where it forgot last
+    assert [index for index, _ in journal.payloads()] == [3]
 
 
 def test_a_full_disk_is_said_so_and_loses_nothing(tmp_path: Path) -> None:

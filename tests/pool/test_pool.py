@@ -1,4 +1,5 @@
 import asyncio
+import math
 import tempfile
 import threading
 import time
@@ -196,7 +197,12 @@ def test_calls_against_the_laws_are_refused(tmp_path: Path) -> None:
     for call, message in calls:
         with pytest.raises(PoolError, match=message):
             call()
-    for wrong in ({"take_timeout_s": 0.0}, {"take_timeout_s": float("nan")}, {"max_drop_batches": 0}):
+    for wrong in (
+        {"take_timeout_s": 0.0},
+        {"take_timeout_s": math.nan},
+        {"take_timeout_s": math.inf},
+        {"max_drop_batches": 0},
+    ):
         with pytest.raises(ConfigError):
             PoolConfig(**wrong)
 

@@ -242,6 +242,8 @@ async def test_what_cannot_be_served_is_refused_at_once_in_a_sentence() -> None:
             (tiny.request("ids", [1, 50]), "the policy knows 0 to 49"),
             (tiny.request("ids", [1, -1]), "from -1 to 1"),
             (tiny.request("stops", [1], stop_ids=frozenset(range(9))), "9 stop ids given, 8 expected"),
+            (tiny.request("stop", [1], stop_ids=frozenset([2**40])), "expected 0 to 2147483647"),
+            (tiny.request("cold", [1], law=SamplingLaw(temperature=1e-36)), "give 0 to take the likeliest"),
         ]
         for request, why in cases:
             with pytest.raises(EngineError, match=why):
@@ -295,6 +297,17 @@ async def test_a_run_of_near_certain_tokens_is_a_repetition() -> None:
     certain = np.exp(done.logprobs) > 0.99
     assert certain[-6:].all() or certain[-7:-1].all()
     assert len(done.token_ids) < 90
+
+
+async def test_a_temperature_close_to_0_draws_the_likeliest_token_and_harms_nobody() -> None:
+    with Driver(tiny.engine(), tiny.params()) as driver:
+        cold, greedy = await _sample_all(
+            driver,
+            [tiny.request(f"{t}", tiny.prompt(1, 4), 8, law=SamplingLaw(temperature=t)) for t in (2e-20, 0.0)],
+        )
+        assert driver.healthy
+    np.testing.assert_array_equal(cold.token_ids, greedy.token_ids)
+    np.testing.assert_array_equal(cold.logprobs, 0.0)
 
 
 async def test_a_failure_in_the_thread_fails_the_open_requests_and_shows() -> None:

@@ -151,6 +151,8 @@ def test_weights_of_another_model_are_refused_by_name() -> None:
     other = jax.tree.map(lambda x: x[..., :1], tiny.params())
     with pytest.raises(EngineError, match=r"another model: at .*blocks.*given .* expected"):
         box.publish(other, 1)
+    with pytest.raises(EngineError, match="version 2147483648: expected 0 to 2147483647"):
+        box.publish(tiny.params(), 2**31)
 
 
 def test_saved_parameters_load_bit_for_bit_and_a_wrong_place_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -168,6 +170,8 @@ def test_saved_parameters_load_bit_for_bit_and_a_wrong_place_is_refused(tmp_path
 def test_impossible_settings_are_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"engine.slots is 0; expected at least 1"):
         EngineConfig(slots=0)
+    with pytest.raises(ConfigError, match=r"engine.seed is -1; expected at least 0"):
+        EngineConfig(seed=-1)
     with pytest.raises(ConfigError, match="increasing"):
         EngineConfig(prefill_buckets=(64, 16))
     assert SlotSettings(budget=1, law=SamplingLaw(), seed=-1).arrays(2)["key"].tolist() == [2**32 - 1, 2**32 - 1]

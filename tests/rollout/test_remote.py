@@ -94,6 +94,9 @@ async def test_refusals_reach_the_caller_as_sentences() -> None:
                         assert response.status == 400
                         error = (await response.json())["error"]
                         assert why.replace("\\", "") in error
+                packed = {"Content-Encoding": "gzip"}
+                async with session.post(f"{url}/generate", data=b"plain", headers=packed) as response:
+                    assert response.status == 400 and "Content-Encoding" in await response.text()
             driver.stop()
             with pytest.raises(EngineError, match="was stopped"):
                 await remote.sample(tiny.request("r", [1]))
@@ -129,6 +132,7 @@ async def test_weights_are_published_from_a_checkpoint_below_the_root(tmp_path: 
 
             assert await publish(tmp_path / "outside") == 409 and driver.version == 0
             assert await publish(tmp_path / "root" / "missing") == 409
+            assert await publish(Path("nul\0")) == 409
             assert await publish(tmp_path / "root" / "step-9") == 200 and driver.version == 9
             async with session.get(f"{url}/health") as response:
                 assert await response.json() == {"healthy": True, "version": 9}

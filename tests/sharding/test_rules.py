@@ -57,6 +57,8 @@ def test_key_value_heads_fewer_than_their_shards_are_replicated_and_others_must_
     assert spec_of((2, 8, 4, 6), "layers", "embed", "kv_heads", "head_dim", mesh=mesh)[2] == "tensor"
     with pytest.raises(MeshError, match="kv_heads dimension 6 does not divide over tensor 4"):
         spec_of((2, 8, 6, 6), "layers", "embed", "kv_heads", "head_dim", mesh=mesh)
+    with pytest.raises(MeshError, match="kv_heads dimension 3 does not divide over tensor 4"):
+        spec_of((2, 8, 3, 6), "layers", "embed", "kv_heads", "head_dim", mesh=mesh)
 
 
 def test_a_dimension_that_does_not_divide_names_the_weight_its_shape_and_the_axis() -> None:

@@ -79,6 +79,7 @@ def test_the_devices_an_override_leaves_over_go_to_fsdp_and_then_to_data() -> No
         ("cpu-0", ["no count"]),
         ("", ["expected a chip and a count"]),
         ("v4-7", ["TensorCores", "v4-8"]),
+        ("cpu-" + "9" * 5000, ["expected a chip and a count"]),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_right_ones(name: str, words: list[str]) -> None:
