@@ -21,7 +21,7 @@ from forgejax.learner.optimizer import OptimizerConfig
 from forgejax.learner.packing import PackConfig, empty_batch, pack
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
-from forgejax.models import PolicyConfig, abstract_policy, init_params
+from forgejax.models import Policy, PolicyConfig, abstract_policy, init_params
 from forgejax.ops.tree_attention_dense import dense_tree_attention
 
 from .samples import random_group, sample
@@ -191,14 +191,16 @@ def test_logits_come_in_the_fewest_chunks_the_limit_allows_and_are_those_of_one(
     """32 edges; a divisor of the limit alone would cut 20 into chunks of 4."""
     sizes = []
 
-    class Recorder:
+    class Recorder(Policy):
+        def __init__(self) -> None: ...
+
         def logits(self, hidden: jax.Array) -> jax.Array:
             sizes.append(hidden.shape[1])
             return hidden * 3.0
 
     batch = pack([[sample([1, 2, 3], [4, 5, 6], temperature=0.5)]], _CONFIG).batches[0]
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, _VOCAB)), jnp.float32)
-    logp, entropy = _edge_logps(Recorder(), hidden, batch, limit)  # type: ignore[arg-type]
+    logp, entropy = _edge_logps(Recorder(), hidden, batch, limit)
     law = jax.nn.log_softmax(hidden * 3.0 / batch.edge_temperature[..., None])
     drawn = jnp.take_along_axis(law, jnp.asarray(batch.edge_tgt)[..., None], axis=-1)[..., 0]
 
@@ -211,12 +213,14 @@ def test_an_uneven_last_chunk_adds_nothing_to_the_gradient() -> None:
     batch = pack([[sample([1, 2, 3], [4, 5, 6])]], _CONFIG).batches[0]
     hidden = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32, _VOCAB)), jnp.float32)
 
-    class Plain:
+    class Plain(Policy):
+        def __init__(self) -> None: ...
+
         def logits(self, hidden: jax.Array) -> jax.Array:
             return hidden
 
     def loss(hidden: jax.Array, limit: int) -> jax.Array:
-        return _edge_logps(Plain(), hidden, batch, limit)[0].sum()  # type: ignore[arg-type]
+        return _edge_logps(Plain(), hidden, batch, limit)[0].sum()
 
     np.testing.assert_allclose(jax.grad(loss)(hidden, 11), jax.grad(loss)(hidden, 32), rtol=1e-5, atol=1e-6)
 
