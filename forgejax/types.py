@@ -9,6 +9,7 @@ Times are seconds on one clock, ``time.monotonic()`` of the process that runs th
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -175,8 +176,13 @@ class Trajectory:
 
     @property
     def queued_s(self) -> float:
-        """Seconds spent waiting for our own engine."""
-        return sum(turn.completion.queued_s for turn in self.turns)
+        """Seconds in which some turn waited for our own engine; turns that wait side by side count once."""
+        total, until = 0.0, -math.inf
+        for turn in sorted(self.turns, key=lambda turn: turn.requested_at):
+            ended = turn.requested_at + turn.completion.queued_s
+            total += max(0.0, ended - max(turn.requested_at, until))
+            until = max(until, ended)
+        return total
 
     @property
     def active_s(self) -> float:

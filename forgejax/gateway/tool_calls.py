@@ -166,7 +166,7 @@ def overlap(text: str, tag: str) -> int:
 
 
 def _strict_json(text: str) -> Any:
-    """JSON that every parser reads alike: no repeated keys, no NaN, no infinity, no half surrogate pairs. Raises ValueError."""
+    """JSON that all parsers read alike: no repeated keys, NaN, infinity or half surrogate pairs. Raises ValueError."""
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value

@@ -29,7 +29,7 @@ from forgejax.types import Completion, FinishReason, SampleRequest, TokenIds
 
 _logger = logging.getLogger(__name__)
 _IDLE_S = 1.0
-_LEAST_TEMPERATURE = 1e-20  # logits divided by less could leave float32, and every log-prob would be NaN
+_LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # less counts as 0 on the device
 
 
 class Driver:

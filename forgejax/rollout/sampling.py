@@ -29,7 +29,11 @@ def draw(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tuple[jax.
     """
     greedy_S = laws.temperature_S == 0.0
     scale_S = jnp.where(greedy_S, 1.0, laws.temperature_S)
-    logp_SV = jax.nn.log_softmax(logits_SV.astype(jnp.float32) / scale_S[:, None], axis=-1)
+    # The largest logit is taken off first, which makes it exactly 0 at any temperature: near 0 its rounding error
+    # would otherwise be divided into an infinite log-prob.
+    logits_SV = logits_SV.astype(jnp.float32)
+    logits_SV = logits_SV - logits_SV.max(axis=-1, keepdims=True)
+    logp_SV = jax.nn.log_softmax(logits_SV / scale_S[:, None], axis=-1)
     truncated_S = (laws.top_k_S > 0) | (laws.top_p_S < 1.0)
     # Sorting the vocabulary costs more than the rest of the draw; nothing in training needs it.
     weight_SV = jax.lax.cond(

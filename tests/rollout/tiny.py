@@ -17,10 +17,9 @@ POLICY = PolicyConfig(vocab_size=50, num_layers=2, d_model=16, num_heads=4, num_
 _ENGINES: dict[EngineConfig, PolicyEngine] = {}
 
 
-def params(seed: int = 0, scale: float = 8.0) -> Any:
-    """Random weights, scaled up so that log-probs differ from uniform by whole nats."""
-    state = nnx.split(Policy(POLICY, nnx.Rngs(seed)))[1]
-    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, state)
+def params(seed: int = 0) -> Any:
+    """Random weights."""
+    return nnx.split(Policy(POLICY, nnx.Rngs(seed)))[1]
 
 
 def engine(**settings: Any) -> PolicyEngine:

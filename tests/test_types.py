@@ -1,0 +1,59 @@
+"""The nouns: what they refuse, and the figures they derive."""
+
+import numpy as np
+import pytest
+
+from forgejax.types import Completion, FinishReason, SamplingLaw, StopReason, Trajectory, Turn
+
+
+def turn(index: int, requested_at: float, queued_s: float) -> Turn:
+    completion = Completion(
+        request_id=f"r{index}",
+        prompt_ids=np.ones(1, np.int32),
+        token_ids=np.ones(1, np.int32),
+        logprobs=np.zeros(1, np.float32),
+        versions=np.zeros(1, np.int32),
+        oldest_versions=np.zeros(1, np.int32),
+        finish_reason=FinishReason.STOP,
+        law=SamplingLaw(),
+        queued_s=queued_s,
+    )
+    return Turn(
+        index=index,
+        completion=completion,
+        parent=None,
+        requested_at=requested_at,
+        finished_at=requested_at + queued_s,
+        requested_law=SamplingLaw(),
+    )
+
+
+def trajectory(*turns: Turn) -> Trajectory:
+    return Trajectory(
+        task_id="t",
+        session_id="s",
+        member=0,
+        turns=turns,
+        rewards=(),
+        outcome=0.0,
+        started_at=0.0,
+        finished_at=10.0,
+        stop_reason=StopReason.COMPLETED,
+    )
+
+
+def test_turns_that_queue_side_by_side_are_left_out_of_the_clock_once() -> None:
+    parallel = trajectory(turn(0, 0.0, 5.0), turn(1, 1.0, 3.0), turn(2, 4.0, 2.0), turn(3, 8.0, 1.0))
+
+    assert parallel.queued_s == pytest.approx(6.0 + 1.0)
+    assert parallel.active_s == pytest.approx(3.0)
+
+
+def test_turns_one_after_another_add_their_queueing() -> None:
+    assert trajectory(turn(0, 0.0, 1.0), turn(1, 2.0, 1.5)).active_s == pytest.approx(7.5)
+
+
+@pytest.mark.parametrize(("law", "truncated"), [({}, False), ({"top_k": 3}, True), ({"top_p": 0.9}, True)])
+def test_a_law_that_cuts_the_distribution_says_so(law: dict[str, float], truncated: bool) -> None:
+    assert SamplingLaw(**law).truncated is truncated  # type: ignore[arg-type]
+    assert SamplingLaw(temperature=0.0).truncated
