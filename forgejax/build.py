@@ -248,7 +248,7 @@ def _batches(pool: Pool, config: TrainConfig, row_shards: int) -> grain.DatasetI
 
 
 def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:
-    """The running medians as the finished groups of earlier attempts leave them."""
+    """The running medians as earlier attempts leave them, by the finished groups that the journal still holds."""
     baseline = SpeedBaseline(success_at=config.reward.success_at)
     for index, payload in journal.payloads():
         baseline.observe(decode_group(payload, index=index))

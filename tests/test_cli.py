@@ -203,6 +203,8 @@ def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
     assert read_summary(run).account_open_tokens == 0
 
     assert train("--resume", f"--run.steps={stopped + 1}") == 0
+    saved = json.loads(Path("runs/quickstart-1/config.json").read_text(encoding="utf-8"))
+    assert saved["run"]["steps"] == stopped + 1, "the next resume knows of it too"
     summary = read_summary(run)
     assert rows(run) == list(range(1, stopped + 2))
     assert (summary.steps, summary.account_open_tokens, summary.groups_open, summary.drift_tokens) == (
