@@ -105,7 +105,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """This step's weights to the engine; only then do the groups that made them make room for new ones."""
-        self.driver.publish(self.learner.params(), self.step)
+        self.driver.publish(self.learner.state.params, self.step)  # copied when it returns
         self.pool.publish(self.step)
         self.pool.retire(self.step - 1)
 
