@@ -71,7 +71,7 @@ class ChatHandler:
             raise session_closed()
         try:
             chat = self._dialect.parse(body)
-            flight = session.ask(chat)
+            flight = await session.ask(chat)
         except RecursionError as error:
             raise RefusedError(400, "the body is nested too deeply; send it flatter", code="invalid_json") from error
         head = ReplyHead(id=f"chatcmpl-{flight.id}", created=int(time.time()), model=self._service.config.model_name)

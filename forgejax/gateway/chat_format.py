@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jinja2
-from tokenizers import Tokenizer
 
 from forgejax.errors import GatewayError
 from forgejax.gateway.chat import Message, Tool
+from forgejax.gateway.chat_template import ChatTemplate, TemplateError
 from forgejax.gateway.text_codec import StreamDecoder, TextCodec
-from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from forgejax.gateway.tokenizer_folder import TokenizerFolder
 
 _PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "First question?"},
@@ -26,8 +21,37 @@ _PROBE: tuple[Message, ...] = (
 )
 
 
-class TemplateError(GatewayError):
-    """The chat template refuses these messages, or has no place for them."""
+@dataclass(frozen=True, kw_only=True)
+class TextMark:
+    """Stands for a text without keeping it: its length and digest."""
+
+    length: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, text: str) -> TextMark:
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return cls(length=len(text), digest=digest)
+
+    def begins(self, text: str) -> bool:
+        return len(text) >= self.length and TextMark.of(text[: self.length]) == self
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedPrompt:
+    """A whole prompt as text, up to where the assistant begins to speak."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenTurn:
+    """A turn as text: the prompt it answered, and what was said without special tokens."""
+
+    prompt: TextMark
+    said: str
 
 
 class ChatFormat:
@@ -36,14 +60,18 @@ class ChatFormat:
     A turn is ``prompt ids + sampled ids``; the sampled ids end in a stop id unless the reply was cut short.
     """
 
-    def __init__(self, path: Path, template: PreTrainedTokenizerFast, codec: TextCodec) -> None:
-        self._path = path
-        self._template = template
-        self.codec = codec
-        self._turn_end = self._find_turn_end()
-        self.end_of_turn_id = codec.control_id(self._turn_end)
-        self.stop_ids = frozenset({self.end_of_turn_id}) | _end_of_sequence_ids(path, template)
-        self.vocab_size = codec.vocab_size
+    def __init__(self, folder: TokenizerFolder) -> None:
+        self._path = folder.path
+        # Its first look is through a codec that hides every special token; what ends a turn is found in its output.
+        probe = folder.codec(frozenset())
+        text = ChatTemplate(folder.tokenizer, probe.quoted, probe.quoted).text(_PROBE[:2], (), prompt=False)
+        self._turn_end = self._find_turn_end(probe, text)
+        self.codec = folder.codec({self._turn_end})
+        self.end_of_turn_id = self.codec.control_id(self._turn_end)
+        self.stop_ids = frozenset({self.end_of_turn_id}) | folder.end_of_sequence_ids()
+        self.vocab_size = self.codec.vocab_size
+        self._template = ChatTemplate(folder.tokenizer, self.codec.quoted, self.codec.quoted_hidden)
+        folder.check_encoding(self.codec, self._template.text(_PROBE, (), prompt=True))
 
     @classmethod
     def load(cls, path: str | Path) -> ChatFormat:
@@ -51,56 +79,56 @@ class ChatFormat:
 
         Raises GatewayError where one is missing or damaged, or where the template cannot be used for chat.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise GatewayError(f"tokenizer folder {folder} does not exist; give a folder that holds tokenizer.json")
-        tokenizer_json = _read_json(folder / "tokenizer.json")
-        _read_json(folder / "tokenizer_config.json")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise installing torch
-        # Imported here: it takes a second, and only what loads a tokenizer should wait for it.
-        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+        return cls(TokenizerFolder.read(Path(path)))
 
-        try:
-            template = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            raise GatewayError(
-                f"tokenizer folder {folder} cannot be loaded: {error}; save the tokenizer again"
-            ) from error
-        if not template.chat_template:
-            raise GatewayError(
-                f"tokenizer folder {folder} has no chat template; add chat_template to tokenizer_config.json, "
-                "or a chat_template.jinja file"
-            )
-        tokenizer: Tokenizer = template.backend_tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        if not added:
-            raise GatewayError(f"tokenizer folder {folder} has no special tokens; a chat needs one that ends a turn")
-        plain = Tokenizer.from_str(json.dumps(tokenizer_json | {"added_tokens": [], "post_processor": None}))
-        shown = {marker for tool_format in TOOL_CALL_FORMATS.values() for marker in tool_format.markers}
-        hidden = {id_ for id_, token in added.items() if token.special and token.content not in shown}
-        chat_format = cls(folder, template, TextCodec(tokenizer, plain, hidden))
-        chat_format._check_encoding(tokenizer)
-        return chat_format
+    def rendered(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedPrompt:
+        """The text of a whole prompt. Raises TemplateError."""
+        text = self._template.text(messages, tools, prompt=True)
+        return RenderedPrompt(messages=tuple(messages), tools=tuple(tools), text=text)
+
+    def encode(self, prompt: RenderedPrompt) -> list[int]:
+        """The ids of a whole prompt."""
+        return self.codec.encode(prompt.text)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The ids of a whole prompt, up to where the assistant begins to speak. Raises TemplateError."""
-        return self.codec.encode(self._text(messages, tools, prompt=True))
+        """``encode(rendered(messages, tools))``. Raises TemplateError."""
+        return self.encode(self.rendered(messages, tools))
 
-    def continuation(
-        self, known_messages: Sequence[Message], new_messages: Sequence[Message], tools: Sequence[Tool] = ()
-    ) -> list[int] | None:
-        """The ids to append after an assistant turn that ended in its stop id, to get the next prompt.
+    def continuation(self, prompt: RenderedPrompt, known: int, turn: SpokenTurn | None = None) -> list[int] | None:
+        """The ids to append to an assistant turn that ended in its stop id, to get ``prompt``.
 
-        ``known_messages`` ends with that assistant message. Equal, as text, to what the whole prompt has after that
-        turn; None where the template would change anything before it. Raises TemplateError.
+        ``prompt.messages[known - 1]`` is that turn's message. The result is, as text and as ids, what the whole prompt
+        has after that turn; None where the template would change anything before it, or the turn itself. ``turn``
+        saves two renders where the template repeats what was said word for word. Raises TemplateError.
         """
-        before = self._text(known_messages[:-1], tools, prompt=True)
-        spoken = self._text(known_messages, tools, prompt=False)
-        whole = self._text((*known_messages, *new_messages), tools, prompt=True)
-        if not (spoken.startswith(before) and whole.startswith(spoken)):
-            return None
+        after = None if turn is None else self._after_verbatim(prompt.text, turn)
+        if after is None:
+            after = self._after_rendered(prompt, known)
+        return None if after is None else self.codec.encode(prompt.text[after:], at_start=False)
+
+    def spoken_text(self, message: Message, history: Sequence[Message], tools: Sequence[Tool] = ()) -> str | None:
+        """What the template writes for ``message`` after the generation prompt, its end of turn included.
+
+        None where it does not write it there. Raises TemplateError.
+        """
+        before = self._template.text(history, tools, prompt=True)
+        spoken = self._template.text((*history, message), tools, prompt=False)
         end = spoken.rfind(self._turn_end, len(before))
-        return None if end < 0 else self.codec.encode(whole[end + len(self._turn_end) :])
+        if not spoken.startswith(before) or end < 0:
+            return None
+        return spoken[len(before) : end + len(self._turn_end)]
+
+    def written(self, message: Message, history: Sequence[Message], tools: Sequence[Tool]) -> str:
+        """What the template writes for ``message`` in a history, without its end of turn: behind the last line break it
+        shares with the generation prompt where it does not go on from that. Raises TemplateError."""
+        before = self._template.text(history, tools, prompt=True)
+        whole = self._template.text((*history, message), tools, prompt=False)
+        begin = len(before)
+        while not whole.startswith(before[:begin]):
+            begin = before.rfind("\n", 0, begin - 1) + 1
+        end = self.codec.find_hidden(whole, begin)
+        return whole[begin:] if end is None else whole[begin : end[1]]
 
     def encode_assistant(self, message: Message, history: Sequence[Message] = _PROBE[:1]) -> list[int]:
         """The ids a policy samples to say ``message``, its end-of-turn id included.
@@ -108,15 +136,13 @@ class ChatFormat:
         As text, ``render(history) + encode_assistant(message)`` begins ``render((*history, message, *more))``.
         Raises TemplateError where the template writes another prompt before a spoken message than before a new one.
         """
-        before = self._text(history, (), prompt=True)
-        spoken = self._text((*history, message), (), prompt=False)
-        end = spoken.rfind(self._turn_end, len(before))
-        if not spoken.startswith(before) or end < 0:
+        spoken = self.spoken_text(message, history)
+        if spoken is None:
             raise TemplateError(
                 f"the chat template in {self._path} does not write an assistant message after the generation prompt; "
                 "such a template cannot show the policy what to say"
             )
-        return self.codec.encode(spoken[len(before) : end + len(self._turn_end)])
+        return self.codec.encode(spoken, at_start=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of sampled ids as an agent sees it: without special tokens, tool-call markers kept."""
@@ -125,91 +151,30 @@ class ChatFormat:
     def stream_decoder(self) -> StreamDecoder:
         return StreamDecoder(self.codec)
 
-    def _text(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
-        quoted = [
-            self._quoted(message) if message["role"] != "assistant" else _with_object_arguments(message)
-            for message in messages
-        ]
-        try:
-            text = self._template.apply_chat_template(
-                quoted,
-                tools=[self._quoted(tool) for tool in tools] or None,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        # The template is a program from outside: besides its own errors it may trip over whatever a message holds.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise TemplateError(
-                f"the chat template does not accept these messages: {error}; change their roles, order or content"
-            ) from error
-        if not isinstance(text, str):
-            raise TemplateError(f"the chat template rendered {type(text).__name__}; expected text")
-        return text
+    def _after_verbatim(self, text: str, turn: SpokenTurn) -> int | None:
+        """Where ``text`` goes on after ``turn``, if it holds prompt and reply as they were."""
+        if not turn.prompt.begins(text):
+            return None
+        begin = turn.prompt.length
+        found = self.codec.find_hidden(text, begin)
+        if found is None or found[0] != self._turn_end or text[begin : found[1]].strip() != turn.said.strip():
+            return None
+        return found[1] + len(self._turn_end)
 
-    def _quoted(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.codec.quoted(value)
-        if isinstance(value, Mapping):
-            return {key: self._quoted(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._quoted(item) for item in value]
-        return value
+    def _after_rendered(self, prompt: RenderedPrompt, known: int) -> int | None:
+        """Where the prompt goes on after its first ``known`` messages, if those render there as they do alone."""
+        before = self._template.text(prompt.messages[: known - 1], prompt.tools, prompt=True)
+        spoken = self._template.text(prompt.messages[:known], prompt.tools, prompt=False)
+        if not (spoken.startswith(before) and prompt.text.startswith(spoken)):
+            return None
+        end = spoken.rfind(self._turn_end, len(before))
+        return None if end < 0 else end + len(self._turn_end)
 
-    def _find_turn_end(self) -> str:
-        text = self._text(_PROBE[:2], (), prompt=False)
-        answer = _PROBE[1]["content"]
-        turn_end = self.codec.first_control(text.partition(answer)[2])
+    def _find_turn_end(self, codec: TextCodec, text: str) -> str:
+        turn_end = codec.first_control(text.partition(str(_PROBE[1]["content"]))[2])
         if turn_end is None:
             raise GatewayError(
                 f"the chat template in {self._path} does not end an assistant message with a special token; "
                 f"it renders {text!r}; add one, or the policy can never stop"
             )
         return turn_end
-
-    def _check_encoding(self, tokenizer: Tokenizer) -> None:
-        """Pieces encoded one by one must give what the tokenizer gives for the whole."""
-        text = self._text(_PROBE, (), prompt=True)
-        whole = tokenizer.encode(text, add_special_tokens=False).ids
-        if self.codec.encode(text) != whole:
-            raise GatewayError(
-                f"the tokenizer in {self._path} encodes text differently at its start or beside special tokens; "
-                "use a byte-level tokenizer without such rules"
-            )
-
-
-def _with_object_arguments(message: Message) -> Message:
-    """``message`` with tool-call arguments that are JSON text as the objects they spell."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call["function"])
-        if isinstance(function["arguments"], str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError as error:
-                raise TemplateError(f"tool-call arguments {function['arguments']!r} are not JSON: {error}") from error
-        calls.append({**call, "function": function})
-    return {**message, "content": message.get("content") or "", "tool_calls": calls}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GatewayError(f"{path} is missing; save the tokenizer there (tokenizer.save_pretrained)") from error
-    except (OSError, ValueError) as error:
-        raise GatewayError(f"{path} cannot be read as JSON: {error}; save the tokenizer again") from error
-    if not isinstance(value, dict):
-        raise GatewayError(f"{path} holds {type(value).__name__}; expected a JSON object; save the tokenizer again")
-    return value
-
-
-def _end_of_sequence_ids(path: Path, template: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The tokenizer's own end of sequence, and those that ``generation_config.json`` names, where there is one."""
-    ids = set() if template.eos_token_id is None else {int(template.eos_token_id)}
-    generation = path / "generation_config.json"
-    if generation.exists():
-        named = _read_json(generation).get("eos_token_id", [])
-        ids.update(named if isinstance(named, list) else [named])
-    return frozenset(ids)

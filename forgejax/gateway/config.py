@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from forgejax.errors import ConfigError
-from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS
+from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,14 @@ class GatewayConfig:
     where it differs from ``host``. ``max_tokens_default`` holds where an agent asks for no limit; None means the rest
     of the context. ``body_timeout_s`` is how long an agent may take to send its request or to read a piece of a
     stream; ``cancel_grace_s`` how long a cancelled request may take to hand back the tokens it has drawn.
+    ``tool_format`` is how the policy writes tool calls; ``auto`` takes the format its chat template writes.
     """
 
     host: str = "127.0.0.1"
     port: int = 8801
     public_host: str | None = None
     model_name: str = "policy"
-    tool_call_format: str = "hermes"
+    tool_format: ToolFormatName = "auto"
     max_tokens_default: int | None = None
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
@@ -34,9 +35,9 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"gateway.port is {self.port}; give a port from 1 to 65535, or 0 for any free one")
-        if self.tool_call_format not in TOOL_CALL_FORMATS:
+        if self.tool_format != "auto" and self.tool_format not in TOOL_CALL_FORMATS:
             known = ", ".join(sorted(TOOL_CALL_FORMATS))
-            raise ConfigError(f"gateway.tool_call_format is {self.tool_call_format!r}; give one of: {known}")
+            raise ConfigError(f"gateway.tool_format is {self.tool_format!r}; give auto or one of: {known}")
         if self.max_tokens_default is not None and self.max_tokens_default < 1:
             raise ConfigError(
                 f"gateway.max_tokens_default is {self.max_tokens_default}; give at least 1, or leave it out"

@@ -34,5 +34,15 @@ class GatewayMetrics:
         self.request_s = histogram("request_seconds", "Seconds from a request's arrival to its answer.")
         self.queued_s = histogram("queued_seconds", "Seconds a request waited for the engine.")
 
+    def counts(self) -> dict[str, float]:
+        """Every counter, by name and labels: ``branches_history``, ``tool_calls_malformed``, ``prompt_tokens``."""
+        return {
+            "_".join([metric.name.removeprefix("forgejax_gateway_"), *sample.labels.values()]): sample.value
+            for metric in self.registry.collect()
+            if metric.type == "counter"
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -13,7 +13,6 @@ from forgejax.gateway.tool_calls import (
     CallPart,
     MalformedPart,
     Part,
-    PlainText,
     ToolCallFormat,
     overlap,
 )
@@ -70,7 +69,7 @@ class ReplyBuilder:
         self._number = number
         self._decoder = chat_format.stream_decoder()
         self._stops = StopStrings(request.stop)
-        self._parser = tool_calls.parser(request.tools) if request.tools else PlainText()
+        self._parser = tool_calls.parser(request.tools)
         self._fed = 0
         self._texts: list[str] = []
         self._calls: list[ToolCall] = []

@@ -13,6 +13,7 @@ from forgejax.gateway.chat_format import ChatFormat
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.sessions import Service, SessionTable
+from forgejax.gateway.tool_format import choose_tool_format
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """Implements ``forgejax.types.Sessions``. All of it belongs to the event loop that runs ``start``.
 
-    ``context_length`` is the engine's: prompt and reply together never exceed it.
+    ``context_length`` is the engine's: prompt and reply together never exceed it. Raises GatewayError where
+    the chat template leaves unclear how the policy calls tools.
     """
 
     def __init__(self, sampler: Sampler, chat_format: ChatFormat, context_length: int, config: GatewayConfig) -> None:
@@ -30,6 +32,7 @@ class Gateway:
         self._service = Service(
             sampler=sampler,
             chat_format=chat_format,
+            tool_format=choose_tool_format(config.tool_format, chat_format),
             context_length=context_length,
             config=config,
             metrics=self.metrics,

@@ -11,26 +11,29 @@ from dataclasses import dataclass, replace
 
 from forgejax.errors import GatewayError
 from forgejax.gateway.chat import ChatRequest, Reply
-from forgejax.gateway.chat_format import ChatFormat, TemplateError
+from forgejax.gateway.chat_format import ChatFormat
+from forgejax.gateway.chat_template import TemplateError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.conversation import Conversation, Prompt
 from forgejax.gateway.flight import Flight
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.reply_builder import ReplyBuilder
-from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS
+from forgejax.gateway.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.types import Completion, Sampler, SampleRequest, SessionSpec, Turn
 
 _CLOSED_KEPT = 64  # sessions that can be closed again; their turns take memory
 _KEYS_KEPT = 1024  # of sessions closed before those
+_LONG_CHARACTERS = 20_000  # some 10 ms of encoding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What every session shares."""
+    """What every session shares. ``tool_format`` is None where the policy knows no way to call tools."""
 
     sampler: Sampler
     chat_format: ChatFormat
+    tool_format: ToolCallFormat | None
     context_length: int
     config: GatewayConfig
     metrics: GatewayMetrics
@@ -54,20 +57,18 @@ class SessionLog:
         self._closed_with: tuple[Turn, ...] | None = None
         self.closed = False
 
-    def ask(self, chat: ChatRequest) -> Flight:
+    async def ask(self, chat: ChatRequest) -> Flight:
         """Sends a request on its way. Raises RefusedError where it cannot be sampled."""
         requested_at = time.monotonic()
-        try:
-            prompt = self._conversation.prompt(chat)
-        except TemplateError as error:
-            raise RefusedError(400, str(error), code="invalid_messages", param="messages") from error
+        tool_format = self._tool_format(chat)
         number = self._arrived
-        request = self._sample_request(chat, prompt, number)
         self._arrived += 1
+        prompt = await self._prompt(chat)
+        request = self._sample_request(chat, prompt, number)
         service = self._service
         if prompt.branch is not None:
             service.metrics.branches.labels(prompt.branch).inc()
-        builder = ReplyBuilder(service.chat_format, TOOL_CALL_FORMATS[service.config.tool_call_format], chat, number)
+        builder = ReplyBuilder(service.chat_format, tool_format, chat, number)
 
         def landed(completion: Completion, reply: Reply, abandoned: bool) -> None:
             self._conversation.answered(number, prompt, completion, None if abandoned else reply.message)
@@ -117,6 +118,31 @@ class SessionLog:
             replace(turn, index=index_of[number], parent=None if turn.parent is None else index_of.get(turn.parent))
             for number, turn in sorted(self._turns.items())
         )
+
+    async def _prompt(self, chat: ChatRequest) -> Prompt:
+        """The prompt's ids; a long one is made on another thread, so that other sessions need not wait for it."""
+        try:
+            if sum(len(message["content"]) for message in chat.messages) < _LONG_CHARACTERS:
+                return self._conversation.prompt(chat)
+            prompt = await asyncio.to_thread(self._conversation.prompt, chat)
+        except TemplateError as error:
+            raise RefusedError(400, str(error), code="invalid_messages", param="messages") from error
+        if self.closed:
+            raise session_closed()
+        return prompt
+
+    def _tool_format(self, chat: ChatRequest) -> ToolCallFormat:
+        if not chat.tools:
+            return PlainTextFormat()
+        if self._service.tool_format is None:
+            raise RefusedError(
+                400,
+                "tools were sent, and the policy's chat template writes tool calls in no known format; set "
+                "gateway.tool_format to the format the policy was trained on, or send no tools",
+                code="tools_not_served",
+                param="tools",
+            )
+        return self._service.tool_format
 
     def _left(self, flight: Flight) -> None:
         self._flights.discard(flight)

@@ -9,7 +9,7 @@ import pytest
 
 from forgejax.errors import GatewayError
 from forgejax.gateway import ChatFormat
-from forgejax.gateway.chat_format import TemplateError
+from forgejax.gateway.chat_template import TemplateError
 
 from .fakes import CALCULATOR, HERMES_TEMPLATE, save_tokenizer
 
@@ -47,8 +47,8 @@ def test_generation_config_adds_stop_ids(tokenizer_folder: Path, tmp_path: Path,
 
 
 def test_prompt_plus_spoken_plus_continuation_is_the_next_prompt(chat_format: ChatFormat) -> None:
-    known = [USER, CALL]
-    continuation = chat_format.continuation(known, [RESULT], [CALCULATOR])
+    prompt = chat_format.rendered([USER, CALL, RESULT], [CALCULATOR])
+    continuation = chat_format.continuation(prompt, 2)
     assert continuation is not None
     whole = chat_format.render([USER], [CALCULATOR]) + chat_format.encode_assistant(CALL) + continuation
     assert whole == chat_format.render([USER, CALL, RESULT], [CALCULATOR])
@@ -61,8 +61,8 @@ def test_a_template_that_rewrites_history_has_no_continuation(tmp_path: Path) ->
     )
     chat_format = ChatFormat.load(save_tokenizer(tmp_path, forgetful))
     thinking = {"role": "assistant", "content": "<think>2+3</think>5"}
-    assert chat_format.continuation([USER, thinking], [USER]) is None
-    assert chat_format.continuation([USER, ANSWER], [USER]) is not None
+    assert chat_format.continuation(chat_format.rendered([USER, thinking, USER]), 2) is None
+    assert chat_format.continuation(chat_format.rendered([USER, ANSWER, USER]), 2) is not None
 
 
 def test_spoken_ids_end_the_turn_and_begin_the_rendered_history(chat_format: ChatFormat) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,6 +18,7 @@ from forgejax.gateway import ChatFormat, Gateway
 from forgejax.types import Completion, OnTokens, SampleRequest, SamplingLaw, Session, SessionSpec
 
 from .fakes import CALCULATOR, TRAINING, ScriptedSampler, started
+from .families import save_family
 
 USER: Any = {"role": "user", "content": "What is 2+3?"}
 CALL_TEXT = 'Let me see.\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}</tool_call><|im_end|>'
@@ -202,7 +204,7 @@ async def test_the_sessions_law_overrides_the_agents(
     assert turn.requested_law == SamplingLaw(**asked)
 
 
-GOOD = {"model": "m", "messages": [USER]}
+GOOD: dict[str, Any] = {"model": "m", "messages": [USER]}
 
 
 @pytest.mark.parametrize(
@@ -364,3 +366,37 @@ async def test_a_taken_port_gives_way_to_a_free_one(chat_format: ChatFormat) -> 
     assert url == second.url != first.url and second.open(TRAINING).base_url == url + "/v1"
     await first.stop()
     await second.stop()
+
+
+async def test_tools_are_refused_where_the_template_knows_no_way_to_call_them(tmp_path: Path) -> None:
+    chat_format = ChatFormat.load(save_family(tmp_path, "smollm2"))
+    gateway = await started(ScriptedSampler(chat_format, "5<|im_end|>", CALL_TEXT))
+    session = gateway.open(TRAINING)
+    status, error = await post(session, json.dumps({**GOOD, "tools": [CALCULATOR]}).encode())
+    assert (status, error["code"]) == (400, "tools_not_served") and "gateway.tool_format" in error["message"]
+    async with client(session) as agent:
+        assert (await agent.chat.completions.create(**GOOD)).choices[0].message.content == "5"
+    await gateway.stop()
+    told = await started(ScriptedSampler(chat_format, CALL_TEXT), tool_format="hermes")
+    async with client(told.open(TRAINING)) as agent:
+        reply = await agent.chat.completions.create(tools=[CALCULATOR], **GOOD)
+    await told.stop()
+    assert reply.choices[0].finish_reason == "tool_calls"
+
+
+async def test_a_long_prompt_is_answered_like_a_short_one_and_counts_are_by_name(chat_format: ChatFormat) -> None:
+    sampler = ScriptedSampler(chat_format, "5<|im_end|>", "6<|im_end|>", "7<|im_end|>")
+    gateway = await started(sampler, context_length=200_000)
+    session = gateway.open(TRAINING)
+    long: Any = {"role": "user", "content": "the answer is " * 2000}
+    async with client(session) as agent:
+        first = await agent.chat.completions.create(model="m", messages=[long])
+        said: Any = first.choices[0].message
+        await agent.chat.completions.create(model="m", messages=[long, said, USER])
+        await agent.chat.completions.create(model="m", messages=[USER])
+    turns = await gateway.close(session.id)
+    await gateway.stop()
+    assert [turn.parent for turn in turns] == [None, 0, None]
+    assert turns[0].completion.prompt_ids.tolist() == chat_format.render([long])
+    counts = gateway.metrics.counts()
+    assert (counts["branches_history"], counts["turns_stop"], counts["completion_tokens"]) == (1, 3, 6)

@@ -37,7 +37,7 @@ async def status_of(session: Session, key: str | None) -> tuple[int, str]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 (what is watched is the engine's own record)
             await asyncio.sleep(0.005)
 
@@ -289,7 +289,7 @@ async def test_stopping_closes_every_session_and_opening_needs_a_running_gateway
     "wrong",
     [
         {"port": 70000},
-        {"tool_call_format": "xml"},
+        {"tool_format": "xml"},
         {"max_tokens_default": 0},
         {"cancel_grace_s": 0},
         {"host": ""},

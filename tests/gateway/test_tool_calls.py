@@ -68,7 +68,7 @@ def test_a_malformed_call_is_told_apart_and_kept_as_it_was_written(body: str, pr
 def test_an_unclosed_call_is_malformed() -> None:
     text = '<tool_call>{"name": "calculator", "arguments": {"expression": "1"}}'
     assert parse(f"Hm. {text}", 2) == [
-        TextPart(text="Hm."),
+        TextPart(text="Hm. "),
         MalformedPart(text=text, problem="<tool_call> is never closed"),
     ]
 
