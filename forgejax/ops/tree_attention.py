@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Protocol, runtime_checkable
+
 import jax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from forgejax.ops.tree_attention_cpu import block_tree_attention
+from forgejax.ops.tree_attention_cpu import CpuKernel
+from forgejax.ops.tree_attention_gpu import GpuKernel
+from forgejax.ops.tree_attention_tpu import TpuKernel
 from forgejax.ops.tree_meta import TreeMeta
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A backend: a hashable value, the same for every call that shall share a compiled program."""
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, Any]:
+        """The output [B, T, H, C] in q's dtype, 0 in blocks of padding alone, and residuals of any form."""
+        ...
+
+    def backward(self, residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The gradients of q, k and v in their dtypes."""
+        ...
+
+
+_KERNELS: dict[str, Kernel] = {
+    "cpu": CpuKernel(),
+    "tpu": TpuKernel(),
+    "gpu": GpuKernel(),
+    "cuda": GpuKernel(),
+    "rocm": GpuKernel(),
+}
+
+
+def kernel_for(mesh: Mesh | None) -> Kernel:
+    """The kernel of the platform that the mesh's devices (without a mesh: JAX's default device) belong to.
+
+    Raises:
+        ValueError: there is no kernel for that platform.
+    """
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    if platform not in _KERNELS:
+        raise ValueError(
+            f"no tree attention kernel for platform {platform!r}; there are kernels for {sorted(_KERNELS)}"
+        )
+    return _KERNELS[platform]
 
 
 def tree_attention(
@@ -20,6 +61,7 @@ def tree_attention(
     mesh: Mesh | None = None,
     row_axes: tuple[str, ...] = (),
     head_axis: str | None = None,
+    kernel: Kernel | None = None,
 ) -> Float[Array, "B T H C"]:
     """Attention in which query i sees exactly the keys j with ``j <= i < end[j]``: itself and its ancestors.
 
@@ -34,15 +76,18 @@ def tree_attention(
             The loop over block pairs holds no collective: its trip count differs between the row shards.
         row_axes: mesh axes that shard B, in order.
         head_axis: mesh axis that shards the heads, or None.
+        kernel: the backend; None takes ``kernel_for(mesh)``, decided as the caller is traced.
 
     Raises:
-        ValueError: H is not a multiple of K, or the heads cannot be split over ``head_axis``.
+        ValueError: H is not a multiple of K, the heads cannot be split over ``head_axis``, or the kernel cannot work
+            with ``meta.block_size`` (multiples of 128 on TPU; 16, 32, 64 or 128 on GPU).
     """
     H, K = q_BTHC.shape[2], k_BTKC.shape[2]
     if H % K:
         raise ValueError(f"{H} query heads over {K} key heads: expected a multiple")
+    kernel = kernel or kernel_for(mesh)
     if mesh is None:
-        return block_tree_attention(q_BTHC, k_BTKC, v_BTKC, meta)
+        return _attend(kernel, q_BTHC, k_BTKC, v_BTKC, meta)
 
     shards = mesh.shape[head_axis] if head_axis else 1
     if H % shards or (K % shards and shards % K):
@@ -56,7 +101,7 @@ def tree_attention(
         if not split_keys:  # more shards than key heads: each keeps the one that its queries read
             first = lax.axis_index(head_axis) * K // shards
             k, v = (lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
-        return block_tree_attention(q, k, v, meta)
+        return _attend(kernel, q, k, v, meta)
 
     rows = row_axes or None
     heads = PartitionSpec(rows, None, head_axis, None)
@@ -64,3 +109,19 @@ def tree_attention(
     return jax.shard_map(
         local, mesh=mesh, in_specs=(heads, keys, keys, PartitionSpec(rows)), out_specs=heads, check_vma=False
     )(q_BTHC, k_BTKC, v_BTKC, meta)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> jax.Array:
+    return kernel.forward(q, k, v, meta)[0]
+
+
+def _attend_forward(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, Any]:
+    return kernel.forward(q, k, v, meta)
+
+
+def _attend_backward(kernel: Kernel, residuals: Any, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    return *kernel.backward(residuals, d_out), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,4 +1,4 @@
-"""Tree attention in plain JAX: a loop over the active block pairs of each row, behind one ``custom_vjp``.
+"""Tree attention in plain JAX: a loop over the active block pairs of each row.
 
 The online softmax of FlashAttention (arXiv 2205.14135). The trip count is a runtime value, so the cost follows the
 active pairs of the tree. Queries that share a key head lie in one block, [K, block, G * block_size, C], so that keys
@@ -6,6 +6,9 @@ and values are never repeated and each product is one matrix product a key head.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +20,29 @@ from forgejax.ops.tree_meta import TreeMeta
 _NEVER = -1e30  # below every score, and finite: exp(_NEVER - _NEVER) must not be NaN
 
 
-def block_tree_attention(
-    q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K C"], v_BTKC: Float[Array, "B T K C"], meta: TreeMeta
-) -> Float[Array, "B T H C"]:
-    """Attention of every query over itself and its ancestors; rows run one after another.
+@dataclasses.dataclass(frozen=True)
+class CpuKernel:
+    """The CPU backend of ``tree_attention``; rows run one after another. Takes any block size, and FP64."""
 
-    Products accumulate in FP32, or FP64 for FP64 inputs. H is a multiple of K.
-    """
-    block = meta.block_size
-    out_BKNGSC = _attend(
-        _queries_to_blocks(q_BTHC, k_BTKC.shape[2], block),
-        _keys_to_blocks(k_BTKC, block),
-        _keys_to_blocks(v_BTKC, block),
-        meta,
-    )
-    return _blocks_to_queries(out_BKNGSC, q_BTHC.shape, block).astype(q_BTHC.dtype)
+    def forward(
+        self,
+        q_BTHC: Float[Array, "B T H C"],
+        k_BTKC: Float[Array, "B T K C"],
+        v_BTKC: Float[Array, "B T K C"],
+        meta: TreeMeta,
+    ) -> tuple[Float[Array, "B T H C"], Any]:
+        """The output, and what ``backward`` needs."""
+        block = meta.block_size
+        q = _queries_to_blocks(q_BTHC, k_BTKC.shape[2], block)
+        out, residuals = _forward(q, _keys_to_blocks(k_BTKC, block), _keys_to_blocks(v_BTKC, block), meta)
+        return _blocks_to_queries(out, q_BTHC.shape, block).astype(q_BTHC.dtype), residuals
+
+    def backward(self, residuals: Any, d_out_BTHC: Float[Array, "B T H C"]) -> tuple[Array, Array, Array]:
+        """The gradients of q [B, T, H, C], k and v [B, T, K, C]."""
+        _, k, _, meta, _, _ = residuals
+        block = meta.block_size
+        d_q, d_k, d_v = _backward(residuals, _queries_to_blocks(d_out_BTHC, k.shape[1], block))
+        return _blocks_to_queries(d_q, d_out_BTHC.shape, block), _blocks_to_keys(d_k), _blocks_to_keys(d_v)
 
 
 def _queries_to_blocks(q_BTHC: jax.Array, kv_heads: int, block: int) -> jax.Array:
@@ -50,6 +61,11 @@ def _blocks_to_queries(out: jax.Array, shape: tuple[int, ...], block: int) -> ja
     K = out.shape[1]
     split = out.reshape(B, K, T // block, H // K, block, C)
     return split.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, H, C)
+
+
+def _blocks_to_keys(k_BKNSC: jax.Array) -> jax.Array:
+    B, K, N, S, C = k_BKNSC.shape
+    return k_BKNSC.transpose(0, 2, 3, 1, 4).reshape(B, N * S, K, C)
 
 
 def _at(blocks: jax.Array, index: jax.Array) -> jax.Array:
@@ -74,11 +90,6 @@ def _scores(
 
 def _real(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> jax.Array:
-    return _forward(q, k, v, meta)[0]
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, tuple]:
@@ -141,7 +152,4 @@ def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
     delta = (d_out * out).sum(axis=-1)
     xs = (q, k, v, d_out, lse, delta, meta.end, meta.q_block, meta.kv_block, meta.n_pairs)
     d_q, d_k, d_v = lax.map(row, xs)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_attend.defvjp(_forward, _backward)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

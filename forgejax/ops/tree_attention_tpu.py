@@ -1,0 +1,209 @@
+"""Tree attention as Pallas kernels for TPUs: forward, dQ and dK/dV, each a walk over the active block pairs.
+
+FlashAttention-2 (arXiv 2307.08691) on a grid [row, key head, pair] whose last bound is a runtime value. The pair lists
+arrive by scalar prefetch, as in splash attention, so that the pipeline fetches the blocks of the next active pair
+while this one is multiplied, and no tree compiles anew. Splash itself cannot be used: it masks by segment or by a
+function of the two indices, and ``end`` would have to become a boolean block of every partial pair.
+
+A step handles all query heads of one key head: keys and values are fetched once for them and never repeated. Operands
+keep their dtype, products accumulate in FP32, softmax statistics are FP32 (one value a query, spread over 128 lanes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from forgejax.ops.tree_kernels_tpu import LANES, Walk, d_key_value_kernel, d_query_kernel, forward_kernel, pair_at
+from forgejax.ops.tree_meta import KEY_BITS, QUERY_SHIFT, TreeMeta
+
+_SMEM_BYTES = 768 * 1024  # of 1 MiB on v4 and later
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuKernel:
+    """The TPU backend of ``tree_attention``; ``interpret`` runs the kernels on any device, slowly."""
+
+    interpret: bool = False
+
+    def forward(
+        self,
+        q_BTHC: Float[Array, "B T H C"],
+        k_BTKC: Float[Array, "B T K C"],
+        v_BTKC: Float[Array, "B T K C"],
+        meta: TreeMeta,
+    ) -> tuple[Float[Array, "B T H C"], Any]:
+        """The output, and what ``backward`` needs.
+
+        Raises:
+            ValueError: ``meta.block_size`` is no multiple of 128, the pair lists exceed the scalar memory, or the
+                dtype is not one of the kernels'.
+        """
+        _check(meta, q_BTHC.dtype)
+        q, k, v = _by_key_head(q_BTHC, k_BTKC.shape[2]), k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
+        out, lse = _Call(meta, q.shape, q.dtype, self.interpret).forward(q, k, v)
+        return _by_query(_used(out, meta, axis=3)), (q, k, v, meta, out, lse)
+
+    def backward(self, residuals: Any, d_out_BTHC: Float[Array, "B T H C"]) -> tuple[Array, Array, Array]:
+        """The gradients of q [B, T, H, C], k and v [B, T, K, C]."""
+        q, k, v, meta, out, lse = residuals
+        call = _Call(meta, q.shape, q.dtype, self.interpret)
+        d_out = _by_key_head(d_out_BTHC.astype(q.dtype), k.shape[1])
+        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+        d_q = call.d_query(q, k, v, d_out, lse, delta)
+        d_k, d_v = call.d_key_value(q, k, v, d_out, lse, delta)
+        d_k, d_v = (_used(x, meta, axis=2).swapaxes(1, 2) for x in (d_k, d_v))
+        return _by_query(_used(d_q, meta, axis=3)), d_k, d_v
+
+
+def _check(meta: TreeMeta, dtype: Any) -> None:
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"tree attention on TPU got {dtype}; set policy.compute_dtype to float32 or bfloat16")
+    if meta.block_size % LANES:
+        raise ValueError(
+            f"tree attention on TPU got blocks of {meta.block_size} tokens; set packing.block_size to a multiple of "
+            f"{LANES} (512 is a good one)"
+        )
+    rows, size = meta.q_block.shape
+    if 4 * rows * size > _SMEM_BYTES:
+        raise ValueError(
+            f"the block pairs of {rows} rows take {4 * rows * size} bytes of a TPU core's scalar memory, which has "
+            f"room for {_SMEM_BYTES}; raise packing.block_size (now {meta.block_size}) or put fewer rows on a device"
+        )
+
+
+def _by_key_head(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
+    B, T, H, C = x_BTHC.shape
+    return x_BTHC.reshape(B, T, kv_heads, H // kv_heads, C).transpose(0, 2, 3, 1, 4)
+
+
+def _by_query(x_BKGTC: jax.Array) -> jax.Array:
+    B, K, G, T, C = x_BKGTC.shape
+    return x_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, C)
+
+
+def _used(x: jax.Array, meta: TreeMeta, axis: int) -> jax.Array:
+    """x with zeros in the blocks of padding alone, which no pair visits and nothing writes."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = x.shape[0], x.shape[axis]
+    return jnp.where(jnp.repeat(meta.reach > 0, meta.block_size, axis=1).reshape(shape), x, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The three kernel calls for one shape [B, K, G, T, C] of grouped queries."""
+
+    meta: TreeMeta
+    shape: tuple[int, ...]
+    dtype: Any
+    interpret: bool
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        B, K, G, T, _ = self.shape
+        outs = [(self.shape, self.dtype, self._queries()), ((B, K, G, T), jnp.float32, self._per_query())]
+        scratch = [self._wide(), self._lanes(), self._lanes()]
+        ins = [self._queries(), self._keys(), self._keys(), self._ends()]
+        return self._run(forward_kernel, False, ins, outs, scratch)(q, k, v, self._end_rows())
+
+    def d_query(self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array) -> jax.Array:
+        ins = [self._queries(), self._keys(), self._keys(), self._ends(), self._queries()]
+        ins += [self._per_query(), self._per_query()]
+        outs = [(self.shape, self.dtype, self._queries())]
+        run = self._run(d_query_kernel, False, ins, outs, [self._wide(), self._lanes(), self._lanes()])
+        return run(q, k, v, self._end_rows(), *of_queries)[0]
+
+    def d_key_value(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        block, C = self.meta.block_size, self.shape[-1]
+        ins = [self._queries(), self._keys(), self._keys(), self._ends(), self._queries()]
+        ins += [self._per_query(), self._per_query()]
+        outs = [(k.shape, k.dtype, self._keys()), (v.shape, v.dtype, self._keys())]
+        scratch = [pltpu.VMEM((block, C), jnp.float32)] * 2 + [pltpu.VMEM((block, LANES), jnp.int32)]
+        return self._run(d_key_value_kernel, True, ins, outs, scratch)(q, k, v, self._end_rows(), *of_queries)
+
+    def _run(
+        self,
+        kernel: Callable[..., None],
+        by_key: bool,
+        ins: list[pl.BlockSpec],
+        outs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
+        scratch: list[Any],
+    ) -> Callable[..., Any]:
+        meta, (B, K, G, _, C) = self.meta, self.shape
+        pairs_BN = meta.pairs_by_key if by_key else meta.q_block << QUERY_SHIFT | meta.kv_block
+        prefetched = (jnp.ravel(pairs_BN), jnp.asarray(meta.n_pairs), jnp.ravel(meta.full_until))
+        # The longest row sets the bound; a shorter one idles through its rest without fetching anything.
+        grid = (B, K, jnp.maximum(jnp.max(meta.n_pairs), 1))
+        call = pl.pallas_call(
+            functools.partial(
+                kernel,
+                walk=Walk(size=pairs_BN.shape[1], n_blocks=meta.full_until.shape[1], by_key=by_key),
+                scale=C**-0.5,
+            ),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(prefetched),
+                grid=grid,
+                in_specs=ins,
+                out_specs=[spec for _, _, spec in outs],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=_vmem_bytes(G, meta.block_size, C),
+            ),
+            interpret=self.interpret,
+            name=f"tree_attention_{kernel.__name__}",
+        )
+        return functools.partial(call, *prefetched)
+
+    def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+        """A block whose place depends on row, key head and the pair's query and key block."""
+        size = self.meta.q_block.shape[1]
+
+        def place(row: Any, head: Any, p: Any, *prefetched: Any) -> tuple[Any, ...]:
+            pairs, n_pairs, _ = prefetched
+            pair = pair_at(pairs, row, p, n_pairs[row], size)
+            return index(row, head, pair >> QUERY_SHIFT, pair & KEY_BITS)
+
+        return pl.BlockSpec(shape, place)
+
+    def _queries(self) -> pl.BlockSpec:
+        shape = (None, None, self.shape[2], self.meta.block_size, self.shape[4])
+        return self._spec(shape, lambda row, head, a, b: (row, head, 0, a, 0))
+
+    def _per_query(self) -> pl.BlockSpec:
+        shape = (None, None, self.shape[2], self.meta.block_size)
+        return self._spec(shape, lambda row, head, a, b: (row, head, 0, a))
+
+    def _keys(self) -> pl.BlockSpec:
+        shape = (None, None, self.meta.block_size, self.shape[4])
+        return self._spec(shape, lambda row, head, a, b: (row, head, b, 0))
+
+    def _ends(self) -> pl.BlockSpec:
+        return self._spec((None, 1, self.meta.block_size), lambda row, head, a, b: (row, 0, b))
+
+    def _end_rows(self) -> jax.Array:
+        return jnp.asarray(self.meta.end)[:, None, :]  # a dimension of 1 that blocks may cut
+
+    def _wide(self) -> Any:
+        return pltpu.VMEM((self.shape[2], self.meta.block_size, self.shape[4]), jnp.float32)
+
+    def _lanes(self) -> Any:
+        return pltpu.VMEM((self.shape[2], self.meta.block_size, LANES), jnp.float32)
+
+
+def _vmem_bytes(group: int, block: int, width: int) -> int:
+    """Room for the double-buffered blocks, the statistics and the score-sized intermediates of the largest kernel."""
+    lanes = -(-width // LANES) * LANES
+    a_query_block = 4 * group * block * lanes
+    return max(16 << 20, 7 * a_query_block + 2 * 4 * group * block * LANES + 12 * 4 * block * block)
