@@ -1,6 +1,24 @@
-"""One Flax policy, the same code for training and for sampling."""
+"""One Flax policy, the same code for training and for sampling, and the open-weight families it can be."""
 
+from forgejax.models.export import export_policy
+from forgejax.models.folder import read_policy_config
 from forgejax.models.init import Params, abstract_policy, count_params, init_params
+from forgejax.models.load import load_params
+from forgejax.models.moe import MoEConfig
 from forgejax.models.policy import Attend, Policy, PolicyConfig
+from forgejax.models.rope import RopeConfig
 
-__all__ = ["Attend", "Params", "Policy", "PolicyConfig", "abstract_policy", "count_params", "init_params"]
+__all__ = [
+    "Attend",
+    "MoEConfig",
+    "Params",
+    "Policy",
+    "PolicyConfig",
+    "RopeConfig",
+    "abstract_policy",
+    "count_params",
+    "export_policy",
+    "init_params",
+    "load_params",
+    "read_policy_config",
+]

@@ -1,8 +1,9 @@
 """The policy: a decoder-only transformer that is told how to attend.
 
-Grouped-query attention, rotary embeddings by explicit positions, RMSNorm, SwiGLU, tied or untied embeddings, optional
-QK-norm and QKV biases; FP32 logits. The learner attends over packed prefix trees, the engine over its KV cache: both
-hand an ``Attend`` to the same ``Policy.__call__``, so that sampling and training are one function.
+One decoder, configured by data, is every family: grouped-query attention, rotary embeddings by explicit positions,
+RMSNorm, SwiGLU or a mixture of experts, tied or untied embeddings, optional QK-norm and QKV biases; FP32 logits. The
+learner attends over packed prefix trees, the engine over its KV cache: both hand an ``Attend`` to the same
+``Policy.__call__``, so that sampling and training are one function.
 
 Weights of all layers are stacked on a leading L axis and the layers run under ``jax.lax.scan``.
 """
@@ -19,6 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
+from forgejax.models.dense import linear, silu_gated, unembed
+from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
+from forgejax.models.rope import RopeConfig, Rotation, rotate, rotation_of
 from forgejax.sharding import constrain
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -26,8 +30,18 @@ DType = Literal["float32", "bfloat16", "float64"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Shape and numerics of a policy. ``head_dim`` of 0 means ``d_model / num_heads``."""
+    """Shape and numerics of a policy.
 
+    Attributes:
+        path: a folder in Hugging Face format, or a GGUF file, that the weights are read from; empty: fresh weights.
+        head_dim: width of a head; 0 means ``d_model / num_heads``.
+        d_ff: width of the MLP.
+        qk_norm: RMSNorm of queries and keys before they are rotated: over each ``head`` with one scale (Qwen3), or over
+            the numbers of all heads together, ``full`` (MiniMax-M2).
+        attention_bias: queries, keys and values have biases.
+    """
+
+    path: str = ""
     vocab_size: int = 512
     num_layers: int = 4
     d_model: int = 128
@@ -35,11 +49,12 @@ class PolicyConfig:
     num_kv_heads: int = 2
     head_dim: int = 0
     d_ff: int = 384
-    rope_theta: float = 10_000.0
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     norm_eps: float = 1e-6
     tied_embeddings: bool = True
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
     attention_bias: bool = False
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     param_dtype: DType = "float32"
     compute_dtype: DType = "float32"
 
@@ -57,16 +72,25 @@ class PolicyConfig:
             )
         if self.head_dim < 0:
             raise ConfigError(f"policy.head_dim is {self.head_dim}; expected a width, or 0 for d_model / num_heads")
-        for name in ("rope_theta", "norm_eps"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"policy.{name} is {getattr(self, name)}; expected a positive number")
-        if self.head_size % 2:
+        if not 0.0 < self.norm_eps < float("inf"):
+            raise ConfigError(f"policy.norm_eps is {self.norm_eps}; expected a positive number")
+        if self.head_size % 2 and not self.rope.rotary_dim:
             raise ConfigError(f"policy.head_dim {self.head_size} is odd; rotary embeddings need an even one")
+        if self.rope.rotary_dim > self.head_size:
+            raise ConfigError(
+                f"policy.rope.rotary_dim is {self.rope.rotary_dim}; a head has {self.head_size} numbers: expected as "
+                "many at most, or 0 for all"
+            )
 
     @property
     def head_size(self) -> int:
         """C, the width of one attention head."""
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def expert_width(self) -> int:
+        """F of an expert."""
+        return self.moe.d_ff or self.d_ff
 
 
 @runtime_checkable
@@ -105,23 +129,12 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
     return (normed * jnp.expand_dims(scale.astype(x32.dtype), tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-def rope(x_BTHC: Float[Array, "B T H C"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T H C"]:
-    """Rotary embedding (arXiv 2104.09864), half-split pairing, by explicit positions; angles in FP32."""
-    half = x_BTHC.shape[-1] // 2
-    real = jnp.promote_types(x_BTHC.dtype, jnp.float32)
-    frequency_c = theta ** (-jnp.arange(half, dtype=real) / half)
-    angle_BT1c = positions_BT[:, :, None, None].astype(real) * frequency_c[None, None, None, :]
-    cos, sin = jnp.cos(angle_BT1c), jnp.sin(angle_BT1c)
-    first, second = jnp.split(x_BTHC.astype(real), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)
-
-
 class Block(nnx.Module):
     """All layers' weights, stacked on L; called on the slice of one layer."""
 
     def __init__(self, config: PolicyConfig, rngs: nnx.Rngs):
         self.config = config
-        L, D, F = config.num_layers, config.d_model, config.d_ff
+        L, D, F = config.num_layers, config.d_model, config.expert_width if config.moe.num_experts else config.d_ff
         H, K, C = config.num_heads, config.num_kv_heads, config.head_size
         # Unit-variance inputs give unit-variance outputs at any width: a fixed 0.02 starves a narrow model's attention.
         normal = nnx.initializers.normal(D**-0.5)
@@ -140,42 +153,80 @@ class Block(nnx.Module):
             self.q_bias = weight(rngs, (L, H, C), ("layers", "heads", "head_dim"), dtype, zeros)
             self.k_bias = weight(rngs, (L, K, C), ("layers", "kv_heads", "head_dim"), dtype, zeros)
             self.v_bias = weight(rngs, (L, K, C), ("layers", "kv_heads", "head_dim"), dtype, zeros)
-        if config.qk_norm:
+        if config.qk_norm == "head":
             self.q_norm = weight(rngs, (L, C), ("layers", "norm"), dtype, ones)
             self.k_norm = weight(rngs, (L, C), ("layers", "norm"), dtype, ones)
+        elif config.qk_norm == "full":
+            self.q_norm = weight(rngs, (L, H, C), ("layers", "heads", "head_dim"), dtype, ones)
+            self.k_norm = weight(rngs, (L, K, C), ("layers", "kv_heads", "head_dim"), dtype, ones)
         self.mlp_norm = weight(rngs, (L, D), ("layers", "norm"), dtype, ones)
-        self.gate = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
-        self.up = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
-        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), dtype, residual_down)
+        if not config.moe.num_experts:
+            self.gate = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
+            self.up = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), dtype, normal)
+            self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), dtype, residual_down)
+            return
+        X = config.moe.num_experts
+        self.router = weight(rngs, (L, D, X), ("layers", "embed", "router"), dtype, normal)
+        if config.moe.correction_bias:
+            self.router_bias = weight(rngs, (L, X), ("layers", "router"), dtype, zeros)
+        self.expert_gate = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "mlp"), dtype, normal)
+        self.expert_up = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "mlp"), dtype, normal)
+        self.expert_down = weight(rngs, (L, X, F, D), ("layers", "experts", "mlp", "embed"), dtype, residual_down)
 
     def __call__(
-        self, layer: jax.Array, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, memory: Any
-    ) -> tuple[jax.Array, Any]:
-        """One layer's residual update of x [B, T, D]; self holds that layer's slice of every weight."""
+        self,
+        layer: jax.Array,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        attend: Attend,
+        memory: Any,
+        *,
+        token_weight_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
+        """One layer's residual update of x [B, T, D]; self holds that layer's slice of every weight.
+
+        Returns x, the memory, and ``layer_load`` of a mixture's router where a ``token_weight_BT`` is given.
+        """
         eps, dtype = self.config.norm_eps, x_BTD.dtype
         normed_BTD = rms_norm(x_BTD, self.attention_norm[...], eps)
-        out_BTHC, memory = attend(layer, *self._qkv(normed_BTD, positions_BT), memory)
-        x_BTD = x_BTD + jnp.einsum("BTHC,HCD->BTD", out_BTHC, self.o[...].astype(dtype))
+        out_BTHC, memory = attend(layer, *self._qkv(normed_BTD, rotation), memory)
+        with jax.named_scope("projections"):
+            x_BTD = x_BTD + linear(out_BTHC, self.o[...].astype(dtype), 2)
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps)
-        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", normed_BTD, self.gate[...].astype(dtype)))
-        up_BTF = jnp.einsum("BTD,DF->BTF", normed_BTD, self.up[...].astype(dtype))
-        return x_BTD + jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, self.down[...].astype(dtype)), memory
+        if self.config.moe.num_experts:
+            routing, out_BTD = self._mixture(normed_BTD)
+            load = None if token_weight_BT is None else layer_load(routing, token_weight_BT)
+            return x_BTD + out_BTD, memory, load
+        with jax.named_scope("mlp"):
+            gate_BTF, up_BTF = (linear(normed_BTD, w[...].astype(dtype)) for w in (self.gate, self.up))
+            return x_BTD + linear(silu_gated(gate_BTF, up_BTF), self.down[...].astype(dtype)), memory, None
 
-    def _qkv(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _mixture(self, x_BTD: jax.Array) -> tuple[Routing, jax.Array]:
+        moe, dtype = self.config.moe, x_BTD.dtype
+        routing = route(x_BTD, self.router[...], self.router_bias[...] if moe.correction_bias else None, moe)
+        experts = (w[...].astype(dtype) for w in (self.expert_gate, self.expert_up, self.expert_down))
+        return routing, expert_mlp(x_BTD, routing, Experts(*experts))
+
+    def _qkv(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         config, dtype = self.config, x_BTD.dtype
-        q_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, self.q[...].astype(dtype))
-        k_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.k[...].astype(dtype))
-        v_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, self.v[...].astype(dtype))
+        with jax.named_scope("projections"):
+            q_BTHC, k_BTKC, v_BTKC = (linear(x_BTD, w[...].astype(dtype)) for w in (self.q, self.k, self.v))
         if config.attention_bias:
             q_BTHC = q_BTHC + self.q_bias[...].astype(dtype)[None, None]
             k_BTKC = k_BTKC + self.k_bias[...].astype(dtype)[None, None]
             v_BTKC = v_BTKC + self.v_bias[...].astype(dtype)[None, None]
-        if config.qk_norm:
-            q_BTHC = rms_norm(q_BTHC, self.q_norm[...], config.norm_eps)
-            k_BTKC = rms_norm(k_BTKC, self.k_norm[...], config.norm_eps)
-        q_BTHC, k_BTKC = (rope(x, positions_BT, config.rope_theta) for x in (q_BTHC, k_BTKC))
+        if config.qk_norm != "none":
+            q_BTHC = self._normed(q_BTHC, self.q_norm[...])
+            k_BTKC = self._normed(k_BTKC, self.k_norm[...])
+        q_BTHC, k_BTKC = rotate(q_BTHC, rotation), rotate(k_BTKC, rotation)
         return constrain(q_BTHC, "rows", "length", "heads", None), k_BTKC, v_BTKC
+
+    def _normed(self, x_BTHC: jax.Array, scale: jax.Array) -> jax.Array:
+        """QK-norm: over each head where scale is [C], over all numbers of all heads where it is [H, C]."""
+        width = scale.size
+        x = x_BTHC.reshape(*x_BTHC.shape[:2], -1, width)
+        return rms_norm(x, scale.reshape(width), self.config.norm_eps).reshape(x_BTHC.shape)
 
 
 def _keep_split(weight_of_layer: nnx.Variable) -> nnx.Variable:
@@ -212,13 +263,54 @@ class Policy(nnx.Module):
 
         ``remat`` recomputes each layer's activations in the backward pass.
         """
+        hidden_BTD, memory, _ = self._run(
+            tokens_BT, positions_BT, attend, memory=memory, remat=remat, token_weight_BT=None
+        )
+        return hidden_BTD, memory
+
+    def with_router_load(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        attend: Attend,
+        *,
+        token_weight_BT: Float[Array, "B T"],
+        memory: Any = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
+        """The same, and what the routers did, each token counted ``token_weight_BT`` times; None without a mixture."""
+        hidden_BTD, memory, loads = self._run(
+            tokens_BT, positions_BT, attend, memory=memory, remat=remat, token_weight_BT=token_weight_BT
+        )
+        if loads is None:
+            return hidden_BTD, memory, None
+        load = RouterLoad(load_LX=loads[0], entropy_L=loads[1], weight=token_weight_BT.sum())
+        return hidden_BTD, memory, load
+
+    def no_router_load(self) -> RouterLoad | None:
+        """What ``with_router_load`` gives for no tokens, where their weights are FP32."""
+        experts = self.config.moe.num_experts
+        return RouterLoad.nothing(self.config.num_layers, experts) if experts else None
+
+    def _run(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        attend: Attend,
+        *,
+        memory: Any,
+        remat: bool,
+        token_weight_BT: jax.Array | None,
+    ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
         graphdef, stacked = nnx.split(self.blocks)
 
-        def one_layer(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], None]:
+        def one_layer(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], Any]:
             x_BTD, layer_memory = carry
             layer, weights = xs
             weights = jax.tree.map(_keep_split, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-            return nnx.merge(graphdef, weights)(layer, x_BTD, positions_BT, attend, layer_memory), None
+            block = nnx.merge(graphdef, weights)
+            *carry, load = block(layer, x_BTD, rotation, attend, layer_memory, token_weight_BT=token_weight_BT)
+            return tuple(carry), load
 
         # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
         body = jax.checkpoint(one_layer, prevent_cse=False) if remat else one_layer
@@ -226,9 +318,10 @@ class Policy(nnx.Module):
         # the gradients of a repeated token add up in the parameters' dtype.
         x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT].astype(self.config.compute_dtype)
         x_BTD = constrain(x_BTD, "rows", "length", None)
+        rotation = rotation_of(self.config.rope, self.config.head_size, positions_BT, x_BTD.dtype)
         layers_L = jnp.arange(self.config.num_layers)
-        (x_BTD, memory), _ = jax.lax.scan(body, (x_BTD, memory), (layers_L, stacked))
-        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), memory
+        (x_BTD, memory), loads = jax.lax.scan(body, (x_BTD, memory), (layers_L, stacked))
+        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), memory, loads
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in FP32 (or FP64 where the parameters are): widened operands, a full-precision product.
@@ -239,10 +332,4 @@ class Policy(nnx.Module):
         head_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         head_DV = constrain(head_DV, None, "vocab")
         operand = jnp.promote_types(hidden.dtype, head_DV.dtype)
-        return jnp.einsum(
-            "...D,DV->...V",
-            hidden.astype(operand),
-            head_DV.astype(operand),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.promote_types(operand, jnp.float32),
-        )
+        return unembed(hidden.astype(operand), head_DV.astype(operand))

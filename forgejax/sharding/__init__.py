@@ -5,6 +5,7 @@ from forgejax.sharding.rules import (
     Rules,
     batch_sharding,
     constrain,
+    current_scope,
     heads_axis,
     kv_heads_axis,
     param_shardings,
@@ -12,6 +13,7 @@ from forgejax.sharding.rules import (
     rows_axes,
     rows_shards,
     scope,
+    split_axes,
 )
 from forgejax.sharding.topology import CHIPS, Chip, MeshConfig, MeshPlan, resolve
 
@@ -24,6 +26,7 @@ __all__ = [
     "batch_sharding",
     "build_mesh",
     "constrain",
+    "current_scope",
     "has_accelerator",
     "heads_axis",
     "kv_heads_axis",
@@ -35,4 +38,5 @@ __all__ = [
     "rows_shards",
     "scope",
     "spare_devices",
+    "split_axes",
 ]

@@ -34,9 +34,11 @@ class Rules:
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    router: tuple[str, ...] = ()  # the scores of all experts, by which each device chooses for its own tokens
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ("data", "fsdp")  # B of a packed batch, S of a decode state
+    rows: tuple[str, ...] = ("data", "fsdp", "expert")  # B of a packed batch, S of a decode state
     length: tuple[str, ...] = ("context",)  # T of a packed batch
 
     def __post_init__(self) -> None:
@@ -127,6 +129,16 @@ def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
     finally:
         _scope.reset(token)
+
+
+def current_scope() -> tuple[Mesh, Rules] | None:
+    """The mesh and the rules of the scope this is traced in; None outside of one."""
+    return _scope.get()
+
+
+def split_axes(logical: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes of more than one device that split a logical axis, for a ``shard_map``."""
+    return _split_by(rules.axes(logical), mesh)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

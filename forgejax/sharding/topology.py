@@ -15,8 +15,11 @@ from forgejax.errors import ConfigError, MeshError
 
 Platform = Literal["cpu", "tpu", "gpu"]
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "context", "expert", "tensor")
 """Mesh axes, slowest links first: ``tensor`` exchanges activations in every layer and lies innermost."""
+
+_INFERRED = ("fsdp", "data", "tensor", "context")
+"""Who takes the devices that nobody asked for, in this order; ``expert`` never does: a dense policy has none."""
 
 _GIB = 2**30
 _NAME = re.compile(r"(?P<chip>[a-z0-9]+)-(?P<count>[0-9]{1,6})")
@@ -77,7 +80,8 @@ _ALIASES = {"v5litepod": "v5e"}
 class MeshConfig:
     """Which mesh to train on. An axis of 0 is taken from the preset; an explicit size overrides it.
 
-    The devices an override leaves over go to ``fsdp``, or to ``data`` where ``fsdp`` is given as well.
+    The devices an override leaves over go to ``fsdp``, or to ``data`` where ``fsdp`` is given as well. No preset splits
+    experts.
     """
 
     name: str = "cpu-4"
@@ -85,6 +89,7 @@ class MeshConfig:
     fsdp: int = 0  # batch rows and weights, both split
     tensor: int = 0  # heads, MLP and vocabulary
     context: int = 0  # positions within a row
+    expert: int = 0  # the experts of a mixture, and batch rows outside of it
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -104,6 +109,7 @@ class MeshPlan:
     data: int
     fsdp: int
     context: int
+    expert: int
     tensor: int
 
     @property
@@ -184,17 +190,18 @@ def _split(config: MeshConfig, chip: Chip, devices: int) -> dict[str, int]:
     given = {axis: getattr(config, axis) for axis in AXES if getattr(config, axis)}
     product = math.prod(given.values())
     asked = " x ".join(f"{axis} {size}" for axis, size in given.items())
-    if devices % product or (len(given) == len(AXES) and product != devices):
+    closed = all(axis in given for axis in _INFERRED)
+    if devices % product or (closed and product != devices):
         raise MeshError(
             f"mesh {config.name} has {devices} devices; {asked} takes {product}: expected axis sizes whose product "
-            f"{'is' if len(given) == len(AXES) else 'divides'} {devices}; leave an axis at 0 to have it inferred"
+            f"{'is' if closed else 'divides'} {devices}; leave an axis at 0 to have it inferred"
         )
     rest = devices // product
     sizes = dict.fromkeys(AXES, 1) | given
     if "tensor" not in given:
         sizes["tensor"] = math.gcd(_preset_tensor(chip.platform, devices), rest)
         rest //= sizes["tensor"]
-    open_axes = [axis for axis in ("fsdp", "data", "tensor", "context") if axis not in given]
+    open_axes = [axis for axis in _INFERRED if axis not in given]
     if open_axes[:2] == ["fsdp", "data"]:
         sizes["fsdp"] = math.gcd(rest, _fsdp_limit(chip.platform)) if rest > _fsdp_limit(chip.platform) else rest
         sizes["data"] = rest // sizes["fsdp"]

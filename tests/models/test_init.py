@@ -29,7 +29,7 @@ def loss_of(config: PolicyConfig, params: Any, tokens_BT: jax.Array) -> jax.Arra
 
 
 def test_the_same_seed_gives_the_same_weights_on_every_mesh() -> None:
-    config = dataclasses.replace(SMALL, qk_norm=True, attention_bias=True, tied_embeddings=False)
+    config = dataclasses.replace(SMALL, qk_norm="head", attention_bias=True, tied_embeddings=False)
     mesh = build_mesh(resolve(MeshConfig(name="cpu-4")))
     alone, split = init_params(config, seed=7), init_params(config, mesh, Rules(), 7)
     jax.tree.map(np.testing.assert_array_equal, alone, split)

@@ -12,7 +12,9 @@ from flax import nnx
 
 from forgejax.errors import ConfigError
 from forgejax.models import Policy, PolicyConfig, abstract_policy, count_params
-from forgejax.models.policy import rms_norm, rope
+from forgejax.models.moe import MoEConfig
+from forgejax.models.policy import rms_norm
+from forgejax.models.rope import RopeConfig, rotate, rotation_of
 
 from .reference import causal, decoder_logits, weights_of
 
@@ -49,11 +51,20 @@ def tokens_of(config: PolicyConfig, rows: int, length: int) -> jax.Array:
     [
         {},
         {"tied_embeddings": False},
-        {"qk_norm": True},
+        {"qk_norm": "head"},
         {"attention_bias": True},
         {"num_kv_heads": 4},
-        {"num_kv_heads": 1, "head_dim": 6, "rope_theta": 500.0, "norm_eps": 1e-2},
-        {"tied_embeddings": False, "qk_norm": True, "attention_bias": True, "num_layers": 1},
+        {"num_kv_heads": 1, "head_dim": 6, "rope": RopeConfig(theta=500.0), "norm_eps": 1e-2},
+        {"tied_embeddings": False, "qk_norm": "head", "attention_bias": True, "num_layers": 1},
+        {"qk_norm": "full", "rope": RopeConfig(rotary_dim=2)},
+        {"rope": RopeConfig(scaling="yarn", factor=4.0, original_positions=32, theta=50.0)},
+        {"moe": MoEConfig(num_experts=6, experts_per_token=2, d_ff=10)},
+        {"moe": MoEConfig(num_experts=5, experts_per_token=3, normalize=False, scale=0.5), "qk_norm": "head"},
+        {
+            "moe": MoEConfig(num_experts=6, experts_per_token=2, router="sigmoid", correction_bias=True),
+            "qk_norm": "full",
+            "rope": RopeConfig(rotary_dim=2),
+        },
     ],
 )
 def test_logits_are_those_of_the_decoder_written_out_in_numpy(changes: dict[str, Any]) -> None:
@@ -75,7 +86,8 @@ def test_scores_of_rotated_vectors_depend_on_their_distance_alone() -> None:
 
         def score(at: int, distance: int) -> float:
             turned_q, turned_k = (
-                rope(x, jnp.full((1, 1), p, jnp.int32), 10_000.0) for x, p in ((q, at + distance), (k, at))
+                rotate(x, rotation_of(RopeConfig(), 8, jnp.full((1, 1), p, jnp.int32), x.dtype))
+                for x, p in ((q, at + distance), (k, at))
             )
             return float(jnp.sum(turned_q * turned_k))
 
@@ -135,7 +147,12 @@ def test_gradients_of_a_repeated_token_add_up_in_the_dtype_of_the_parameters() -
     [
         ({}, 23 * 16 + 16 + 3 * (2 * 16 + 16 * 4 * (4 + 2 + 2 + 4) + 3 * 16 * 24)),
         ({"tied_embeddings": False}, 2 * 23 * 16 + 16 + 3 * (2 * 16 + 16 * 4 * 12 + 3 * 16 * 24)),
-        ({"qk_norm": True}, 23 * 16 + 16 + 3 * (2 * 16 + 2 * 4 + 16 * 4 * 12 + 3 * 16 * 24)),
+        ({"qk_norm": "full"}, 23 * 16 + 16 + 3 * (2 * 16 + (4 + 2) * 4 + 16 * 4 * 12 + 3 * 16 * 24)),
+        (
+            {"moe": MoEConfig(num_experts=6, d_ff=10, experts_per_token=2, correction_bias=True)},
+            23 * 16 + 16 + 3 * (2 * 16 + 16 * 4 * 12 + 16 * 6 + 6 + 6 * 3 * 16 * 10),
+        ),
+        ({"qk_norm": "head"}, 23 * 16 + 16 + 3 * (2 * 16 + 2 * 4 + 16 * 4 * 12 + 3 * 16 * 24)),
         ({"attention_bias": True}, 23 * 16 + 16 + 3 * (2 * 16 + 4 * (4 + 2 + 2) + 16 * 4 * 12 + 3 * 16 * 24)),
     ],
 )
@@ -150,10 +167,11 @@ def test_the_scan_over_layers_is_the_loop_over_layers() -> None:
         policy: Policy = nnx.merge(abstract_policy(SMALL)[0], params)
         tokens, positions = tokens_of(SMALL, 2, 6), jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (2, 6))
         x_BTD = policy.embedding[...][tokens]
+        rotation = rotation_of(SMALL.rope, SMALL.head_size, positions, x_BTD.dtype)
         graphdef, stacked = nnx.split(policy.blocks)
         for layer in range(SMALL.num_layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda w, layer=layer: w[layer], stacked))
-            x_BTD, _ = block(jnp.asarray(layer), x_BTD, positions, causal, None)
+            x_BTD, _, _ = block(jnp.asarray(layer), x_BTD, rotation, causal, None)
         looped = rms_norm(x_BTD, policy.final_norm[...], SMALL.norm_eps)
         np.testing.assert_allclose(policy(tokens, positions, causal)[0], looped, atol=1e-12)
 
@@ -199,7 +217,7 @@ def test_a_token_never_sees_a_later_one() -> None:
         ({"num_heads": 12, "num_kv_heads": 4}, r"d_model 128 is no multiple of policy.num_heads 12: set head_dim"),
         ({"head_dim": 7}, r"head_dim 7 is odd"),
         ({"head_dim": -2}, r"head_dim is -2"),
-        ({"rope_theta": 0.0}, r"rope_theta is 0.0"),
+        ({"rope": RopeConfig(rotary_dim=48)}, r"rotary_dim is 48; a head has 32 numbers"),
         ({"norm_eps": -1.0}, r"norm_eps is -1.0"),
     ],
 )

@@ -44,8 +44,8 @@ def fakes(platform: str, kind: str, count: int) -> Any:
 
 def test_a_mesh_takes_the_first_devices_and_leaves_the_rest_to_the_engine() -> None:
     built = build_mesh(plan_of("cpu-4"))
-    assert dict(built.shape) == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
-    assert built.axis_types == (AxisType.Auto,) * 4
+    assert dict(built.shape) == {"data": 1, "fsdp": 2, "context": 1, "expert": 1, "tensor": 2}
+    assert built.axis_types == (AxisType.Auto,) * 5
     assert [device.id for device in built.devices.flat] == [0, 1, 2, 3]
     assert [device.id for device in spare_devices(built)] == [4, 5, 6, 7]
 

@@ -48,7 +48,7 @@ def test_the_count_of_a_name_means_what_the_maker_counts(name: str, chips: int, 
     ],
 )
 def test_a_preset_splits_weights_first_and_copies_them_last(name: str, sizes: dict[str, int]) -> None:
-    assert plan_of(name).shape == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+    assert plan_of(name).shape == dict.fromkeys(("data", "fsdp", "context", "expert", "tensor"), 1) | sizes
 
 
 def test_every_possible_override_gives_axes_that_make_up_all_devices() -> None:
@@ -64,9 +64,10 @@ def test_every_possible_override_gives_axes_that_make_up_all_devices() -> None:
 
 
 def test_the_devices_an_override_leaves_over_go_to_fsdp_and_then_to_data() -> None:
-    assert plan_of("v5e-64", tensor=8).shape == {"data": 1, "fsdp": 8, "context": 1, "tensor": 8}
-    assert plan_of("v5e-64", fsdp=4).shape == {"data": 4, "fsdp": 4, "context": 1, "tensor": 4}
-    assert plan_of("v5e-64", context=2).shape == {"data": 1, "fsdp": 8, "context": 2, "tensor": 4}
+    assert plan_of("v5e-64", tensor=8).shape == {"data": 1, "fsdp": 8, "context": 1, "expert": 1, "tensor": 8}
+    assert plan_of("v5e-64", fsdp=4).shape == {"data": 4, "fsdp": 4, "context": 1, "expert": 1, "tensor": 4}
+    assert plan_of("v5e-64", context=2).shape == {"data": 1, "fsdp": 8, "context": 2, "expert": 1, "tensor": 4}
+    assert plan_of("v5e-64", expert=8).shape == {"data": 1, "fsdp": 2, "context": 1, "expert": 8, "tensor": 4}
     assert plan_of("cpu-8", data=1, fsdp=1).tensor == 8
 
 

@@ -1,0 +1,67 @@
+"""Every family against transformers on torch: logits, merged gradients, and the way in and out.
+
+``make parity`` runs these files; their names keep them out of ``make test``, which needs no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from models import ours, recorded
+from models.recipe import groups, tokens
+from models.test_references import LOGITS
+
+from .conftest import Case
+from .transformers_side import load_model, logits
+
+WHOLE, TENSOR = 2e-5, 1e-4
+
+
+def test_logits_are_those_of_transformers(case: Case, record_property: pytest.RecordProperty) -> None:
+    difference = float(np.abs(ours.logits(case.config, case.params, tokens()) - case.theirs.logits_TV).max())
+    print(f"{case.family}: max |logit difference| {difference:.1e}")
+
+    assert case.theirs.logits_TV.std() > 1.0
+    assert difference <= LOGITS
+
+
+def test_merged_gradients_are_those_of_torch_unmerged(case: Case, tmp_path: Path) -> None:
+    """CISPO on episodes that share prefixes; no token of any sample lies near a tie between experts."""
+    terms = sum(len(sample.token_ids) for members in groups() for sample in members)
+    assert case.theirs.margin > 1e-4
+    assert 0 < case.theirs.clipped < terms
+
+    gradients, loss = ours.gradients(case.config, case.params, groups(), case.folder, tmp_path / "gradients")
+
+    whole, worst = ours.relative(gradients, case.theirs.gradients)
+    print(f"{case.family}: gradient apart by {whole:.1e}, {worst[0]} by {worst[1]:.1e}")
+    assert loss == pytest.approx(case.theirs.loss, rel=1e-5)
+    assert whole <= WHOLE
+    assert worst[1] <= TENSOR, worst[0]
+
+
+def test_in_out_and_in_again_changes_no_bit_and_no_logit(case: Case, tmp_path: Path) -> None:
+    stored, written = ours.stored(case.folder), ours.exported(case.config, case.params, case.folder, tmp_path / "out")
+
+    assert written.keys() == stored.keys()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
+    config, params = ours.load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, case.params)
+    theirs = load_model(tmp_path / "out")
+    np.testing.assert_array_equal(logits(theirs, tokens()), logits(load_model(case.folder), tokens()))
+    np.testing.assert_allclose(logits(theirs, tokens()), case.theirs.logits_TV, atol=1e-6)
+    assert config.path == str(tmp_path / "out")
+
+
+def test_what_is_recorded_for_make_test_is_what_transformers_gives(case: Case) -> None:
+    """Otherwise run ``scripts/make_references.py``."""
+    kept = recorded.read(case.family)
+
+    assert kept.config == case.theirs.config
+    assert {name: each.shape for name, each in kept.gradients.items()} == case.theirs.shapes
+    np.testing.assert_allclose(kept.logits_TV, case.theirs.logits_TV, atol=1e-5)
+    assert recorded.apart(recorded.digest(case.theirs.gradients), kept.gradients) <= TENSOR
