@@ -1,4 +1,8 @@
-"""Checkpoints: weights, optimizer state, run figures and the Grain iterator of one step, through Orbax."""
+"""Checkpoints: weights, optimizer state, run figures and the Grain iterator of one step, through Orbax.
+
+Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept in one form, leaves by their path, and
+``load_tree`` reads either.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import orbax.checkpoint as ocp
 from forgejax.errors import CheckpointError
 
 _SAVE_TIMEOUT_S = 600
+_STATE = "state"  # the item of a run's checkpoint that holds the train state, its weights under "params"
 
 
 class Checkpoints:
@@ -80,19 +85,65 @@ class Checkpoints:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Writes one pytree of arrays; ``path`` appears only when it is complete."""
+    """Writes one pytree of arrays; ``path`` must not exist, and appears only when it is complete."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), _named(tree))
 
 
 def load_tree(path: Path, like: Any) -> Any:
-    """Reads what ``save_tree`` wrote, laid out as ``like``. Raises CheckpointError."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+    """Reads what ``save_tree`` wrote, or the weights of one step of a run (``checkpoints/STEP``).
+
+    Laid out as ``like`` and cast to its dtypes; leaves of ``like`` without a sharding come back as arrays of the host.
+    Raises CheckpointError.
+    """
+    state = path / _STATE
+    return _read(state, like, "params.") if state.is_dir() else _read(path, like, "")
+
+
+def load_params(directory: Path, step: int | None, like: Any) -> tuple[int, Any]:
+    """The weights alone out of a run's checkpoints: the step they are of (None asks for the newest) and the weights.
+
+    Laid out as ``load_tree`` says. The optimizer's moments are not read, and a trainer may be writing meanwhile. Raises
+    CheckpointError for a step that is not there and for weights of another policy.
+    """
+    steps = ocp.utils.checkpoint_steps(directory.absolute()) if directory.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{directory} holds no checkpoint; give a run's folder of checkpoints")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; kept are {sorted(steps)}")
+    chosen = max(steps) if step is None else step
+    return chosen, load_tree(directory / str(chosen), like)
+
+
+def _read(path: Path, like: Any, prefix: str) -> Any:
+    """The leaves of ``like`` out of the saved tree at ``path``, whose names there begin with ``prefix``."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder of saved weights; give one that forgejax wrote")
+    wanted = {prefix + name: leaf for name, leaf in _named(like).items()}
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return _unnamed(checkpointer.restore(path.absolute(), abstract), like)
+        _check_shapes(ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree, abstract, path)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arguments = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            )
+            found = checkpointer.restore(path.absolute(), args=arguments)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights of this policy: {error}; delete it") from error
+        raise CheckpointError(f"{path} cannot be read as weights of this policy: {error}") from error
+    return _unnamed({name.removeprefix(prefix): leaf for name, leaf in found.items()}, like)
+
+
+def _check_shapes(saved: Any, wanted: dict[str, jax.ShapeDtypeStruct], path: Path) -> None:
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise CheckpointError(f"{path} holds no weight {name}; it belongs to another policy, or is no such file")
+        if tuple(saved[name].shape) != leaf.shape:
+            raise CheckpointError(
+                f"{path}: weight {name} has shape {tuple(saved[name].shape)} and this policy's has {leaf.shape}; "
+                "give the policy that was saved"
+            )
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return checkpoints_of(self.path)
 
     def save_config(self, config: dict[str, Any]) -> None:
         """Keeps the resolved configuration, so that ``--resume`` needs nothing else."""
@@ -80,12 +80,17 @@ def reopen(root: Path, name: str) -> RunDir:
     return _locked(path, resumed=True)
 
 
-def saved_config(run: RunDir) -> dict[str, Any]:
-    """What ``save_config`` kept. Raises ConfigError if it is damaged."""
+def checkpoints_of(path: Path) -> Path:
+    """Where the run at ``path`` keeps its checkpoints."""
+    return path / "checkpoints"
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """What ``save_config`` kept in the run at ``path``, open or not. Raises ConfigError if it is missing or damaged."""
     try:
-        saved: dict[str, Any] = json.loads((run.path / _CONFIG).read_text(encoding="utf-8"))
+        saved: dict[str, Any] = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{run.path / _CONFIG} cannot be read: {error}") from error
+        raise ConfigError(f"{path / _CONFIG} cannot be read: {error}; give the folder of a run") from error
     return saved
 
 

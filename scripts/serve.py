@@ -1,6 +1,8 @@
 """Serves a policy, token ids in and token ids out, over HTTP and over JetStream's gRPC service.
 
-Example: python scripts/serve.py --port 8800 --grpc-port 8801 --checkpoint runs/demo/params
+python scripts/serve.py --policy.path models/SmolLM2-135M       a Hugging Face folder, or a .gguf file
+python scripts/serve.py --run runs/quickstart-1 --step 120      what a run has trained; without --step the newest
+python scripts/serve.py --weights weights --policy.num-layers 2 bare weights, and the policy they belong to
 """
 
 from __future__ import annotations
@@ -10,21 +12,22 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import jax
 import tyro
 from aiohttp import web
-from flax import nnx
 
+from forgejax import rundir
+from forgejax.checkpoint import load_params, load_tree
+from forgejax.config import load_saved
 from forgejax.errors import ConfigError, ForgejaxError
-from forgejax.models import Policy, PolicyConfig
+from forgejax.models import Params, PolicyConfig, abstract_policy, init_params, read_policy_config
+from forgejax.models import load_params as load_pretrained
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog
 from forgejax.rollout._jetstream import jetstream_pb2_grpc
 from forgejax.rollout.grpc_service import OrchestratorService
-from forgejax.rollout.server import RolloutServer
-from forgejax.rollout.weights import load_params
+from forgejax.rollout.server import Publishing, RolloutServer
 from forgejax.types import SamplingLaw
 
 
@@ -38,16 +41,21 @@ class ServeConfig:
     """HTTP port (POST /generate, GET /health, GET /metrics, POST /publish); 0 takes a free one."""
     grpc_port: int = 8801
     """Port of JetStream's Orchestrator service; 0 takes a free one."""
-    checkpoint: Path | None = None
-    """Orbax checkpoint directory of parameters; random weights if left out."""
-    version: int = 0
-    """Policy version of the weights served first."""
+    run: Path | None = None
+    """Folder of a run: its policy is served, from its checkpoint."""
+    step: int | None = None
+    """Checkpoint of the run; the newest if left out."""
+    weights: Path | None = None
+    """Bare weights of the policy given by --policy, instead of those at policy.path."""
+    version: int | None = None
+    """Policy version of the weights served first; the run's step, or 0, if left out."""
     seed: int = 0
-    """Seed of random weights."""
+    """Seed of random weights, served where none of run, weights and policy.path is given."""
     device: int = 0
     """Index of the device the engine runs on."""
     publish_root: Path | None = None
-    """Directory below which POST /publish may load new weights; without it they are refused."""
+    """Directory below which POST /publish may load new weights, bare ones or runs/NAME/checkpoints/STEP; without it
+    they are refused."""
     request_log: Path | None = None
     """File that keeps the ids of every request."""
     grpc_stop_ids: tuple[int, ...] = ()
@@ -61,6 +69,10 @@ class ServeConfig:
         for name in ("port", "grpc_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a port from 1 to 65535, or 0 for a free one")
+        if self.run is not None and (self.weights is not None or self.policy != PolicyConfig()):
+            raise ConfigError("run was given together with weights or policy; a run brings its own, so leave them out")
+        if self.step is not None and self.run is None:
+            raise ConfigError(f"step {self.step} was given without a run; name the run's folder with --run")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         try:
@@ -69,17 +81,44 @@ class ServeConfig:
             raise ConfigError(f"grpc_temperature: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A policy, its weights and their version."""
+
+    policy: PolicyConfig
+    params: Params
+    version: int
+
+
+def load_served(config: ServeConfig) -> Served:
+    """What the configuration names. Raises ForgejaxError."""
+    policy = config.policy
+    if config.run is not None:
+        policy = load_saved(rundir.saved_config(config.run), str(config.run)).policy
+    if policy.path:
+        policy = read_policy_config(policy.path, policy)
+    version, like = config.version or 0, abstract_policy(policy)[1]
+    if config.run is not None:
+        step, params = load_params(rundir.checkpoints_of(config.run), config.step, like)
+        version = step if config.version is None else config.version
+    elif config.weights is not None:
+        params = load_tree(config.weights, like)
+    elif policy.path:
+        params = load_pretrained(policy)
+    else:
+        params = init_params(policy, seed=config.seed)
+    return Served(policy=policy, params=params, version=version)
+
+
 def make_driver(config: ServeConfig) -> Driver:
     """The driver, not yet started. Raises ForgejaxError for what cannot be served."""
     devices = jax.devices()
     if not 0 <= config.device < len(devices):
         raise ConfigError(f"device {config.device} was asked for; this machine has 0 to {len(devices) - 1}")
-    engine = PolicyEngine(config.policy, config.engine, devices[config.device])
-    params: Any = nnx.split(Policy(config.policy, nnx.Rngs(config.seed)))[1]
-    if config.checkpoint is not None:
-        params = load_params(config.checkpoint, params)
+    served = load_served(config)
+    engine = PolicyEngine(served.policy, config.engine, devices[config.device])
     log = RequestLog(config.request_log) if config.request_log is not None else None
-    return Driver(engine, params, config.version, log)
+    return Driver(engine, served.params, served.version, log)
 
 
 async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
@@ -87,7 +126,8 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
     driver = make_driver(config)
     law = SamplingLaw(temperature=config.grpc_temperature)
     service = OrchestratorService(driver, law=law, stop_ids=frozenset(config.grpc_stop_ids))
-    runner = web.AppRunner(RolloutServer(driver, config.publish_root).app(), handler_cancellation=True)
+    publishing = None if config.publish_root is None else Publishing(root=config.publish_root, read=load_tree)
+    runner = web.AppRunner(RolloutServer(driver, publishing).app(), handler_cancellation=True)
     grpc_server = grpc.aio.server()
     jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, grpc_server)
     try:

@@ -64,7 +64,7 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     if own.resume is not None:
         with contextlib.ExitStack() as on_error:
             place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), own.resume)))
-            config = load_saved(rundir.saved_config(place), str(place.path), overrides)
+            config = load_saved(rundir.saved_config(place.path), str(place.path), overrides)
             check_mesh(config)  # once only: it settles for good which devices this process has
             place.save_config(to_mapping(config))  # what was changed on the way holds for the next resume too
             on_error.pop_all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from forgejax.checkpoint import Checkpoints, load_tree, save_tree
+from forgejax.checkpoint import Checkpoints, load_params, load_tree, save_tree
 from forgejax.errors import CheckpointError
 
 
@@ -116,7 +116,39 @@ def test_one_tree_goes_to_a_file_and_back_and_into_no_other_policy(tmp_path: Pat
     found = load_tree(tmp_path / "deep" / "tree", state(0.0))
     np.testing.assert_array_equal(found["layer"]["w"], np.full((2, 4), 0.3, np.float32))
     assert int(found["step"]) == 3
-    with pytest.raises(CheckpointError, match=r"(?s)cannot be read as weights of this policy: .*; delete it"):
+    with pytest.raises(CheckpointError, match="holds no weight other"):
         load_tree(tmp_path / "deep" / "tree", {"other": jnp.zeros(3)})
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=r"layer\.w has shape \(2, 4\) and this policy's has \(2, 5\)"):
+        load_tree(tmp_path / "deep" / "tree", state(0.0, width=5))
+    with pytest.raises(CheckpointError, match="is no folder of saved weights"):
         load_tree(tmp_path / "gone", state(0.0))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read as weights of this policy"):
+        load_tree(tmp_path / "empty", state(0.0))
+
+
+def test_the_weights_alone_come_out_of_a_runs_checkpoint_without_the_moments(tmp_path: Path) -> None:
+    checkpoints, weights = Checkpoints(tmp_path, keep=2), state(0.0)["layer"]
+    for step in (4, 8):
+        trained = {"params": state(step)["layer"], "moments": {"w": jnp.ones((1000, 1000))}}
+        checkpoints.save(step, trained, {}, numbers())
+        checkpoints.wait()
+    checkpoints.close()
+    newest, found = load_params(tmp_path, None, weights)
+    np.testing.assert_array_equal(found["w"], np.full((2, 4), 8.0))
+    assert newest == 8 and set(found) == {"w"}
+    assert load_params(tmp_path, 4, jax.eval_shape(lambda: weights))[1]["w"].tolist() == [[4.0] * 4] * 2
+    np.testing.assert_array_equal(load_tree(tmp_path / "4", weights)["w"], np.full((2, 4), 4.0))
+
+
+def test_weights_are_asked_for_by_a_step_that_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give a run's folder"):
+        load_params(tmp_path / "gone", None, state(0.0))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(4, {"params": state(4.0)}, {}, numbers())
+    checkpoints.wait()
+    checkpoints.close()
+    (tmp_path / "9.orbax-checkpoint-tmp-1").mkdir()  # a save under way, or cut off
+    assert load_params(tmp_path, None, state(0.0))[0] == 4
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; kept are \[4\]"):
+        load_params(tmp_path, 9, state(0.0))

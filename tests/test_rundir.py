@@ -80,8 +80,8 @@ def test_the_configuration_comes_back_as_it_was_and_a_damaged_one_is_an_error(tm
     run = rundir.create(tmp_path, "mine", "quickstart")
     run.save_config({"mesh": {"name": "cpu-2"}, "agent": {"command": ["é"]}})
 
-    assert rundir.saved_config(run) == {"mesh": {"name": "cpu-2"}, "agent": {"command": ["é"]}}
+    assert rundir.saved_config(run.path) == {"mesh": {"name": "cpu-2"}, "agent": {"command": ["é"]}}
     (run.path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        rundir.saved_config(run)
+        rundir.saved_config(run.path)
     run.close()

@@ -15,7 +15,8 @@ ATTENTION_BLOCK = 64
 class EngineConfig:
     """Shape and limits of one engine.
 
-    ``max_context`` counts prompt and sampled tokens together. ``prefix_cache_tokens`` of 0 turns prefix reuse off.
+    ``max_context`` counts prompt and sampled tokens together. ``prefix_cache_tokens`` of 0 turns the reuse of pages
+    off, ``ready_prompts`` of 0 that of whole prompts; each of the latter takes the memory of one slot.
     """
 
     slots: int = 32  # completions decoded at once
@@ -25,6 +26,7 @@ class EngineConfig:
     prefill_tokens_per_step: int = 512  # prompt tokens computed between two decode steps, so that none waits long
     page_tokens: int = 16  # granularity of prefix reuse
     prefix_cache_tokens: int = 32_768  # bounds the device memory of the prefix cache
+    ready_prompts: int = 8  # whole prompts kept as rows: their repetitions, a group's members, compute nothing
     max_stop_ids: int = 8  # per request
     max_queued: int = 4_096
     request_deadline_s: float = 600.0  # from submission to the last token
@@ -38,7 +40,7 @@ class EngineConfig:
         for name in ("max_stop_ids", "repetition_tokens"):
             self._at_least(name, 1)
         self._at_least("max_context", 2)
-        for name in ("prefix_cache_tokens", "seed"):
+        for name in ("prefix_cache_tokens", "ready_prompts", "seed"):
             self._at_least(name, 0)
         if not self.prefill_buckets or list(self.prefill_buckets) != sorted(set(self.prefill_buckets)):
             raise ConfigError(f"engine.prefill_buckets {self.prefill_buckets}: expected increasing chunk lengths")

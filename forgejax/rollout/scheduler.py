@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from forgejax.rollout.weights import Weights
 from forgejax.types import Completion, FinishReason, SampleRequest, TokenIds
 
 
@@ -38,6 +39,7 @@ class Job:
     submitted_at: float
     future: Future[Completion] = field(default_factory=Future)
     started_at: float | None = None
+    only_weights: Weights | None = None  # those that computed all its keys and values, if one set did
     oldest_version: int | None = None  # of the keys and values this job's next token will see
     cached_tokens: int = 0
     certain_run: int = 0  # tokens in a row above the repetition probability

@@ -1,8 +1,8 @@
 """Token-in, token-out over HTTP: the engine for samplers in other processes.
 
 ``POST /generate`` see ``wire``; ``GET /health`` 200 or 503; ``GET /metrics`` Prometheus text; ``POST /publish`` takes
-``{"path": "...", "version": n}`` and loads an orbax checkpoint of parameters (``weights.save_params``) that lies below
-the server's publish directory: weights travel through a file system that both sides see.
+``{"path": "...", "version": n}`` and loads the weights that lie there, below the server's publish directory: weights
+travel through a file system that both sides see.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -22,7 +24,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from forgejax.errors import EngineError, ForgejaxError
 from forgejax.rollout.driver import Driver
 from forgejax.rollout.scheduler import Draw
-from forgejax.rollout.weights import load_params
 from forgejax.rollout.wire import Line, draw_line, end_line, parse_request
 from forgejax.types import Completion, SampleRequest
 
@@ -38,13 +39,25 @@ class PublishBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
 
 
-class RolloutServer:
-    """HTTP handlers over one driver. ``publish_root`` of None refuses publications."""
+ReadWeights = Callable[[Path, Any], Any]
+"""Gives the weights kept at a path, laid out as a tree of shapes asks; raises ForgejaxError."""
 
-    def __init__(self, driver: Driver, publish_root: Path | None = None):
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing:
+    """What ``POST /publish`` may load: weights below ``root``, read by ``read``."""
+
+    root: Path
+    read: ReadWeights
+
+
+class RolloutServer:
+    """HTTP handlers over one driver. ``publishing`` of None refuses publications."""
+
+    def __init__(self, driver: Driver, publishing: Publishing | None = None):
         self._driver = driver
-        self._publish_root = publish_root.resolve() if publish_root is not None else None
-        self._publishing = asyncio.Lock()
+        self._publishing = publishing
+        self._turn_to_publish = asyncio.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(_DriverCollector(driver))
 
@@ -89,27 +102,27 @@ class RolloutServer:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def publish(self, request: web.Request) -> web.Response:
-        if self._publish_root is None:
+        if self._publishing is None:
             return _refusal(403, "this server takes no weights; start it with a publish directory")
         try:
             body = msgspec.json.decode(await _body(request), type=PublishBody)
         except ValueError as error:
             return _refusal(400, str(error))
-        async with self._publishing:
+        async with self._turn_to_publish:
             try:
-                await asyncio.to_thread(self._load, self._publish_root, Path(body.path), body.version)
+                await asyncio.to_thread(self._load, self._publishing, Path(body.path), body.version)
             except ForgejaxError as error:
                 return _refusal(409, str(error))
         return web.json_response({"version": body.version})
 
-    def _load(self, root: Path, path: Path, version: int) -> None:
+    def _load(self, publishing: Publishing, path: Path, version: int) -> None:
         try:
-            path = path.resolve()
+            root, path = publishing.root.resolve(), path.resolve()
         except (ValueError, OSError, RuntimeError) as error:
             raise EngineError(f"{str(path)!r} is no path that can be read: {error}") from error
         if not path.is_relative_to(root):
-            raise EngineError(f"{path} is not below the publish directory {root}; write the checkpoint there")
-        self._driver.publish(load_params(path, self._driver.engine.abstract_params), version)
+            raise EngineError(f"{path} is not below the publish directory {root}; write the weights there")
+        self._driver.publish(publishing.read(path, self._driver.engine.abstract_params), version)
 
 
 def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -> Future[Completion]:

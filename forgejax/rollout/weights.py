@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from flax import nnx
 
-from forgejax.errors import CheckpointError, EngineError
+from forgejax.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,25 +63,3 @@ def _difference(given: Any, expected: Any) -> str:
         if got.get(path) != want.get(path):
             return f"at {jax.tree_util.keystr(path)} given {got.get(path)}, expected {want.get(path)}"
     return "the tree structures differ"
-
-
-def save_params(path: Path, params: Any) -> None:
-    """Writes a state of parameters as an orbax checkpoint of plain nested dictionaries; ``path`` must not exist."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), nnx.to_pure_dict(params))
-
-
-def load_params(path: Path, like: Any) -> Any:
-    """Reads what ``save_params`` wrote, in the structure of ``like``. Raises CheckpointError."""
-    path = path.absolute()
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint directory; give one that holds orbax parameters")
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(like))
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            values = checkpointer.restore(path, abstract)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} does not hold the parameters of this policy: {error}") from error
-    state = jax.tree.map(lambda x: x, like)
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, values))
-    return state

@@ -199,7 +199,7 @@ async def test_a_swap_in_flight_keeps_the_kv_and_marks_every_token() -> None:
         assert after.cached_tokens == 0 and _gap(after, new) < 1e-5
         assert after.versions.tolist() == after.oldest_versions.tolist() == [5] * 10
         (again,) = await _sample_all(driver, [tiny.request("again", following, 10, seed=2)])
-        assert again.cached_tokens == 44 and again.token_ids.tolist() == after.token_ids.tolist()
+        assert again.cached_tokens == 45 and again.token_ids.tolist() == after.token_ids.tolist()
         assert driver.version == driver.metrics().version == 5
 
 

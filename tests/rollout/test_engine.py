@@ -12,11 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from forgejax.errors import CheckpointError, ConfigError, EngineError
+from forgejax.errors import ConfigError, EngineError
 from forgejax.rollout import EngineConfig, PolicyEngine
 from forgejax.rollout._jetstream import orchestrator
 from forgejax.rollout.settings import SlotSettings, runs
-from forgejax.rollout.weights import load_params, save_params
 from forgejax.types import SamplingLaw
 
 from . import tiny
@@ -153,18 +152,6 @@ def test_weights_of_another_model_are_refused_by_name() -> None:
         box.publish(other, 1)
     with pytest.raises(EngineError, match="version 2147483648: expected 0 to 2147483647"):
         box.publish(tiny.params(), 2**31)
-
-
-def test_saved_parameters_load_bit_for_bit_and_a_wrong_place_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    engine, state = tiny.engine(), tiny.params(5)
-    save_params(tmp_path / "params", state)
-    loaded = load_params(tmp_path / "params", engine.abstract_params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, state)
-    with pytest.raises(CheckpointError, match="no checkpoint directory"):
-        load_params(tmp_path / "missing", engine.abstract_params)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="does not hold the parameters"):
-        load_params(tmp_path / "empty", engine.abstract_params)
 
 
 def test_impossible_settings_are_refused_in_a_sentence() -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from forgejax.checkpoint import load_tree, save_tree
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalSampler, RemoteSampler
 from forgejax.rollout._jetstream import jetstream_pb2, jetstream_pb2_grpc
 from forgejax.rollout.grpc_service import OrchestratorService
-from forgejax.rollout.server import RolloutServer
-from forgejax.rollout.weights import save_params
+from forgejax.rollout.server import Publishing, RolloutServer
 from forgejax.types import Completion, FinishReason, SamplingLaw
 
 from . import tiny
@@ -120,10 +120,11 @@ async def test_an_unreachable_or_silent_server_is_an_engine_error() -> None:
 
 
 async def test_weights_are_published_from_a_checkpoint_below_the_root(tmp_path: Path) -> None:
-    save_params(tmp_path / "root" / "step-9", tiny.params(9))
-    save_params(tmp_path / "outside", tiny.params(9))
+    save_tree(tmp_path / "root" / "step-9", tiny.params(9))
+    save_tree(tmp_path / "outside", tiny.params(9))
+    publishing = Publishing(root=tmp_path / "root", read=load_tree)
     with Driver(tiny.engine(), tiny.params(0)) as driver:
-        async with _served(RolloutServer(driver, tmp_path / "root").app()) as url, aiohttp.ClientSession() as session:
+        async with _served(RolloutServer(driver, publishing).app()) as url, aiohttp.ClientSession() as session:
 
             async def publish(path: Path) -> int:
                 body = json.dumps({"path": str(path), "version": 9})
