@@ -7,7 +7,8 @@ from forgejax.learner.drift import drift_tokens
 from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
-from forgejax.learner.packing import PackConfig, empty_batch, pack
+from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import Metrics, StepConfig, TrainState, TrainStep, make_train_step

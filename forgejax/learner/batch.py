@@ -16,6 +16,7 @@ from forgejax.ops import TreeMeta
     data_fields=[
         "tokens",
         "positions",
+        "samples_through",
         "attention",
         "edge_src",
         "edge_tgt",
@@ -42,6 +43,8 @@ class PackedBatch:
     Attributes:
         tokens: [B, T] int32.
         positions: [B, T] int32 depth in the tree.
+        samples_through: [B, T] int32 how many samples feed the token at this node; identical ones count each, and a
+            group in several rows counts in each row what lies there. 0 on padding.
         attention: who sees whom.
         edge_src: [B, E] int32 node at which the edge's log-probability is read.
         edge_tgt: [B, E] int32 token predicted there.
@@ -58,6 +61,7 @@ class PackedBatch:
 
     tokens: Any
     positions: Any
+    samples_through: Any
     attention: TreeMeta | Any
     edge_src: Any
     edge_tgt: Any
@@ -85,7 +89,10 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackStats:
-    """How much the trees saved, and how full the rows are. ``pairs`` are query-key pairs of attention."""
+    """How much the trees saved, and how full and even the rows are. ``pairs`` are query-key pairs of attention.
+
+    ``awaited_pairs`` is what the shards would do in all if each had as many as the busiest of its micro-batch.
+    """
 
     samples: int
     trained_tokens: int
@@ -93,6 +100,7 @@ class PackStats:
     unmerged_tokens: int
     tree_pairs: int
     unmerged_pairs: int
+    awaited_pairs: int
     padded_tokens: int  # rows times row length
 
     @property
@@ -103,6 +111,11 @@ class PackStats:
     @property
     def attention_pair_ratio(self) -> float:
         return self.unmerged_pairs / self.tree_pairs
+
+    @property
+    def pair_imbalance(self) -> float:
+        """How much longer attention takes than with pairs spread evenly over the shards; 1 is even."""
+        return self.awaited_pairs / self.tree_pairs
 
     @property
     def row_fill(self) -> float:

@@ -1,7 +1,7 @@
 """The one forward pass of the learner: log-probabilities of the trained edges of packed trees.
 
 Training, supervised training and scoring all run it. Hidden states are gathered at the edges before the vocabulary
-projection, which runs in chunks, is recomputed in the backward pass, and never sees an untrained token.
+projection, which runs in chunks and never sees an untrained token.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from forgejax.learner.batch import PackedBatch
+from forgejax.learner.drawn import drawn_logps
+from forgejax.learner.memory import recomputes
 from forgejax.models import Attend, Policy
+from forgejax.models.moe import RouterLoad
 from forgejax.ops import TreeMeta, tree_attention
-from forgejax.sharding import Rules, constrain, heads_axis, rows_axes
+from forgejax.sharding import Rules, constrain, heads_axis, rows_axes, rows_shards
 
 
 def tree_attend(meta: TreeMeta, mesh: Mesh | None, rules: Rules) -> Attend:
@@ -28,7 +31,8 @@ def tree_attend(meta: TreeMeta, mesh: Mesh | None, rules: Rules) -> Attend:
     def attend(
         layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, memory: Any
     ) -> tuple[jax.Array, Any]:
-        out = tree_attention(q_BTHC, k_BTKC, v_BTKC, meta, mesh=mesh, row_axes=axes, head_axis=heads)
+        with jax.named_scope("attention"):
+            out = tree_attention(q_BTHC, k_BTKC, v_BTKC, meta, mesh=mesh, row_axes=axes, head_axis=heads)
         return out, memory
 
     return attend
@@ -41,12 +45,14 @@ def term_logps(
     *,
     mesh: Mesh | None,
     rules: Rules,
-    remat: bool,
+    remat: bool | None,
+    activation_gib: float,
     vocab_chunk: int,
-) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"], RouterLoad | None]:
     """log-probability of each term's token, and the entropy of the distribution it was drawn from.
 
-    Both are those of ``softmax(logits / temperature)`` with the edge's own temperature, in FP32 (FP64 for an FP64
+    The third is what the routers of a mixture did, each token counted for all samples through it; None without one.
+    The others are those of ``softmax(logits / temperature)`` with the edge's own temperature, in FP32 (FP64 for an FP64
     policy). No gradient flows through the entropy. Padding terms hold those of edge 0.
 
     Args:
@@ -55,15 +61,23 @@ def term_logps(
         batch: packed trees.
         mesh: the mesh the arrays lie on, or None.
         rules: partition rules.
-        remat: recompute each layer in the backward pass.
-        vocab_chunk: the most edges of a row whose logits exist at a time.
+        remat: recompute each layer in the backward pass; None: where its activations exceed ``activation_gib``.
+        activation_gib: what a device may keep of the layers' activations, in GiB; read where remat is None.
+        vocab_chunk: the most edges of a row whose logits exist at a time. Those of a single chunk are kept for the
+            backward pass, those of several are computed again.
     """
     policy = nnx.merge(graphdef, params)
     attend = tree_attend(batch.attention, mesh, rules)
-    hidden_BTD, _ = policy(batch.tokens, batch.positions, attend, None, remat)
+    if remat is None:
+        tokens = batch.tokens.size // (rows_shards(mesh, rules) if mesh is not None else 1)
+        remat = recomputes(policy.config, tokens, activation_gib)
+    through_BT = jnp.asarray(batch.samples_through).astype(jnp.float32)
+    hidden_BTD, _, load = policy.with_router_load(
+        batch.tokens, batch.positions, attend, token_weight_BT=through_BT, remat=remat
+    )
     hidden_BED = constrain(_gather_rows(hidden_BTD, batch.edge_src), "rows", None, None)
     logp_BE, entropy_BE = _edge_logps(policy, hidden_BED, batch, vocab_chunk)
-    return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge)
+    return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge), load
 
 
 def _gather_rows(values: jax.Array, index: Any) -> jax.Array:
@@ -84,16 +98,13 @@ def _edge_logps(
             x = jnp.pad(x, ((0, 0), (0, count * size - E)) + ((0, 0),) * (x.ndim - 2), mode="edge")
         return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def chunk(hidden: jax.Array, target: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BEV = policy.logits(hidden) / temperature[..., None]
-        norm_BE = jax.nn.logsumexp(logits_BEV, axis=-1)
-        # A sum over a one-hot instead of a gather: it stays local where the vocabulary is split.
-        drawn = jnp.arange(logits_BEV.shape[-1])[None, None, :] == target[..., None]
-        logp_BE = jnp.where(drawn, logits_BEV, 0.0).sum(axis=-1) - norm_BE
-        fixed_BEV = jax.lax.stop_gradient(logits_BEV - norm_BE[..., None])
-        return logp_BE, -(jnp.exp(fixed_BEV) * fixed_BEV).sum(axis=-1)
+        with jax.named_scope("vocabulary"):
+            return drawn_logps(policy.logits(hidden), target, temperature)
 
+    if count == 1:
+        return chunk(hidden_BED, jnp.asarray(batch.edge_tgt), jnp.asarray(batch.edge_temperature))
+    recomputed = jax.checkpoint(chunk)
     xs = (chunks(hidden_BED), chunks(batch.edge_tgt), chunks(batch.edge_temperature))
-    _, (logp, entropy) = jax.lax.scan(lambda carry, x: (carry, chunk(*x)), None, xs)
+    _, (logp, entropy) = jax.lax.scan(lambda carry, x: (carry, recomputed(*x)), None, xs)
     return tuple(jnp.moveaxis(x, 0, 1).reshape(B, count * size)[:, :E] for x in (logp, entropy))  # type: ignore[return-value]

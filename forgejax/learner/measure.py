@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from forgejax.models.moe import RouterLoad
+
 _FIELDS = [
-    "loss", "terms", "clipped", "ratio", "entropy", "gap_max", "gap_sum", "moments",
+    "loss", "terms", "clipped", "ratio", "entropy", "gap_max", "gap_sum", "moments", "router",
 ]  # fmt: skip
 
 
@@ -78,16 +80,18 @@ class Tally:
     gap_max: Any
     gap_sum: Any
     moments: Any  # Moments
+    router: Any  # a RouterLoad, or None without a mixture of experts
 
     def merge(self, other: Tally) -> Tally:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in _FIELDS[:-1]}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _FIELDS[:-2]}
         sums["gap_max"] = jnp.maximum(self.gap_max, other.gap_max)
-        return Tally(**sums, moments=self.moments.merge(other.moments))
+        router = None if self.router is None else self.router.merge(other.router)
+        return Tally(**sums, moments=self.moments.merge(other.moments), router=router)
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars. ``gap_*`` compare log-probabilities, ``probability_correlation`` probabilities (MiniMax-M1)."""
         terms = jnp.maximum(self.terms, 1)
-        return {
+        return ({} if self.router is None else self.router.metrics()) | {
             "loss": self.loss,
             "trained_terms": self.terms,
             "clip_fraction": self.clipped / terms,
@@ -110,6 +114,7 @@ def tally(
     clipped: jax.Array,
     mask: jax.Array,
     fresh: jax.Array,
+    router: RouterLoad | None,
 ) -> Tally:
     """One micro-batch: arrays [B, M]; ``mask`` marks real terms, ``fresh`` those that the trained weights drew."""
     gap = jnp.where(fresh, jnp.abs(logp - old_logp), 0.0)
@@ -122,4 +127,5 @@ def tally(
         gap_max=gap.max(),
         gap_sum=gap.sum(),
         moments=Moments.of(jnp.exp(logp), jnp.exp(old_logp), fresh),
+        router=router,
     )

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from forgejax.errors import TrainingError
 from forgejax.learner.batch import PackedStep
 from forgejax.learner.credit import CreditConfig, credit
-from forgejax.learner.packing import PackConfig, pack
+from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.packing import pack
 from forgejax.types import Group
 
 

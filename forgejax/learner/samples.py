@@ -48,7 +48,7 @@ class Sample:
     @property
     def fed_ids(self) -> TokenIds:
         """What the policy reads: everything but the last token, which is only ever predicted."""
-        return np.concatenate([self.context_ids, self.token_ids[:-1]]).astype(np.int32)
+        return np.concatenate([self.context_ids, self.token_ids[:-1]], dtype=np.int32)
 
     @property
     def fed_tokens(self) -> int:

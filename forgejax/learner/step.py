@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from forgejax.errors import ConfigError
@@ -24,6 +25,7 @@ from forgejax.learner.forward import term_logps
 from forgejax.learner.losses import LOSSES, LossConfig, log_ratio
 from forgejax.learner.measure import Tally, tally
 from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from forgejax.models.moe import RouterLoad
 from forgejax.sharding import Rules, param_shardings, replicated, scope
 
 Metrics = dict[str, jax.Array]
@@ -31,17 +33,24 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Loss, optimizer and memory of the train step. ``vocab_chunk``: the most edges of a row whose logits
-    exist at a time."""
+    """Loss, optimizer and memory of the train step.
+
+    ``remat``: recompute each layer in the backward pass, which costs a third more products; left out, it is done
+    where the activations of a micro-batch exceed ``activation_gib`` GiB a device. ``vocab_chunk``: the most edges of a
+    row whose logits exist at a time; where one chunk holds them all they are kept, else computed twice.
+    """
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    remat: bool = True
+    remat: bool | None = None
+    activation_gib: float = 4.0
     vocab_chunk: int = 256
 
     def __post_init__(self) -> None:
         if self.vocab_chunk < 1:
             raise ConfigError(f"step.vocab_chunk is {self.vocab_chunk}; expected at least 1 edge")
+        if not 0 <= self.activation_gib < float("inf"):
+            raise ConfigError(f"step.activation_gib is {self.activation_gib}; expected GiB of memory, finite")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
@@ -104,7 +113,13 @@ def make_train_step(
     rules = rules or Rules()
     optimizer = make_optimizer(config.optimizer)
     logps = functools.partial(
-        term_logps, graphdef, mesh=mesh, rules=rules, remat=config.remat, vocab_chunk=config.vocab_chunk
+        term_logps,
+        graphdef,
+        mesh=mesh,
+        rules=rules,
+        remat=config.remat,
+        activation_gib=config.activation_gib,
+        vocab_chunk=config.vocab_chunk,
     )
 
     def init(params: Any) -> TrainState:
@@ -112,7 +127,9 @@ def make_train_step(
 
     def start(params: Any) -> Accumulated:
         zeros = jax.tree.map(jnp.zeros_like, _wide(params))
-        return Accumulated(grads=zeros, tally=_nothing(jax.tree.leaves(zeros)[0].dtype))
+        return Accumulated(
+            grads=zeros, tally=_nothing(jax.tree.leaves(zeros)[0].dtype, nnx.merge(graphdef, params).no_router_load())
+        )
 
     def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
         loss = functools.partial(_loss, logps, config.loss, batch=batch, version=version)
@@ -138,14 +155,14 @@ def make_train_step(
 
 
 def _loss(
-    logps: Callable[[Any, PackedBatch], tuple[jax.Array, jax.Array]],
+    logps: Callable[[Any, PackedBatch], tuple[jax.Array, jax.Array, RouterLoad | None]],
     config: LossConfig,
     params: Any,
     *,
     batch: PackedBatch,
     version: jax.Array,
 ) -> tuple[jax.Array, Tally]:
-    logp, entropy = logps(params, batch)
+    logp, entropy, router = logps(params, batch)
     advantage, weight, mask = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
     fixed = jax.lax.stop_gradient(logp)
     # Supervised tokens have no behaviour policy: their ratio is one.
@@ -165,6 +182,7 @@ def _loss(
         clipped=clipped,
         mask=mask,
         fresh=fresh,
+        router=router,
     )
     return loss, counted
 
@@ -194,7 +212,7 @@ def _wide(params: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
-def _nothing(real: Any) -> Tally:
+def _nothing(real: Any, router: RouterLoad | None) -> Tally:
     none = jnp.zeros((1, 1), jnp.bool_)
     zero = jnp.zeros((1, 1), real)
     return tally(
@@ -206,6 +224,7 @@ def _nothing(real: Any) -> Tally:
         clipped=none,
         mask=none,
         fresh=none,
+        router=router,
     )
 
 

@@ -28,6 +28,7 @@ class PrefixTree:
         positions: [T] depth of the node, which the rotary embedding uses.
         end: [T] index after the node's subtree.
         parent: [T] index of the parent, -1 at a root.
+        samples_through: [T] how many samples are fed through the node; identical samples count each.
         edge_src: [E] the node at which an edge's log-probability is read.
         edge_tgt: [E] the token predicted there.
         edge_temperature: [E]. Edges are unique in (source, target, temperature).
@@ -40,6 +41,7 @@ class PrefixTree:
     positions: Ints
     end: Ints
     parent: Ints
+    samples_through: Ints
     edge_src: Ints
     edge_tgt: Ints
     edge_temperature: NDArray[np.float32]
@@ -95,6 +97,7 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
         positions=positions,
         end=end,
         parent=parent,
+        samples_through=_through(np.array([_last(terminal[i]) for i in order]), end),
         edge_src=term_src[first].astype(np.int32),
         edge_tgt=term_tgt[first].astype(np.int32),
         edge_temperature=temperatures[which[first]],
@@ -133,7 +136,8 @@ def _common(a: Ints, b: Ints) -> int:
     """Length of the longest common prefix."""
     count = min(len(a), len(b))
     differ = a[:count] != b[:count]
-    return int(differ.argmax()) if differ.any() else count
+    first = int(differ.argmax()) if count else 0
+    return first if count and differ[first] else count
 
 
 def _split(run: _Run, depth: int) -> _Run:
@@ -194,6 +198,12 @@ def _nodes(runs: Sequence[_Run], sequences: Sequence[Ints]) -> tuple[Ints, Ints,
 def _last(run: _Run | None) -> int:
     assert run is not None
     return run.first + run.stop - run.start - 1
+
+
+def _through(terminals: NDArray[np.int64], end: Ints) -> Ints:
+    """How many samples end inside each node's subtree, of those that end at ``terminals``."""
+    before = np.concatenate([[0], np.bincount(terminals, minlength=len(end)).cumsum()])
+    return (before[end] - before[:-1]).astype(np.int32)
 
 
 def _sources(sample: Sample, terminal: _Run) -> Ints:

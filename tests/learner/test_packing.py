@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from forgejax.errors import ConfigError
 from forgejax.learner.cutting import cut
 from forgejax.learner.drift import trained_ids
-from forgejax.learner.packing import PackConfig, empty_batch, pack
+from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.tree import build_tree
 
 from .samples import random_group, sample
@@ -51,27 +54,77 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
     if max(one.fed_tokens for one in tree_samples) > room:
         return
 
+    @functools.cache
     def nodes(start: int, stop: int) -> int:
         return len(build_tree(tree_samples[start:stop]).tokens)
 
+    @functools.cache
     def feasible(start: int, stop: int) -> bool:
         terms = sum(len(one.token_ids) for one in tree_samples[start:stop])
         distinct = len({(*one.context_ids, *one.token_ids) for one in tree_samples[start:stop]})
         size = nodes(start, stop)
         return size <= room and min(terms, size + distinct) <= room
 
-    costs = []
+    costs = []  # tokens, ranges
     for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, count), n) for n in range(count)):
         ranges = list(itertools.pairwise([0, *cuts, count]))
         if all(feasible(*one) for one in ranges):
             costs.append((sum(nodes(*one) for one in ranges), len(ranges)))
 
-    found = cut(tree_samples, tree.shared, room, 10**6)
+    for fewest, best in (("tokens", min(costs)), ("ranges", min(costs, key=lambda cost: cost[::-1]))):
+        found = cut(tree_samples, tree.shared, room, 10**6, fewest=fewest)
 
-    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
-    assert found[-1][1] == count
-    assert all(feasible(*one) for one in found)
-    assert (sum(nodes(*one) for one in found), len(found)) == min(costs)
+        assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+        assert found[-1][1] == count
+        assert all(feasible(*one) for one in found)
+        assert (sum(nodes(*one) for one in found), len(found)) == best
+
+
+def test_cutting_time_follows_the_samples() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample([1, 2, 3, n], [4, 5], name=str(n)) for n in rng.permutation(3000).tolist()]
+    tree = build_tree(samples)
+
+    start = time.process_time()
+    ranges = cut(tree.samples, tree.shared, 3 + 2 * 2500, 10**6)
+    spent = time.process_time() - start
+
+    assert len(ranges) == 2
+    assert spent < 1.0  # a row holds 2,500 of the samples: trying every pair of ends takes far longer
+
+
+def test_trees_are_cut_to_fill_rows_only_where_that_saves_rows() -> None:
+    groups = [[sample([n, 1, 2, m], [3], name=f"{n}-{m}") for m in range(4)] for n in range(3)]  # 7 nodes
+    roomy = PackConfig(row_length=8, rows=1, block_size=8)
+    tight = PackConfig(row_length=12, rows=1, block_size=4)
+
+    whole, cut_up = pack(groups, roomy), pack(groups, tight)
+
+    assert (len(whole.batches), whole.stats.tree_tokens) == (3, 21)
+    assert (len(cut_up.batches), cut_up.stats.tree_tokens) == (2, 24)  # one group in two rows: its 3 shared nodes twice
+    assert cut_up.stats.row_fill == 1.0
+    weights = [sum(float(batch.weight.sum()) for batch in step.batches) for step in (whole, cut_up)]
+    np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
+
+
+def test_the_last_micro_batch_of_few_rows_is_a_half_or_a_quarter_as_tall() -> None:
+    config = PackConfig(row_length=8, rows=4, block_size=8)
+
+    heights = [
+        [len(batch.tokens) for batch in pack([[sample([n] * 8, [1])] for n in range(count)], config).batches]
+        for count in (1, 2, 3, 4, 5, 8, 10)
+    ]
+
+    assert heights == [[1], [2], [4], [4], [4, 1], [4, 4], [4, 4, 2]]
+
+
+def test_imbalance_compares_the_busiest_shard_with_an_even_spread() -> None:
+    groups = [[sample([n] * length, [1])] for n, length in enumerate((16, 8))]
+
+    packed = pack(groups, PackConfig(row_length=16, rows=1, block_size=8), row_shards=2)
+
+    assert packed.stats.tree_pairs == 136 + 36
+    assert packed.stats.pair_imbalance == pytest.approx(2 * 136 / 172)
 
 
 def test_the_normaliser_counts_unmerged_tokens_of_the_samples_own_group() -> None:
@@ -95,6 +148,16 @@ def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
     assert len(packed.batches) == 3  # 128 terms are 18 copies
     assert packed.stats.trained_tokens == 280
     assert packed.stats.tree_tokens == 21
+
+
+def test_padding_counts_no_sample_and_every_fed_token_counts_once_for_its_sample() -> None:
+    shared, alone = [sample([1, 2, 3], [n, 5, 6]) for n in (4, 4, 7)], [sample([9, 9], [8])]
+
+    packed = pack([shared, alone], PackConfig(row_length=16, rows=1, block_size=8))
+
+    (batch,) = packed.batches
+    assert batch.samples_through[0].tolist() == [3, 3, 3, 1, 1, 2, 2, 1, 1, *[0] * 7]
+    assert batch.samples_through.sum() == packed.stats.unmerged_tokens
 
 
 def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
@@ -122,10 +185,10 @@ def test_ratios_compare_trees_with_unmerged_chains() -> None:
     assert packed.stats.attention_pair_ratio == pytest.approx(4 * 52 * 53 / 2 / (50 * 51 / 2 + 4 * (51 + 52)))
 
 
-def test_an_empty_batch_has_the_shapes_of_the_smallest_one() -> None:
+def test_an_empty_batch_has_the_shapes_of_one_that_trains_half_of_its_tokens() -> None:
     config = PackConfig(row_length=16, rows=2, block_size=8)
     batch = empty_batch(config, row_shards=2)
-    real = pack([[sample([1], [2])]], config, row_shards=2).batches[0]
+    real = pack([[sample([n] * 8, [3, 4, 5, 6, 7, 8])] for n in range(4)], config, row_shards=2).batches[0]
 
     assert [x.shape for x in vars(batch).values() if isinstance(x, np.ndarray)] == [
         x.shape for x in vars(real).values() if isinstance(x, np.ndarray)

@@ -6,7 +6,7 @@ import pytest
 from forgejax.errors import TrainingError
 from forgejax.learner.credit import CreditConfig
 from forgejax.learner.drift import drift_tokens
-from forgejax.learner.packing import PackConfig
+from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.types import Group
 

@@ -18,7 +18,8 @@ from forgejax.learner.forward import _edge_logps
 from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
-from forgejax.learner.packing import PackConfig, empty_batch, pack
+from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
 from forgejax.models import Policy, PolicyConfig, abstract_policy, init_params
@@ -198,8 +199,9 @@ def test_logits_come_in_the_fewest_chunks_the_limit_allows_and_are_those_of_one(
             sizes.append(hidden.shape[1])
             return hidden * 3.0
 
-    batch = pack([[sample([1, 2, 3], [4, 5, 6], temperature=0.5)]], _CONFIG).batches[0]
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, _VOCAB)), jnp.float32)
+    batch = pack([[sample([1, 2, 3], [4, 5, 6] * 6, temperature=0.5)]], _CONFIG).batches[0]
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(*batch.edge_tgt.shape, _VOCAB)), jnp.float32)
+    assert batch.edge_tgt.shape[1] == 32
     logp, entropy = _edge_logps(Recorder(), hidden, batch, limit)
     law = jax.nn.log_softmax(hidden * 3.0 / batch.edge_temperature[..., None])
     drawn = jnp.take_along_axis(law, jnp.asarray(batch.edge_tgt)[..., None], axis=-1)[..., 0]
@@ -210,8 +212,8 @@ def test_logits_come_in_the_fewest_chunks_the_limit_allows_and_are_those_of_one(
 
 
 def test_an_uneven_last_chunk_adds_nothing_to_the_gradient() -> None:
-    batch = pack([[sample([1, 2, 3], [4, 5, 6])]], _CONFIG).batches[0]
-    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32, _VOCAB)), jnp.float32)
+    batch = pack([[sample([1, 2, 3], [4, 5, 6] * 6)]], _CONFIG).batches[0]
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(*batch.edge_tgt.shape, _VOCAB)), jnp.float32)
 
     class Plain(Policy):
         def __init__(self) -> None: ...
@@ -260,16 +262,15 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was() -> None:
 
 def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
     learner = _learner()
-    learner.compile(empty_batch(_CONFIG))
-    learner.update([empty_batch(_CONFIG)], 0)
     step: Any = learner._step
-    programs = step.accumulate._cache_size(), step.apply._cache_size()
 
-    for seed in range(5):
-        small = [random_group(np.random.default_rng(seed), samples=3, longest=8)]
-        learner.update(pack(small, _CONFIG).batches, seed)
+    def programs_after(seed: int) -> tuple[int, int, tuple[int, ...]]:
+        (batch,) = pack([random_group(np.random.default_rng(seed), samples=3, longest=8)], _CONFIG).batches
+        learner.update([batch], seed)
+        shape = *batch.tokens.shape, *batch.edge_src.shape, *batch.term_edge.shape
+        return step.accumulate._cache_size(), step.apply._cache_size(), shape
 
-    assert (step.accumulate._cache_size(), step.apply._cache_size()) == programs
+    assert len({programs_after(seed) for seed in range(5)}) == 1
 
 
 def test_gaps_are_measured_on_tokens_that_the_trained_weights_drew() -> None:

@@ -61,6 +61,18 @@ def test_one_integer_a_node_says_who_sees_it(seed: int, count: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**9), vocab=st.integers(1, 3), count=st.integers(1, 10))
+def test_each_node_counts_the_samples_that_pass_through_it(seed: int, vocab: int, count: int) -> None:
+    samples = random_group(np.random.default_rng(seed), vocab=vocab, samples=count)
+    samples = [*samples, *samples[: count // 2]]
+    tree = build_tree(samples)
+
+    fed = [tuple(one.fed_ids.tolist()) for one in samples]
+    assert tree.samples_through.tolist() == [sum(ids[: len(path)] == path for ids in fed) for path in _paths(tree)]
+    assert tree.samples_through.sum() == sum(one.fed_tokens for one in samples)
+
+
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**9), count=st.integers(1, 10))
 def test_the_heaviest_child_comes_first_and_neighbours_know_what_they_share(seed: int, count: int) -> None:
     tree = build_tree(random_group(np.random.default_rng(seed), vocab=3, samples=count))
