@@ -9,19 +9,28 @@ UNFINISHED := .cache/environment-unfinished
 # Agents are started as `python ...`: they get the environment's interpreter, as in an activated shell.
 ACTIVATE := export VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 LOG := .cache/install.log
+# Torch and transformers side by side with jax: an environment on top of .venv, for `make parity` alone.
+PARITY := .venv-parity
+PARITY_STAMP := $(PARITY)/.complete
+PARITY_MODEL := .cache/smollm2-135m-instruct
+# The TPU compiler, which needs no TPU: an environment of its own, for `make tpu-compile` alone.
+TPU := .venv-tpu
+TPU_STAMP := $(TPU)/.complete
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test check format lock clean
+.PHONY: help env train test parity tpu-compile check format lock clean
 
 help:
 	@echo 'make train    trains the quickstart on this CPU: report and figures land in runs/quickstart-N'
 	@echo 'make test     runs the tests'
+	@echo 'make parity   compares policies with transformers on torch (fetches both, and a model of 100 MB)'
+	@echo 'make tpu-compile  compiles the TPU kernels for v5e, on any machine (fetches 0.5 GB)'
 	@echo 'make check    formatting, lint, types and tests: what CI runs'
 	@echo 'make format   formats the code and sorts its imports'
 	@echo 'make env      installs .venv (the targets above do it on their own)'
 	@echo 'make lock     pins requirements.txt anew from pyproject.toml (needs uv)'
-	@echo 'make clean    removes .venv and all caches; runs/ stays'
+	@echo 'make clean    removes the environments and all caches; runs/ stays'
 	@echo
 	@echo 'Options: ARGS="..." for the program behind a target, PYTHON=... for the interpreter of .venv.'
 
@@ -32,6 +41,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	@$(ACTIVATE); exec python -m pytest $(ARGS)
+
+parity: $(PARITY_STAMP) $(PARITY_MODEL)/config.json
+	@exec $(PARITY)/bin/python -m pytest tests/parity --override-ini 'python_files=parity_*.py' $(ARGS)
+
+tpu-compile: $(TPU_STAMP)
+	@exec $(TPU)/bin/python -m pytest -c tests/tpu_compile/pytest.ini tests/tpu_compile $(ARGS)
 
 check: $(STAMP)
 	@$(ACTIVATE); ruff format --check .
@@ -44,7 +59,7 @@ format: $(STAMP)
 	@$(ACTIVATE); ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PARITY) $(TPU) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 
 # The pins hold what the package and its tests need, without TensorFlow: docs/adr/001-jetstream-without-tensorflow.md.
 lock:
@@ -105,3 +120,34 @@ $(STAMP): requirements.txt pyproject.toml
 	rm $(UNFINISHED); \
 	touch $@; \
 	echo "$(VENV) is ready"
+
+# The packages of .venv and the folder of the tests are on the path of .venv-parity, so that pip adds only what is new.
+# The stamp goes first and comes last: an interrupted installation starts afresh.
+$(PARITY_STAMP): requirements-parity.txt $(STAMP)
+	@set -eu -o pipefail; \
+	rm -rf $(PARITY); \
+	echo "installing torch into $(PARITY), about 1 minute ..."; \
+	$(VENV)/bin/python -m venv $(PARITY); \
+	below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(PARITY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	printf '%s\n' "import site; site.addsitedir('$$below')" "$(CURDIR)/tests" > "$$own/below.pth"; \
+	$(PARITY)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-parity.txt \
+	    > $(PARITY)/install.log 2>&1 || { tail -n 15 $(PARITY)/install.log >&2; \
+	        echo "make: the installation failed, see above; all of it is in $(PARITY)/install.log" >&2; exit 1; }; \
+	touch $@; \
+	echo "$(PARITY) is ready"
+
+$(PARITY_MODEL)/config.json: scripts/fetch_model.py | $(PARITY_STAMP)
+	@rm -rf $(PARITY_MODEL)
+	@$(PARITY)/bin/python scripts/fetch_model.py smollm2 --out $(PARITY_MODEL)
+
+$(TPU_STAMP): tests/tpu_compile/requirements.txt $(STAMP)
+	@set -eu -o pipefail; \
+	rm -rf $(TPU); \
+	echo "installing the TPU compiler into $(TPU), about 1 minute ..."; \
+	$(VENV)/bin/python -m venv $(TPU); \
+	$(TPU)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+	    -r tests/tpu_compile/requirements.txt > $(TPU)/install.log 2>&1 || { tail -n 15 $(TPU)/install.log >&2; \
+	        echo "make: the installation failed, see above; all of it is in $(TPU)/install.log" >&2; exit 1; }; \
+	touch $@; \
+	echo "$(TPU) is ready"

@@ -11,6 +11,7 @@ import numpy as np
 
 from forgejax.config import TrainConfig
 from forgejax.errors import TrainingError
+from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.learner import Learner, Metrics, PackedStep, Sample, TrainingBatch, drift_tokens, pack
 from forgejax.learner.drift import trained_ids
 from forgejax.learner.samples import turn_sample, untrainable_reason
@@ -49,6 +50,7 @@ class Books:
     pool: Pool
     metrics: MetricsWriter
     progress: Progress
+    gateway: GatewayMetrics
     tally: Tally
     sampled_before: int = 0
     counted_at: float = field(default_factory=time.monotonic)
@@ -71,6 +73,7 @@ class Books:
                 **data.figures,
                 **{f"learner/{name}": value for name, value in values.items()},
                 **self._rates(data, values, seconds, sampled),
+                **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},
                 **self._levels(),
             }
             self.metrics.write(row)

@@ -21,7 +21,7 @@ from forgejax.errors import ConfigError
 from forgejax.evaluate import Evaluated, keep, kept
 from forgejax.gateway import ChatFormat, Gateway
 from forgejax.learner import Learner, PackGroups, empty_batch, judge
-from forgejax.models import Params, abstract_policy, init_params
+from forgejax.models import Params, abstract_policy, init_params, load_params
 from forgejax.pool.codec import decode_group
 from forgejax.pool.dataset import GroupBatch, GroupDataset
 from forgejax.pool.journal import LOST_ATTEMPT, Journal
@@ -131,11 +131,12 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     pool.count_tokens(LOST_ATTEMPT, sampled_before - pool.inherited_tokens)
     engine = PolicyEngine(config.policy, config.engine, device=device)
     driver = Driver(engine, learner.params(), version=step, request_log=requests)
+    gateway = Gateway(LocalSampler(driver), chat, config.engine.max_context, config.gateway)
     service = RolloutService(
         Parts(
             config=config,
             driver=driver,
-            gateway=Gateway(LocalSampler(driver), chat, config.engine.max_context, config.gateway),
+            gateway=gateway,
             scaffold=make_scaffold(config.agent),
             tasks=tasks,
             pool=pool,
@@ -156,6 +157,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         pool=pool,
         metrics=metrics,
         progress=progress,
+        gateway=gateway.metrics,
         tally=tally,
         sampled_before=sampled_before,
         counted_at=began,
@@ -186,10 +188,10 @@ def _devices(config: TrainConfig) -> tuple[MeshPlan, Mesh, jax.Device]:
 
 
 def _chat(config: TrainConfig) -> ChatFormat:
-    chat = ChatFormat.load(config.tokenizer)
+    chat = ChatFormat.load(config.tokenizer_folder)
     if chat.vocab_size > config.policy.vocab_size:
         raise ConfigError(
-            f"the tokenizer in {config.tokenizer} has {chat.vocab_size} tokens and policy.vocab_size is "
+            f"the tokenizer in {config.tokenizer_folder} has {chat.vocab_size} tokens and policy.vocab_size is "
             f"{config.policy.vocab_size}; raise it to at least that"
         )
     return chat
@@ -199,7 +201,11 @@ def _learner(
     config: TrainConfig, mesh: Mesh, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
 ) -> Learner:
     graphdef, _ = abstract_policy(config.policy)
-    params = init_params(config.policy, mesh, _RULES, config.run.seed)
+    if warm and config.policy.path:
+        with progress.phase("loading", config.policy.path):
+            params = load_params(config.policy, mesh, _RULES)
+    else:  # a resumed run only needs arrays to restore into
+        params = init_params(config.policy, mesh, _RULES, config.run.seed)
     if warm and config.warm_start.steps:
         demonstrations = make_demonstrations(config.warm_start, tasks, chat, config.run.seed)
         params = _warm_params(config, params, mesh, demonstrations, progress)
@@ -213,7 +219,8 @@ def _warm_params(
     warm = config.warm_start
     step_config = warm.step_config(config.step)
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
-    cached = Path(warm.cache) / cache_key([to_mapping(each) for each in settings], demonstrations, config.tokenizer)
+    described = [to_mapping(each) for each in settings] + _weight_files(config.policy.path)
+    cached = Path(warm.cache) / cache_key(described, demonstrations, config.tokenizer_folder)
     if warm.cache and cached.is_dir():
         progress.note(f"warm start taken from {cached}")
         return load_tree(cached, params)
@@ -224,6 +231,12 @@ def _warm_params(
     if warm.cache:
         save_tree(cached, params)
     return params
+
+
+def _weight_files(path: str) -> list[tuple[str, int, int]]:
+    """What tells the weights in ``policy.path`` from others put there later: names, sizes and times of the files."""
+    found = sorted(Path(path).iterdir()) if path and Path(path).is_dir() else [Path(path)] if path else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def _told(progress: Progress, steps: int) -> Callable[[int, float], None]:

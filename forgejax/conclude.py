@@ -18,7 +18,7 @@ from forgejax.report.invariants import Bounds
 from forgejax.report.metrics import read_metrics
 from forgejax.report.plots import reward_curve
 from forgejax.report.storage import write_atomic
-from forgejax.report.summary import Summary, evaluation_fields, write_summary
+from forgejax.report.summary import Summary, evaluation_fields, gain_fields, write_summary
 from forgejax.rundir import RunDir
 
 CURVE_FILE = "curve.png"
@@ -67,9 +67,11 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
     groups_not_trained = Counter(groups.groups_not_trained)
     groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
     groups_not_trained[LOST_ATTEMPT] += groups.waiting
+    before, after = (each.result if each else NOT_MEASURED for each in (outcome.before, outcome.after))
     return Summary(
-        **evaluation_fields("before", outcome.before.result if outcome.before else NOT_MEASURED),
-        **evaluation_fields("after", outcome.after.result if outcome.after else NOT_MEASURED),
+        **evaluation_fields("before", before),
+        **evaluation_fields("after", after),
+        **gain_fields(before, after),
         eval_tasks=len(trainer.tasks.eval_tasks),
         seed=config.run.seed,
         steps=trainer.step,

@@ -19,7 +19,7 @@ from forgejax.agents import AgentConfig, RewardConfig, StopPolicy, TasksConfig
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
 from forgejax.learner import CreditConfig, PackConfig, StepConfig
-from forgejax.models import PolicyConfig
+from forgejax.models import PolicyConfig, read_policy_config
 from forgejax.pool.pool import PoolConfig
 from forgejax.rollout import EngineConfig
 from forgejax.sharding import MeshConfig, build_mesh, prepare_platform, resolve
@@ -68,12 +68,13 @@ class RunConfig:
 class TrainConfig:
     """Everything ``scripts/train.py`` needs. Field names are the sections of the TOML file.
 
-    ``sampling`` is the law training and evaluation tokens are drawn from, whatever the agent asks for.
+    ``tokenizer`` is a folder with the tokenizer and its chat template; empty: the one in ``policy.path``. ``sampling``
+    is the law training and evaluation tokens are drawn from, whatever the agent asks for.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    tokenizer: str = "configs/quickstart/tokenizer"
+    tokenizer: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     step: StepConfig = field(default_factory=StepConfig)
@@ -99,19 +100,34 @@ class TrainConfig:
                 f"packing.row_length {self.packing.row_length} is shorter than engine.max_context "
                 f"{self.engine.max_context}: the longest samples could not be trained; raise it or lower the other"
             )
+        if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
+            raise ConfigError(
+                f'tokenizer is "" and policy.path is "{self.policy.path}"; set tokenizer to a folder that holds '
+                "tokenizer.json and a chat template, or policy.path to a Hugging Face folder that has them"
+            )
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where the tokenizer is read from."""
+        return self.tokenizer or self.policy.path
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a TOML file with command-line overrides (``--run.steps 200``, ``--mesh=cpu-8``) on top.
 
+    Where ``policy.path`` is set, the shape of the policy is the one found there.
+
     Raises:
         ConfigError: the file is missing or malformed, a key is unknown, a value has the wrong type or cannot be run.
     """
-    return load_saved(_read_toml(path), str(path), overrides)
+    config = load_saved(_read_toml(path), str(path), overrides)
+    if config.policy.path:
+        return dataclasses.replace(config, policy=read_policy_config(config.policy.path, base=config.policy))
+    return config
 
 
 def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Like ``load_config``, from plain data; ``source`` names it in errors."""
+    """Like ``load_config``, from plain data that is complete; ``source`` names it in errors."""
     return tyro.cli(
         TrainConfig,
         default=from_mapping(TrainConfig, saved, source),

@@ -4,8 +4,7 @@ One question, endpoint and key from OPENAI_BASE_URL and OPENAI_API_KEY:
 
     calculator_agent.py "What is 12 * 34?"
 
-Many questions at once, one JSON object a line, ``{"id", "question", "base_url", "api_key"}`` on stdin and
-``{"id", "answer"}`` or ``{"id", "error", "stop_reason"}`` on stdout:
+Many questions at once, one JSON object a line (``worker_loop`` tells which):
 
     calculator_agent.py --worker
 
@@ -23,6 +22,8 @@ import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from worker_loop import TIMEOUT_S, work
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -45,7 +46,6 @@ TOOLS: list[Any] = [
 LATENCY_S = float(os.environ.get("CALCULATOR_LATENCY_S", "0.5"))
 MAX_TURNS = int(os.environ.get("CALCULATOR_MAX_TURNS", "4"))
 MODEL = os.environ.get("OPENAI_MODEL", "policy")
-TIMEOUT_S = 300.0
 MAX_EXPRESSION = 200
 MAX_BITS = 512
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -130,49 +130,10 @@ async def answer_one(question: str) -> None:
     print(" ".join((answer or "").split()))
 
 
-async def work() -> None:
-    """Answers lines from stdin until it ends. One client, hence one connection pool, serves every episode."""
-    from openai import (  # noqa: PLC0415
-        APIConnectionError,
-        APIStatusError,
-        AsyncOpenAI,
-        BadRequestError,
-        InternalServerError,
-    )
-
-    shared = AsyncOpenAI(base_url="http://set-per-episode.invalid", api_key="-", max_retries=0, timeout=TIMEOUT_S)
-
-    async def episode(line: bytes) -> None:
-        request = json.loads(line)
-        client = shared.with_options(base_url=request["base_url"], api_key=request["api_key"])
-        reply: dict[str, str | None]
-        try:
-            reply = {"id": request["id"], "answer": await solve(client, request["question"])}
-        except (APIConnectionError, APIStatusError, ValueError, KeyError, IndexError, TypeError) as error:
-            stop_reason = "agent_failed"
-            if isinstance(error, BadRequestError) and error.code == "context_length_exceeded":
-                stop_reason = "truncated"
-            elif isinstance(error, APIConnectionError | InternalServerError):
-                stop_reason = "environment_failed"
-            reply = {"id": request["id"], "error": f"{type(error).__name__}: {error}", "stop_reason": stop_reason}
-        print(json.dumps(reply), flush=True)
-
-    reader = asyncio.StreamReader(limit=2**20)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    running: set[asyncio.Task[None]] = set()
-    print(json.dumps({"ready": True}), flush=True)
-    while line := await reader.readline():
-        task = asyncio.create_task(episode(line))
-        running.add(task)
-        task.add_done_callback(running.discard)
-    for task in running:
-        task.cancel()
-
-
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["--worker"]:
-            asyncio.run(work())
+            asyncio.run(work(solve))
         case ["--describe"]:
             print(json.dumps({"system": SYSTEM, "tools": TOOLS}))
         case [question]:

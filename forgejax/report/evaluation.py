@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from forgejax.report.names import EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS_EASY, EVAL_TOOLS_HARD, STEP
 from forgejax.types import Task, Trajectory
@@ -30,10 +30,11 @@ class LevelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One evaluation: all episodes together and by Task.level."""
+    """One evaluation: all episodes together, by Task.level, and the mean outcome of each task that has one."""
 
     overall: LevelResult
     levels: Mapping[str, LevelResult]
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 NOT_MEASURED = EvaluationResult(
@@ -56,7 +57,9 @@ def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) 
             )
         by_level[levels[trajectory.task_id]].append(trajectory)
     return EvaluationResult(
-        overall=_result(trajectories), levels={level: _result(members) for level, members in by_level.items()}
+        overall=_result(trajectories),
+        levels={level: _result(members) for level, members in by_level.items()},
+        tasks={task: statistics.fmean(outcomes) for task, outcomes in _outcomes(trajectories).items()},
     )
 
 
@@ -74,9 +77,7 @@ def evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, float]:
 
 def _result(trajectories: Sequence[Trajectory]) -> LevelResult:
     counted = [trajectory for trajectory in trajectories if trajectory.masked is None]
-    outcomes: dict[str, list[float]] = defaultdict(list)
-    for trajectory in counted:
-        outcomes[trajectory.task_id].append(trajectory.outcome)
+    outcomes = _outcomes(counted)
     return LevelResult(
         episodes=len(counted),
         tasks=len(outcomes),
@@ -86,6 +87,15 @@ def _result(trajectories: Sequence[Trajectory]) -> LevelResult:
         tool_use=statistics.fmean(trajectory.tool_calls > 0 for trajectory in counted) if counted else None,
         episode_s=statistics.median(trajectory.active_s for trajectory in counted) if counted else None,
     )
+
+
+def _outcomes(trajectories: Sequence[Trajectory]) -> Mapping[str, list[float]]:
+    """The outcomes of each task's episodes, masked ones left out."""
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for trajectory in trajectories:
+        if trajectory.masked is None:
+            outcomes[trajectory.task_id].append(trajectory.outcome)
+    return outcomes
 
 
 def _standard_error(clusters: Sequence[Sequence[float]]) -> float | None:

@@ -36,12 +36,22 @@ def _outcome(summary: Summary, level: str) -> Headline | None:
     )
     if before is None and after is None:
         return None
+    paired = None if level else _paired_words(summary)
+    words = paired or _outcome_words(before, after, before_se, after_se)
     return Headline(
         label=f"Outcome reward, {level or 'all'} tasks",
         before=_with_error(before, before_se),
         after=_with_error(after, after_se),
-        words=_outcome_words(before, after, before_se, after_se),
+        words=words,
     )
+
+
+def _paired_words(summary: Summary) -> str | None:
+    gain, low, high = summary.eval_gain, summary.eval_gain_low, summary.eval_gain_high
+    if gain is None or low is None or high is None:
+        return None
+    verdict = "within the noise" if low <= 0 <= high else "better" if gain > 0 else "worse"
+    return f"Task by task the outcome changed by {gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: {verdict}."
 
 
 def _outcome_words(before: float | None, after: float | None, before_se: float | None, after_se: float | None) -> str:

@@ -12,6 +12,7 @@ import msgspec
 
 from forgejax.errors import ConfigError
 from forgejax.report.account import close_account
+from forgejax.report.bootstrap import paired_gain
 from forgejax.report.evaluation import EvaluationResult
 from forgejax.report.storage import storage_errors, write_atomic
 
@@ -28,13 +29,17 @@ class Summary:
     """One run in figures. Outcomes and shares are in [0, 1], ``_s`` are seconds, ``_se`` standard errors.
 
     A figure that was not measured, or is not finite, is None; array scalars become plain numbers. ``*_not_trained``
-    count by reason. ``figures`` takes whatever else a run wants to keep. Each annotation is checked: ValueError.
+    count by reason. ``eval_gain`` is the paired difference of the outcomes with its 95 % interval. ``figures`` takes
+    whatever else a run wants to keep. Each annotation is checked: ValueError.
     """
 
     eval_reward_before: Share | None
     eval_reward_after: Share | None
     eval_reward_before_se: Amount | None
     eval_reward_after_se: Amount | None
+    eval_gain: float | None
+    eval_gain_low: float | None
+    eval_gain_high: float | None
     eval_reward_before_easy: Share | None
     eval_reward_before_hard: Share | None
     eval_reward_after_easy: Share | None
@@ -108,6 +113,22 @@ def evaluation_fields(when: Literal["before", "after"], result: EvaluationResult
             f"episode_s_{when}_{level}": figures.episode_s if figures else None,
         }
     return found
+
+
+def gain_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
+    """The fields of Summary that two evaluations fill together, and the outcomes of every level as ``figures``."""
+    gain = paired_gain(before.tasks, after.tasks)
+    outcomes = {
+        f"outcome_{when}/{level}": figures.reward
+        for when, result in (("before", before), ("after", after))
+        for level, figures in result.levels.items()
+    }
+    return {
+        "eval_gain": gain.mean if gain else None,
+        "eval_gain_low": gain.low if gain else None,
+        "eval_gain_high": gain.high if gain else None,
+        "figures": outcomes,
+    }
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:

@@ -1,13 +1,12 @@
 """The example agent, as a program, against a small chat-completions server."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import ModuleType
 from typing import Any
 
+import calculator_agent
 import pytest
 from aiohttp import web
 
@@ -19,14 +18,6 @@ from .fakes import CALCULATOR
 
 PROGRAM = (sys.executable, str(CALCULATOR))
 FAST = {"CALCULATOR_LATENCY_S": "0"}
-
-
-def load_agent() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calculator_agent", CALCULATOR)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call_calculator(arguments: str) -> dict[str, Any]:
@@ -136,7 +127,7 @@ async def test_a_worker_survives_what_a_model_or_server_may_do() -> None:
     ],
 )
 def test_the_calculator_is_exact(expression: str, value: str) -> None:
-    assert load_agent().evaluate(expression) == value
+    assert calculator_agent.evaluate(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -157,4 +148,4 @@ def test_the_calculator_is_exact(expression: str, value: str) -> None:
 )
 def test_the_calculator_refuses_everything_else(expression: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        load_agent().evaluate(expression)
+        calculator_agent.evaluate(expression)

@@ -10,6 +10,9 @@ def summary(**changes: Any) -> Summary:
     given: dict[str, Any] = {
         "eval_reward_before": 0.25,
         "eval_reward_after": 0.75,
+        "eval_gain": 0.5,
+        "eval_gain_low": 0.42,
+        "eval_gain_high": 0.58,
         "eval_reward_before_se": 0.03,
         "eval_reward_after_se": 0.04,
         "eval_reward_before_easy": 0.4,

@@ -45,12 +45,13 @@ def test_the_greedy_window_claims_no_bound() -> None:
 
 
 def test_a_change_is_called_noise_below_two_standard_errors() -> None:
-    assert headlines(summary())[0].words == "The mean outcome changed by +0.500: better, 10.0 standard errors."
-    noisy = headlines(summary(eval_reward_after=0.34))[0].words
+    clear = headlines(summary(eval_gain=None))[0].words
+    assert clear == "The mean outcome changed by +0.500: better, 10.0 standard errors."
+    noisy = headlines(summary(eval_gain=None, eval_reward_after=0.34))[0].words
     assert noisy.endswith("within the noise (one standard error of the difference is 0.050).")
-    worse = headlines(summary(eval_reward_after=0.1))[0].words
+    worse = headlines(summary(eval_gain=None, eval_reward_after=0.1))[0].words
     assert "-0.150: worse, 3.0 standard errors" in worse
-    alone = headlines(summary(eval_reward_before=None))[0]
+    alone = headlines(summary(eval_gain=None, eval_reward_before=None))[0]
     assert alone.before == "—" and "one side only" in alone.words
 
 
@@ -121,3 +122,10 @@ def test_a_long_transcript_is_cut_and_says_by_how_much() -> None:
     page = render_html(Report(title="run", summary=summary(), bounds=BOUNDS, examples_after=[episode]))
     assert "[123 more characters]" in page and "none given" in page
     assert page.count("x" * 20_000) == 1
+
+
+def test_a_paired_interval_decides_what_is_noise() -> None:
+    better = headlines(summary(eval_gain=0.5, eval_gain_low=0.42, eval_gain_high=0.58))[0].words
+    assert better == "Task by task the outcome changed by +0.500, 95 % interval +0.420 to +0.580: better."
+    assert "within the noise" in headlines(summary(eval_gain=0.1, eval_gain_low=-0.01, eval_gain_high=0.2))[0].words
+    assert "worse" in headlines(summary(eval_gain=-0.1, eval_gain_low=-0.2, eval_gain_high=-0.01))[0].words
