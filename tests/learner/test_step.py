@@ -19,7 +19,7 @@ from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
 from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.packing import empty_batch, pack
+from forgejax.learner.packing import pack
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
 from forgejax.models import Policy, PolicyConfig, abstract_policy, init_params

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import ours
 from models.recipe import groups, tokens
 from transformers.utils import logging
 
 from forgejax.models import PolicyConfig
+from models import ours
 
 from .transformers_side import FAMILIES, Figures, figures, make_folder
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from models import ours, recorded
 from models.recipe import groups, tokens
 from models.test_references import LOGITS
+
+from models import ours, recorded
 
 from .conftest import Case
 from .transformers_side import load_model, logits

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from models import ours
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgejax.gateway import ChatFormat
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
 from forgejax.types import SampleRequest, SamplingLaw
+from models import ours
 
 FOLDER = Path(__file__).parents[2] / ".cache/smollm2-135m-instruct"
 DRAWN = 64
