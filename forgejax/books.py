@@ -159,6 +159,7 @@ class Books:
             "learner/tree_ratio": stats.tree_token_ratio,
             "learner/pair_ratio": stats.attention_pair_ratio,
             "learner/row_fill": stats.row_fill,
+            "learner/pair_imbalance": stats.pair_imbalance,
             "learner/logprob_gap": self.tally.gap_max,
             "throughput/sampled": sampled / seconds,
             "throughput/trained": values["trained_terms"] / seconds,

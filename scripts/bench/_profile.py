@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ def profile(run: Callable[[], Any], compiled: str) -> dict[str, float]:
         compiled: the HLO text of the one that counts.
     """
     scopes = dict(_INSTRUCTION.findall(compiled))
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for name, duration in _operations(run):
         spent[_part(scopes.get(name, ""))] += duration
     total = sum(spent.values())
-    return {f"share_{part}": spent[part] / total for part in (*_PARTS, "other") if spent[part]}
+    return {f"share_{part}": spent[part] / total for part in (*_PARTS, "other") if part in spent}
 
 
 def _part(scope: str) -> str:

@@ -21,7 +21,7 @@ from .transformers_side import load_model, logits
 WHOLE, TENSOR = 2e-5, 1e-4
 
 
-def test_logits_are_those_of_transformers(case: Case, record_property: pytest.RecordProperty) -> None:
+def test_logits_are_those_of_transformers(case: Case) -> None:
     difference = float(np.abs(ours.logits(case.config, case.params, tokens()) - case.theirs.logits_TV).max())
     print(f"{case.family}: max |logit difference| {difference:.1e}")
 
