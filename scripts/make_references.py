@@ -13,11 +13,9 @@ from pathlib import Path
 from models.recipe import groups, tokens
 from models.recorded import Recorded, digest, write
 from parity.transformers_side import FAMILIES, figures, make_folder
-from transformers.utils import logging
 
 
 def main() -> None:
-    logging.disable_progress_bar()
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")

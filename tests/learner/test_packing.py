@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -71,7 +72,11 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
         if all(feasible(*one) for one in ranges):
             costs.append((sum(nodes(*one) for one in ranges), len(ranges)))
 
-    for fewest, best in (("tokens", min(costs)), ("ranges", min(costs, key=lambda cost: cost[::-1]))):
+    laws: list[tuple[Literal["tokens", "ranges"], tuple[int, int]]] = [
+        ("tokens", min(costs)),
+        ("ranges", min(costs, key=lambda cost: cost[::-1])),
+    ]
+    for fewest, best in laws:
         found = cut(tree_samples, tree.shared, room, 10**6, fewest=fewest)
 
         assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]

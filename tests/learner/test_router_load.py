@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from forgejax.learner.packing import PackConfig, pack
+from forgejax.learner import PackConfig, pack
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
 from forgejax.models import PolicyConfig, abstract_policy, init_params

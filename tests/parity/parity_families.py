@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +15,37 @@ import pytest
 from models.recipe import groups, tokens
 from models.test_references import LOGITS
 
+from forgejax.models import PolicyConfig
 from models import ours, recorded
 
-from .conftest import Case
-from .transformers_side import load_model, logits
+from .transformers_side import FAMILIES, Figures, figures, load_model, logits, make_folder
 
 WHOLE, TENSOR = 2e-5, 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family's folder, what transformers gives for it, and our policy read from it."""
+
+    family: str
+    folder: Path
+    theirs: Figures
+    config: PolicyConfig
+    params: Any
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    model = make_folder(request.param, folder)
+    config, params = ours.load(folder)
+    return Case(
+        family=request.param,
+        folder=folder,
+        theirs=figures(model, folder, tokens(), groups()),
+        config=config,
+        params=params,
+    )
 
 
 def test_logits_are_those_of_transformers(case: Case) -> None:

@@ -19,8 +19,12 @@ from models.ours import stored
 from models.recipe import VOCABULARY, Tensors, write_folder
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from forgejax.learner import Sample
+
+torch.set_num_threads(1)  # sums in one order on every machine
+logging.disable_progress_bar()
 
 _EPS_HIGH = 4.0
 
