@@ -24,7 +24,8 @@ from .samples import random_group, sample
 @given(seed=st.integers(0, 10**9), groups=st.integers(1, 5), shards=st.sampled_from([1, 2]))
 def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, groups: int, shards: int) -> None:
     rng = np.random.default_rng(seed)
-    batch_of = [random_group(rng, samples=int(rng.integers(1, 9))) for _ in range(groups)]
+    drawn = [random_group(rng, samples=int(rng.integers(1, 9))) for _ in range(groups)]
+    batch_of = [[one for one in members if one.fed_tokens <= 16] for members in drawn]  # the first always fits
     for number, members in enumerate(batch_of):
         for index, one in enumerate(members):
             object.__setattr__(one, "request_id", f"{number}-{index}")
