@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from models.ours import exported, gradients, load, logits, relative, stored
 from models.recipe import groups, tokens
+from models.recorded import apart, digest, read
 from models.test_references import LOGITS
 
 from forgejax.models import PolicyConfig
-from models import ours, recorded
 
-from .transformers_side import FAMILIES, Figures, figures, load_model, logits, make_folder
+from .transformers_side import FAMILIES, Figures, figures, load_model, make_folder
+from .transformers_side import logits as torch_logits
 
 WHOLE, TENSOR = 2e-5, 1e-4
 
@@ -38,7 +40,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     model = make_folder(request.param, folder)
-    config, params = ours.load(folder)
+    config, params = load(folder)
     return Case(
         family=request.param,
         folder=folder,
@@ -49,7 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_logits_are_those_of_transformers(case: Case) -> None:
-    difference = float(np.abs(ours.logits(case.config, case.params, tokens()) - case.theirs.logits_TV).max())
+    difference = float(np.abs(logits(case.config, case.params, tokens()) - case.theirs.logits_TV).max())
     print(f"{case.family}: max |logit difference| {difference:.1e}")
 
     assert case.theirs.logits_TV.std() > 1.0
@@ -62,9 +64,9 @@ def test_merged_gradients_are_those_of_torch_unmerged(case: Case, tmp_path: Path
     assert case.theirs.margin > 1e-4
     assert 0 < case.theirs.clipped < terms
 
-    gradients, loss = ours.gradients(case.config, case.params, groups(), case.folder, tmp_path / "gradients")
+    merged, loss = gradients(case.config, case.params, groups(), case.folder, tmp_path / "gradients")
 
-    whole, worst = ours.relative(gradients, case.theirs.gradients)
+    whole, worst = relative(merged, case.theirs.gradients)
     print(f"{case.family}: gradient apart by {whole:.1e}, {worst[0]} by {worst[1]:.1e}")
     assert loss == pytest.approx(case.theirs.loss, rel=1e-5)
     assert whole <= WHOLE
@@ -72,24 +74,24 @@ def test_merged_gradients_are_those_of_torch_unmerged(case: Case, tmp_path: Path
 
 
 def test_in_out_and_in_again_changes_no_bit_and_no_logit(case: Case, tmp_path: Path) -> None:
-    stored, written = ours.stored(case.folder), ours.exported(case.config, case.params, case.folder, tmp_path / "out")
+    kept, written = stored(case.folder), exported(case.config, case.params, case.folder, tmp_path / "out")
 
-    assert written.keys() == stored.keys()
-    for name, value in stored.items():
+    assert written.keys() == kept.keys()
+    for name, value in kept.items():
         np.testing.assert_array_equal(written[name], value, err_msg=name)
-    config, params = ours.load(tmp_path / "out")
+    config, params = load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
     theirs = load_model(tmp_path / "out")
-    np.testing.assert_array_equal(logits(theirs, tokens()), logits(load_model(case.folder), tokens()))
-    np.testing.assert_allclose(logits(theirs, tokens()), case.theirs.logits_TV, atol=1e-6)
+    np.testing.assert_array_equal(torch_logits(theirs, tokens()), torch_logits(load_model(case.folder), tokens()))
+    np.testing.assert_allclose(torch_logits(theirs, tokens()), case.theirs.logits_TV, atol=1e-6)
     assert config.path == str(tmp_path / "out")
 
 
 def test_what_is_recorded_for_make_test_is_what_transformers_gives(case: Case) -> None:
     """Otherwise run ``scripts/make_references.py``."""
-    kept = recorded.read(case.family)
+    kept = read(case.family)
 
     assert kept.config == case.theirs.config
     assert {name: each.shape for name, each in kept.gradients.items()} == case.theirs.shapes
     np.testing.assert_allclose(kept.logits_TV, case.theirs.logits_TV, atol=1e-5)
-    assert recorded.apart(recorded.digest(case.theirs.gradients), kept.gradients) <= TENSOR
+    assert apart(digest(case.theirs.gradients), kept.gradients) <= TENSOR

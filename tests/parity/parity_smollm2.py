@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from models.ours import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from forgejax.gateway import ChatFormat
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
 from forgejax.types import SampleRequest, SamplingLaw, TokenIds
-from models import ours
 
 FOLDER = Path(__file__).parents[2] / ".cache/smollm2-135m-instruct"
 DRAWN = 64
@@ -78,7 +78,7 @@ def test_greedy_tokens_are_those_of_transformers(folder: Path) -> None:
 
 
 def _ours(folder: Path, prompts: Sequence[TokenIds]) -> list[TokenIds]:
-    config, params = ours.load(folder)
+    config, params = load(folder)
     settings = EngineConfig(slots=len(CHATS), max_context=256, prefill_buckets=(64,))
     with Driver(PolicyEngine(config, settings, jax.devices()[0]), params) as driver:
         waiting = [
