@@ -1,9 +1,6 @@
 """The tree attention kernels through the real TPU compiler, for chips that are described and not there.
 
-Runs on any machine without a TPU, in an environment of its own:
-
-    python -m venv .venv-tpu && .venv-tpu/bin/pip install -r tests/tpu_compile/requirements.txt
-    .venv-tpu/bin/python -m pytest -c tests/tpu_compile/pytest.ini tests/tpu_compile
+Runs on any machine without a TPU, in an environment of its own: ``make tpu-compile``.
 """
 
 from __future__ import annotations
