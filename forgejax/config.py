@@ -102,8 +102,9 @@ class TrainConfig:
             )
         if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
             raise ConfigError(
-                f'tokenizer is "" and policy.path is "{self.policy.path}"; set tokenizer to a folder that holds '
-                "tokenizer.json and a chat template, or policy.path to a Hugging Face folder that has them"
+                f'tokenizer is "{self.tokenizer}" and policy.path is "{self.policy.path}"; set tokenizer to a '
+                "folder that holds tokenizer.json and a chat template, or policy.path to a Hugging Face folder that "
+                "has them"
             )
 
     @property

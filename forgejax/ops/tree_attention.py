@@ -34,7 +34,6 @@ _KERNELS: dict[str, Kernel] = {
     "tpu": TpuKernel(),
     "gpu": GpuKernel(),
     "cuda": GpuKernel(),
-    "rocm": GpuKernel(),
 }
 
 

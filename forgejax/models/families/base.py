@@ -30,16 +30,18 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The names of a mixture of experts in config.json."""
+    """The names of a mixture of experts in config.json.
+
+    ``aliases`` are other names of ``count``. Without a ``d_ff`` the experts' width is intermediate_size. ``normalize``
+    says whether the chosen experts' scores are divided by their sum; without such a key they are.
+    """
 
     count: str
-    aliases: tuple[str, ...] = ()  # other names of count
-    d_ff: str = ""  # empty: the experts' width is intermediate_size
+    aliases: tuple[str, ...] = ()
+    d_ff: str = ""
     router: Literal["softmax", "sigmoid"]
     correction_bias: bool = False
-    normalize: str = (
-        ""  # the key that says whether the chosen experts' scores are divided by their sum; empty: they are
-    )
+    normalize: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
