@@ -92,22 +92,21 @@ class Served:
 
 def load_served(config: ServeConfig) -> Served:
     """What the configuration names. Raises ForgejaxError."""
-    policy = config.policy
     if config.run is not None:
+        # The saved configuration is complete: the folder that the run began with may be gone.
         policy = load_saved(rundir.saved_config(config.run), str(config.run)).policy
+        step, params = load_params(rundir.checkpoints_of(config.run), config.step, abstract_policy(policy)[1])
+        return Served(policy=policy, params=params, version=step if config.version is None else config.version)
+    policy = config.policy
     if policy.path:
         policy = read_policy_config(policy.path, policy)
-    version, like = config.version or 0, abstract_policy(policy)[1]
-    if config.run is not None:
-        step, params = load_params(rundir.checkpoints_of(config.run), config.step, like)
-        version = step if config.version is None else config.version
-    elif config.weights is not None:
-        params = load_tree(config.weights, like)
+    if config.weights is not None:
+        params = load_tree(config.weights, abstract_policy(policy)[1])
     elif policy.path:
         params = load_pretrained(policy)
     else:
         params = init_params(policy, seed=config.seed)
-    return Served(policy=policy, params=params, version=version)
+    return Served(policy=policy, params=params, version=config.version or 0)
 
 
 def make_driver(config: ServeConfig) -> Driver:
