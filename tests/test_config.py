@@ -1,14 +1,19 @@
 """One TOML file, dotted overrides on top, and errors that name the place."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from tiny_run import QUICKSTART, REPOSITORY, tiny_config
 
-from forgejax.config import TrainConfig, check_mesh, from_mapping, load_config, load_saved, to_mapping
+from forgejax.config import TrainConfig, check_kernel, check_mesh, from_mapping, load_config, load_saved, to_mapping
 from forgejax.errors import ConfigError, MeshError
+from forgejax.ops import Kernel
+from forgejax.ops.tree_attention_cpu import CpuKernel
+from forgejax.ops.tree_attention_gpu import GpuKernel
+from forgejax.ops.tree_attention_tpu import TpuKernel
 
 SHIPPED = sorted((REPOSITORY / "configs").glob("**/*.toml"))
 
@@ -149,6 +154,27 @@ def test_a_mistyped_option_ends_with_status_2_and_names_the_near_one(
 
     assert caught.value.code == 2
     assert answer in printed.err + printed.out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "overrides", "words"),
+    [
+        (TpuKernel(), (), "blocks of 32 tokens; set packing.block_size to a multiple of 128"),
+        (GpuKernel(), ("--packing.block-size=8",), "blocks of 8 tokens; for float32 heads of 8 set packing.block_size"),
+        (GpuKernel(), ("--policy.compute-dtype=float64",), "got float64; set policy.compute_dtype"),
+    ],
+)
+def test_what_a_kernel_cannot_work_with_is_refused_with_what_to_set(
+    tmp_path: Path, kernel: Kernel, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_kernel(kernel, tiny_config(tmp_path, *overrides))
+
+
+def test_the_kernels_take_blocks_of_the_sizes_they_name(tmp_path: Path) -> None:
+    check_kernel(TpuKernel(), tiny_config(tmp_path, "--packing.block-size=128"))
+    check_kernel(GpuKernel(), tiny_config(tmp_path, "--packing.block-size=16"))
+    check_kernel(CpuKernel(), tiny_config(tmp_path, "--policy.compute-dtype=float64"))
 
 
 def test_a_mesh_this_machine_cannot_give_is_refused_before_anything_is_made() -> None:

@@ -20,6 +20,13 @@ from forgejax.ops.tree_meta import TreeMeta
 class Kernel(Protocol):
     """A backend: a hashable value, the same for every call that shall share a compiled program."""
 
+    def check(self, meta: TreeMeta, dtype: Any, head_size: int) -> None:
+        """Raises ValueError, with what to set, for rows, a dtype or heads that the kernel cannot work with.
+
+        ``meta`` is of the rows on one device.
+        """
+        ...
+
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, Any]:
         """The output [B, T, H, C] in q's dtype, 0 in blocks of padding alone, and residuals of any form."""
         ...

@@ -24,6 +24,9 @@ _NEVER = -1e30  # below every score, and finite: exp(_NEVER - _NEVER) must not b
 class CpuKernel:
     """The CPU backend of ``tree_attention``; rows run one after another. Takes any block size, and FP64."""
 
+    def check(self, meta: TreeMeta, dtype: Any, head_size: int) -> None:
+        """Nothing is refused."""
+
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],

@@ -38,6 +38,17 @@ class GpuKernel:
 
     interpret: bool = False
 
+    def check(self, meta: TreeMeta, dtype: Any, head_size: int) -> None:
+        """Raises ValueError as the protocol says."""
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(f"tree attention on GPU got {dtype}; set policy.compute_dtype to float32 or bfloat16")
+        largest = _BLOCK_BYTES // (_padded(head_size) * dtype.itemsize)
+        if meta.block_size not in _BLOCKS or meta.block_size > largest:
+            raise ValueError(
+                f"tree attention on GPU got blocks of {meta.block_size} tokens; for {dtype} heads of {head_size} set "
+                f"packing.block_size to one of {[block for block in _BLOCKS if block <= largest]}, the largest is best"
+            )
+
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],
@@ -51,7 +62,7 @@ class GpuKernel:
             ValueError: ``meta.block_size`` is not 16, 32, 64 or 128, a block of queries is larger than 32 KiB, or the
                 dtype is not one of the kernels'.
         """
-        _check(meta, q_BTHC.dtype, q_BTHC.shape[-1])
+        self.check(meta, q_BTHC.dtype, q_BTHC.shape[-1])
         call = _Call(meta, q_BTHC.shape, q_BTHC.dtype, k_BTKC.shape[2], self.interpret)
         out_BTHC, lse_BHT = call.forward(q_BTHC, k_BTKC, v_BTKC)
         return out_BTHC, (q_BTHC, k_BTKC, v_BTKC, meta, out_BTHC, lse_BHT)
@@ -63,17 +74,6 @@ class GpuKernel:
         delta_BTH = jnp.sum(d_out_BTHC.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
         inputs = (q, k, v, d_out_BTHC.astype(q.dtype), lse_BHT, delta_BTH.swapaxes(1, 2))
         return call.d_query(*inputs), *call.d_key_value(*inputs)
-
-
-def _check(meta: TreeMeta, dtype: Any, width: int) -> None:
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"tree attention on GPU got {dtype}; set policy.compute_dtype to float32 or bfloat16")
-    largest = _BLOCK_BYTES // (_padded(width) * dtype.itemsize)
-    if meta.block_size not in _BLOCKS or meta.block_size > largest:
-        raise ValueError(
-            f"tree attention on GPU got blocks of {meta.block_size} tokens; for {dtype} heads of {width} set "
-            f"packing.block_size to one of {[block for block in _BLOCKS if block <= largest]}, the largest is the best"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,23 @@ class TpuKernel:
 
     interpret: bool = False
 
+    def check(self, meta: TreeMeta, dtype: Any, head_size: int) -> None:
+        """Raises ValueError as the protocol says."""
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"tree attention on TPU got {dtype}; set policy.compute_dtype to float32 or bfloat16")
+        if meta.block_size % LANES:
+            raise ValueError(
+                f"tree attention on TPU got blocks of {meta.block_size} tokens; set packing.block_size to a multiple "
+                f"of {LANES} (512 is a good one)"
+            )
+        rows, size = meta.q_block.shape
+        if 4 * rows * size > _SMEM_BYTES:
+            raise ValueError(
+                f"the block pairs of {rows} rows take {4 * rows * size} bytes of a TPU core's scalar memory, which has "
+                f"room for {_SMEM_BYTES}; raise packing.block_size (now {meta.block_size}), or put fewer rows on a "
+                "device"
+            )
+
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],
@@ -47,7 +64,7 @@ class TpuKernel:
             ValueError: ``meta.block_size`` is no multiple of 128, the pair lists exceed the scalar memory, or the
                 dtype is not one of the kernels'.
         """
-        _check(meta, q_BTHC.dtype)
+        self.check(meta, q_BTHC.dtype, q_BTHC.shape[-1])
         q, k, v = _by_key_head(q_BTHC, k_BTKC.shape[2]), k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
         out, lse = _Call(meta, q.shape, q.dtype, self.interpret).forward(q, k, v)
         return _by_query(_used(out, meta, axis=3)), (q, k, v, meta, out, lse)
@@ -62,22 +79,6 @@ class TpuKernel:
         d_k, d_v = call.d_key_value(q, k, v, d_out, lse, delta)
         d_k, d_v = (_used(x, meta, axis=2).swapaxes(1, 2) for x in (d_k, d_v))
         return _by_query(_used(d_q, meta, axis=3)), d_k, d_v
-
-
-def _check(meta: TreeMeta, dtype: Any) -> None:
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"tree attention on TPU got {dtype}; set policy.compute_dtype to float32 or bfloat16")
-    if meta.block_size % LANES:
-        raise ValueError(
-            f"tree attention on TPU got blocks of {meta.block_size} tokens; set packing.block_size to a multiple of "
-            f"{LANES} (512 is a good one)"
-        )
-    rows, size = meta.q_block.shape
-    if 4 * rows * size > _SMEM_BYTES:
-        raise ValueError(
-            f"the block pairs of {rows} rows take {4 * rows * size} bytes of a TPU core's scalar memory, which has "
-            f"room for {_SMEM_BYTES}; raise packing.block_size (now {meta.block_size}) or put fewer rows on a device"
-        )
 
 
 def _by_key_head(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
