@@ -19,10 +19,7 @@ import numpy as np
 from forgejax.errors import EngineError
 from forgejax.rollout.counters import Counters, DriverMetrics
 from forgejax.rollout.engine import PolicyEngine
-from forgejax.rollout.pages import PagePool
-from forgejax.rollout.prefix_cache import PrefixCache
-from forgejax.rollout.programs import Prefix
-from forgejax.rollout.ready_prompts import ReadyPrompts
+from forgejax.rollout.prompts import Prompts
 from forgejax.rollout.request_log import LoggedRequest, RequestLog
 from forgejax.rollout.scheduler import Draw, Job, OnDraw, Scheduler
 from forgejax.rollout.settings import Run, SlotSettings, runs
@@ -45,9 +42,7 @@ class Driver:
         config = engine.config
         self._box = engine.load_params(params, version)
         self._scheduler = Scheduler(config.slots)
-        self._cache = PrefixCache(page_tokens=config.page_tokens, capacity_pages=config.cache_pages)
-        self._ready = ReadyPrompts(config.ready_prompts)
-        self._pool = PagePool(engine.policy, config, engine.device)
+        self._prompts = Prompts(engine)
         self._counters = Counters()
         self._random = np.random.default_rng(config.seed)
         self._wake = threading.Condition()
@@ -212,8 +207,7 @@ class Driver:
 
     def _use(self, weights: Weights) -> None:
         self._weights = weights
-        self._cache.reset(weights.version)
-        self._ready.reset()
+        self._prompts.use(weights)
 
     def _drop_ended(self) -> None:
         """Frees the requests whose callers went away or whose deadline has passed."""
@@ -246,36 +240,19 @@ class Driver:
 
     def _prefill(self, slot: int, job: Job) -> int:
         """Brings a request into its slot; returns how many prompt tokens had to be computed."""
-        engine, version, ids = self.engine, self._weights.version, job.prompt_ids
+        ids = job.prompt_ids
         job.started_at = time.monotonic()
-        ready = self._ready.find(ids)
-        prefix = ready if ready is not None else self._computed(job)
-        if ready is not None:
-            job.cached_tokens = len(ids) - 1  # the last one is fed by the decode step
+        prefilled = self._prompts.prefill(ids)
+        job.cached_tokens = prefilled.cached_tokens
         job.only_weights = self._weights
-        job.oldest_version = version if len(ids) > 1 else None
+        job.oldest_version = self._weights.version if len(ids) > 1 else None
         seed = job.request.seed if job.request.seed is not None else int(self._random.integers(2**63))
         settings = SlotSettings(budget=self._budget(job), law=job.request.law, stop_ids=job.request.stop_ids, seed=seed)
-        self._state = engine.insert(prefix, self._state, slot, settings)
+        self._state = self.engine.insert(prefilled.prefix, self._state, slot, settings)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(ids)
         self._counters.cached_tokens += job.cached_tokens
         return len(ids) - job.cached_tokens
-
-    def _computed(self, job: Job) -> Prefix:
-        """The prompt's prefix, continued from its longest cached one; it is kept before its completion ends, so that
-        the members of a group share it from the second on."""
-        engine, version, ids = self.engine, self._weights.version, job.prompt_ids
-        match = self._cache.match(ids, version)
-        job.cached_tokens = match.length
-        if match.length:
-            prefix = engine.prefix_of(self._pool.load(match.pages), match.length, int(ids[match.length]))
-        else:
-            prefix = engine.first_prefix(int(ids[0]))
-        prefix = engine.append(self._weights, prefix, ids[match.length + 1 :])
-        self._pool.save(prefix.rows, 0, self._cache.store(ids[:-1], version))
-        self._ready.keep(ids, prefix)
-        return prefix
 
     def _budget(self, job: Job) -> int:
         return min(job.request.max_tokens, self.engine.config.max_context - len(job.prompt_ids))
@@ -350,7 +327,7 @@ class Driver:
         """
         if job.only_weights is self._weights:
             ids = np.concatenate([job.prompt_ids, job.sampled_ids()])[:-1]
-            self._pool.save(self._state.rows, slot, self._cache.store(ids, self._weights.version))
+            self._prompts.keep(self._state.rows, slot, ids)
 
     def _end_on_device(self, slots: list[int]) -> None:
         if slots:
