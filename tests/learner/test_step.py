@@ -19,7 +19,7 @@ from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
 from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.packing import pack
+from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
 from forgejax.models import Policy, PolicyConfig, abstract_policy, init_params
@@ -271,6 +271,21 @@ def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
         return step.accumulate._cache_size(), step.apply._cache_size(), shape
 
     assert len({programs_after(seed) for seed in range(5)}) == 1
+
+
+def test_what_is_compiled_ahead_serves_full_batches_that_train_a_third_of_their_tokens() -> None:
+    learner = _learner()
+    step: Any = learner._step
+    learner.compile(empty_batch(_CONFIG))
+    programs = step.accumulate._cache_size()
+
+    for seed in range(3):
+        ids = np.random.default_rng(seed).integers(0, 4, (8, 30)).tolist()
+        distinct = [sample([number, *each[:19]], each[20:], name=f"r{number}") for number, each in enumerate(ids)]
+        (batch,) = pack([[one] for one in distinct], _CONFIG).batches
+        learner.update([batch], seed)
+
+    assert step.accumulate._cache_size() == programs
 
 
 def test_gaps_are_measured_on_tokens_that_the_trained_weights_drew() -> None:
