@@ -30,7 +30,8 @@ class PackConfig:
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.row_length < 2 or self.row_length % self.block_size:
             raise ConfigError(
-                f"packing.row_length {self.row_length} is not a multiple of packing.block_size {self.block_size}"
+                f"packing.row_length {self.row_length} is not a multiple of packing.block_size {self.block_size}; "
+                "change one of them"
             )
         if self.rows < 1:
             raise ConfigError(f"packing.rows is {self.rows}; expected at least 1 row a shard")

@@ -40,7 +40,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         return gguf_settings(path)
     file = path / "config.json"
     if not path.is_dir():
-        raise ConfigError(f"policy.path {path} is no folder; give a Hugging Face folder or a .gguf file")
+        raise ConfigError(
+            f"policy.path {path} is no folder; give a Hugging Face folder or a .gguf file "
+            "(python scripts/fetch_model.py smollm2 makes a small one)"
+        )
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
