@@ -47,7 +47,7 @@ class TpuKernel:
         if 4 * rows * size > _SMEM_BYTES:
             raise ValueError(
                 f"the block pairs of {rows} rows take {4 * rows * size} bytes of a TPU core's scalar memory, which has "
-                f"room for {_SMEM_BYTES}; raise packing.block_size (now {meta.block_size}), or put fewer rows on a "
+                f"room for {_SMEM_BYTES}; raise packing.block_size (now {meta.block_size}) or put fewer rows on a "
                 "device"
             )
 
