@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,30 @@ import jax
 import jax.numpy as jnp
 
 
-def seconds(*runs: Callable[[], Any], repeats: int = 5) -> tuple[float, ...]:
-    """Median wall clock of each run after one call that compiles; results are waited for.
+def clocked(run: Callable[[], Any]) -> float:
+    """Seconds of one call, its results waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def medians(runs: Sequence[Callable[[], float]], repeats: int) -> tuple[float, ...]:
+    """The median of what each run says it took.
 
     Runs take turns, so that other work on the machine slows all of them alike.
     """
-    for run in runs:
-        jax.block_until_ready(run())
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, times in zip(runs, taken, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times.append(time.perf_counter() - start)
+            times.append(run())
     return tuple(statistics.median(times) for times in taken)
+
+
+def seconds(*runs: Callable[[], Any], repeats: int = 5) -> tuple[float, ...]:
+    """Median wall clock of each run after one call that compiles; results are waited for."""
+    for run in runs:
+        jax.block_until_ready(run())
+    return medians([functools.partial(clocked, run) for run in runs], repeats)
 
 
 def matmul_flops(size: int = 1024, dtype: str = "float32", repeats: int = 5) -> float:

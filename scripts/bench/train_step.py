@@ -1,102 +1,47 @@
-"""One optimizer step on merged prefix trees against the same samples unmerged, each a chain of its own."""
+"""One optimizer step on merged prefix trees against the same samples unmerged, each a chain of its own.
+
+``--peer tunix`` runs the GRPO update of Tunix beside them: the same weights, tokens, loss and machine, in turns.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _harness import CompileCount, seconds, show
+from _harness import CompileCount, clocked, medians, show
+from _peer import TunixPeer, named_weights
 from _profile import profile
+from _step_cases import CASES, MODELS, Draw, Groups
 
-from forgejax.learner import PackConfig, PackedStep, Sample, StepConfig, make_train_step, pack
+from forgejax.learner import LossConfig, PackConfig, PackedStep, StepConfig, make_train_step, pack
 from forgejax.learner.tree import build_tree
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
 
-Groups = list[list[Sample]]
 _PEAK_SIZE = 2048  # of the square product that utilisation is measured against
 _ROW_LIMIT = 2048  # tokens of a row, unless one tree is larger
-
-
-class Draw:
-    """Samples of random tokens; groups are lists of them."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.rng = np.random.default_rng(0)
-        self.vocab_size = vocab_size
-
-    def ids(self, count: int) -> np.ndarray:
-        return self.rng.integers(0, self.vocab_size, count).astype(np.int32)
-
-    def sample(self, context: np.ndarray, answer: np.ndarray) -> Sample:
-        """A sample drawn by version 0, about as likely as the fresh policy finds it."""
-        zeros = np.zeros(len(answer), np.int32)
-        return Sample(
-            request_id=f"r{self.rng.integers(2**62)}",
-            context_ids=context.astype(np.int32),
-            token_ids=answer,
-            old_logp=self.rng.normal(-np.log(self.vocab_size), 0.1, len(answer)).astype(np.float32),
-            versions=zeros,
-            oldest_versions=zeros,
-            advantage=float(self.rng.normal()),
-        )
-
-    def grpo(self, prompt: int, members: int, answer: int) -> Groups:
-        context = self.ids(prompt)
-        return [[self.sample(context, self.ids(answer)) for _ in range(members)]]
-
-    def turns(self, members: int, turns: int, system: int, *, think: int, say: int, observe: int) -> Groups:
-        """Agents whose thinking is stripped from the later context: with think = 0 each prompt extends the last."""
-        shared, group = self.ids(system), []
-        for _ in range(members):
-            context = shared
-            for _ in range(turns):
-                said = self.ids(say)
-                group.append(self.sample(context, np.concatenate([self.ids(think), said])))
-                context = np.concatenate([context, said, self.ids(observe)])
-        return [group]
-
-    def ragged(self) -> Groups:
-        groups: Groups = []
-        for _ in range(4):
-            context = self.ids(int(self.rng.integers(16, 256)))
-            groups.append([self.sample(context, self.ids(int(self.rng.integers(4, 96)))) for _ in range(4)])
-        return groups
-
-
-CASES: dict[str, Callable[[Draw], Groups]] = {
-    "grpo_p1024_g8_r32": lambda draw: draw.grpo(1024, 8, 32),
-    "grpo_p256_g8_r32": lambda draw: draw.grpo(256, 8, 32),
-    "multiturn_g8_t8": lambda draw: draw.turns(8, 8, 128, think=0, say=16, observe=16),
-    "stripped_g4_t6": lambda draw: draw.turns(4, 6, 128, think=32, say=32, observe=32),
-    "ragged": Draw.ragged,
-    "chain": lambda draw: draw.grpo(768, 1, 256),
-}
-
-
-MODELS = {
-    "tiny": PolicyConfig(),
-    "20m": PolicyConfig(
-        vocab_size=8192, num_layers=10, d_model=384, num_heads=6, num_kv_heads=3, head_dim=64, d_ff=1024
-    ),
-    "135m": PolicyConfig(
-        vocab_size=49152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=1536
-    ),
-}
+_AGREES = 1e-5  # with the peer, as length of the difference over length of the gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which samples, on which policy. ``profile`` shows, instead of the comparison, where the gradient of a merged
-    step spends its time: shares of the threads' busy time by part of the model."""
+    """Which samples (left out: all of them, one after another), on which policy.
 
-    case: str = "grpo_p256_g8_r32"
+    ``peer`` also measures Tunix, and asserts that its gradient of the batch is ours; it is installed on the first call.
+    ``profile`` shows, instead of the comparison, where the gradient of a merged step spends its time: shares of the
+    threads' busy time by part of the model.
+    """
+
+    case: str = ""
     model: Literal["tiny", "20m", "135m"] = "20m"
+    peer: Literal["none", "tunix"] = "none"
     block_size: int = 64
     vocab_chunk: int = 2048
     repeats: int = 5
@@ -137,13 +82,19 @@ class Ours:
     """The step of the product, its programs compiled once for gradients and timings alike."""
 
     def __init__(self, options: Options) -> None:
-        config = StepConfig(vocab_chunk=options.vocab_chunk)
-        params = init_params(options.policy)
-        self.step = make_train_step(abstract_policy(options.policy)[0], params, config)
-        self.state = self.step.init(params)
+        # Tunix knows no CISPO: beside it, both have the loss of PPO.
+        loss = LossConfig(name="ppo_clip" if options.peer == "tunix" else "cispo")
+        config = StepConfig(vocab_chunk=options.vocab_chunk, loss=loss)
+        self.params = init_params(options.policy)
+        self.step = make_train_step(abstract_policy(options.policy)[0], self.params, config)
+        self.begin()
 
-    def gradient(self, packed_step: PackedStep) -> list[np.ndarray]:
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(self.accumulate(packed_step).grads)]
+    def begin(self) -> None:
+        """Back to the weights of the beginning."""
+        self.state = self.step.init(self.params)
+
+    def gradient(self, packed_step: PackedStep) -> dict[str, np.ndarray]:
+        return dict(named_weights(self.accumulate(packed_step).grads))
 
     def update(self, packed_step: PackedStep) -> Any:
         """One optimizer step, as the learner takes it, transfers included."""
@@ -163,53 +114,83 @@ class Ours:
         return accumulated
 
 
-def relative(ours: list[np.ndarray], oracle: list[np.ndarray]) -> float:
+def relative(ours: dict[str, np.ndarray], oracle: dict[str, np.ndarray]) -> float:
     """Length of the difference over length of the oracle, in FP64."""
-    wide = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(ours, oracle, strict=True)]
+    wide = [(ours[name].astype(np.float64), oracle[name].astype(np.float64)) for name in sorted(ours | oracle)]
     return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in wide) / sum(np.sum(b**2) for _, b in wide)))
 
 
-def main(options: Options) -> None:
-    if options.case not in CASES:
-        raise SystemExit(f"unknown case {options.case!r}: expected one of {', '.join(CASES)}")
-    groups = CASES[options.case](Draw(options.policy.vocab_size))
+def compare(case: str, groups: Groups, options: Options) -> dict[str, Any]:
+    """Medians of the merged step, of the unmerged one and of the peer's, taken in turns."""
     merged, unmerged = packed(groups, options), packed([[sample] for group in groups for sample in group], options)
     ours = Ours(options)
-    if options.profile:
-        jax.block_until_ready(ours.accumulate(merged))
-        result = profile(functools.partial(ours.accumulate, merged), ours.compiled(merged))
-        show({"case": options.case, "model": options.model, **result}, options.json)
-        return
-    difference = relative(ours.gradient(merged), ours.gradient(unmerged))
-    a = jax.random.normal(jax.random.key(0), (_PEAK_SIZE, _PEAK_SIZE))
-    product = functools.partial(jax.jit(jnp.matmul), a, a)
-    runs = functools.partial(ours.update, merged), functools.partial(ours.update, unmerged), product
-    for run in runs:
-        jax.block_until_ready(run())
-    counted = CompileCount()  # everything has run: a compile from here on is a recompile
-    merged_s, unmerged_s, matmul_s = seconds(*runs, repeats=options.repeats)
-    show(
-        {
-            "case": options.case,
-            "model": options.model,
-            "samples": merged.stats.samples,
-            "tree_tokens": merged.stats.tree_tokens,
-            "token_ratio": merged.stats.tree_token_ratio,
-            "pair_ratio": merged.stats.attention_pair_ratio,
-            "row_fill_merged": merged.stats.row_fill,
-            "row_fill_unmerged": unmerged.stats.row_fill,
-            "merged_s": merged_s,
-            "unmerged_s": unmerged_s,
-            "merged_tokens_per_s": merged.stats.tree_tokens / merged_s,
-            "unmerged_tokens_per_s": unmerged.stats.tree_tokens / unmerged_s,
-            "speedup": unmerged_s / merged_s,
-            "grad_rel_diff": difference,
-            "compiles": counted.count,
-            "matmul_gflops": 2 * _PEAK_SIZE**3 / matmul_s / 1e9,
-            "mfu_vs_matmul": train_flops(options, merged) / merged_s / (2 * _PEAK_SIZE**3 / matmul_s),
-        },
-        options.json,
-    )
+    samples = list(itertools.chain.from_iterable(groups))
+    peer = TunixPeer(options.policy, ours.params, samples) if options.peer == "tunix" else None
+    with peer or nullcontext():
+        first_s = clocked(functools.partial(ours.update, merged))
+        ours.begin()
+        gradient = ours.gradient(merged)
+        result = {"grad_rel_diff": relative(gradient, ours.gradient(unmerged))}
+        a = jax.random.normal(jax.random.key(0), (_PEAK_SIZE, _PEAK_SIZE))
+        product = functools.partial(jax.jit(jnp.matmul), a, a)
+        steps = functools.partial(ours.update, merged), functools.partial(ours.update, unmerged), product
+        runs: list[Callable[[], float]] = [functools.partial(clocked, step) for step in steps]
+        if peer is not None:
+            result["peer_grad_rel_diff"] = relative(gradient, peer.gradient())
+            if result["peer_grad_rel_diff"] > _AGREES:
+                raise SystemExit(f"the peer's gradient of {case} is not ours: {result}")
+            peer_first_s = peer.update()
+            runs.append(peer.update)
+        for run in runs:
+            run()
+        counted = CompileCount()  # everything has run: a compile from here on is a recompile
+        merged_s, unmerged_s, matmul_s, *peer_s = medians(runs, options.repeats)
+        result["compiles"] = counted.count
+    result |= figures(merged, merged_s, unmerged_s) | {"compile_s": first_s - merged_s}
+    result |= {"row_fill_merged": merged.stats.row_fill, "row_fill_unmerged": unmerged.stats.row_fill}
+    for seconds in peer_s:
+        result |= {
+            "peer_s": seconds,
+            "peer_compile_s": peer_first_s - seconds,
+            "speedup_vs_peer": seconds / merged_s,
+            "unmerged_speedup_vs_peer": seconds / unmerged_s,
+        }
+    peak = 2 * _PEAK_SIZE**3 / matmul_s
+    return result | {"matmul_gflops": peak / 1e9, "mfu_vs_matmul": train_flops(options, merged) / merged_s / peak}
+
+
+def figures(merged: PackedStep, merged_s: float, unmerged_s: float) -> dict[str, Any]:
+    """What merging saved. Tokens are those of the merged trees, also where the unmerged step is timed."""
+    stats = merged.stats
+    return {
+        "samples": stats.samples,
+        "tree_tokens": stats.tree_tokens,
+        "token_ratio": stats.tree_token_ratio,
+        "pair_ratio": stats.attention_pair_ratio,
+        "merged_s": merged_s,
+        "unmerged_s": unmerged_s,
+        "speedup": unmerged_s / merged_s,
+        "merged_tree_tokens_per_s": stats.tree_tokens / merged_s,
+        "merged_sample_tokens_per_s": stats.unmerged_tokens / merged_s,
+        "unmerged_sample_tokens_per_s": stats.unmerged_tokens / unmerged_s,
+    }
+
+
+def profiled(groups: Groups, options: Options) -> dict[str, Any]:
+    """Shares of the busy time of a merged step's gradient."""
+    merged, ours = packed(groups, options), Ours(options)
+    jax.block_until_ready(ours.accumulate(merged))
+    return profile(functools.partial(ours.accumulate, merged), ours.compiled(merged))
+
+
+def main(options: Options) -> None:
+    names: Sequence[str] = [options.case] if options.case else list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        raise SystemExit(f"unknown case {unknown[0]!r}: expected one of {', '.join(CASES)}")
+    for name in names:
+        groups = CASES[name](Draw(options.policy.vocab_size))
+        result = profiled(groups, options) if options.profile else compare(name, groups, options)
+        show({"case": name, "model": options.model, **result}, options.json)
 
 
 if __name__ == "__main__":
