@@ -77,8 +77,21 @@ class PackedBatch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedTrunk:
+    """Prefixes that run once for several micro-batches of what follows them.
+
+    Row r of ``trunk`` holds one chain of tokens from node 0 on, which is what every token in row r of each leaf batch
+    sees first. The trunk's own terms are those of samples that end in it. Of a leaf batch, ``attention`` covers T
+    queries and the trunk's keys before its own; everything else is of the leaf alone, node indices too.
+    """
+
+    trunk: PackedBatch
+    leaves: tuple[PackedBatch, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a sample's terms lie: ``batches[batch]``, row ``row``, terms ``start`` to ``stop``."""
+    """Where a sample's terms lie: ``PackedStep.parts[batch]``, row ``row``, terms ``start`` to ``stop``."""
 
     request_id: str
     batch: int
@@ -129,3 +142,20 @@ class PackedStep:
     batches: tuple[PackedBatch, ...]
     placements: tuple[Placement, ...]
     stats: PackStats
+    trunks: tuple[PackedTrunk, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every micro-batch: ``batches``, then each trunk's own and its leaves."""
+        parts = [Part(batch=batch) for batch in self.batches]
+        for each in self.trunks:
+            parts += [Part(batch=each.trunk), *(Part(batch=leaf, trunk=each.trunk) for leaf in each.leaves)]
+        return tuple(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A micro-batch, and the batch whose rows its own rows continue, or None."""
+
+    batch: PackedBatch
+    trunk: PackedBatch | None = None

@@ -6,7 +6,7 @@ projection, which runs in chunks and never sees an untrained token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from forgejax.learner.batch import PackedBatch
 from forgejax.learner.drawn import drawn_logps
-from forgejax.learner.memory import recomputes
-from forgejax.models import Attend, Policy
+from forgejax.learner.memory import kept_within
+from forgejax.models import Attend, Kept, Policy
 from forgejax.models.moe import RouterLoad
 from forgejax.ops import TreeMeta, tree_attention
-from forgejax.sharding import Rules, constrain, heads_axis, rows_axes, rows_shards
+from forgejax.sharding import Rules, constrain, heads_axis, rows_axes
 
 
 def tree_attend(meta: TreeMeta, mesh: Mesh | None, rules: Rules) -> Attend:
@@ -45,7 +45,7 @@ def term_logps(
     *,
     mesh: Mesh | None,
     rules: Rules,
-    remat: bool | None,
+    keep: Literal["auto"] | Kept,
     activation_gib: float,
     vocab_chunk: int,
 ) -> tuple[Float[Array, "B M"], Float[Array, "B M"], RouterLoad | None]:
@@ -61,23 +61,29 @@ def term_logps(
         batch: packed trees.
         mesh: the mesh the arrays lie on, or None.
         rules: partition rules.
-        remat: recompute each layer in the backward pass; None: where its activations exceed ``activation_gib``.
-        activation_gib: what a device may keep of the layers' activations, in GiB; read where remat is None.
+        keep: what each layer keeps for the backward pass; ``auto``: as much as ``activation_gib`` holds.
+        activation_gib: what a device may keep of the layers' activations, in GiB.
         vocab_chunk: the most edges of a row whose logits exist at a time. Those of a single chunk are kept for the
             backward pass, those of several are computed again.
     """
     policy = nnx.merge(graphdef, params)
     attend = tree_attend(batch.attention, mesh, rules)
-    if remat is None:
-        tokens = batch.tokens.size // (rows_shards(mesh, rules) if mesh is not None else 1)
-        remat = recomputes(policy.config, tokens, activation_gib)
+    if keep == "auto":
+        keep = kept_within(policy.config, batch.tokens.size, activation_gib, mesh=mesh, rules=rules)
     through_BT = jnp.asarray(batch.samples_through).astype(jnp.float32)
     hidden_BTD, _, load = policy.with_router_load(
-        batch.tokens, batch.positions, attend, token_weight_BT=through_BT, remat=remat
+        batch.tokens, batch.positions, attend, token_weight_BT=through_BT, keep=keep
     )
+    return *edge_terms(policy, hidden_BTD, batch, vocab_chunk), load
+
+
+def edge_terms(
+    policy: Policy, hidden_BTD: Float[Array, "B T D"], batch: PackedBatch, vocab_chunk: int
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """The log-probability of each term's token and the entropy there, read off the hidden states of the trees."""
     hidden_BED = constrain(_gather_rows(hidden_BTD, batch.edge_src), "rows", None, None)
     logp_BE, entropy_BE = _edge_logps(policy, hidden_BED, batch, vocab_chunk)
-    return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge), load
+    return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge)
 
 
 def _gather_rows(values: jax.Array, index: Any) -> jax.Array:

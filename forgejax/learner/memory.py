@@ -1,29 +1,53 @@
-"""How much the backward pass keeps, and whether a device can keep it."""
+"""How much the backward pass keeps, and how much of it a device can keep."""
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from forgejax.models import PolicyConfig
+from forgejax.models import Kept, PolicyConfig
+from forgejax.sharding import Rules, split_axes
+
+_LADDER: tuple[Kept, ...] = ("products", "attention", "nothing")  # each keeps less than the one before
 
 
-def activation_bytes(config: PolicyConfig, tokens: int) -> int:
-    """Bytes that the layers keep for the backward pass of ``tokens`` tokens where nothing is recomputed.
+def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept) -> int:
+    """Bytes that all layers keep for the backward pass of ``tokens`` tokens.
 
-    Counted per token and layer: eight arrays as wide as the model (the residual stream, both norms' inputs, what they
-    give and their parts), the rotated queries, the attention's output in two layouts, keys and values, and three arrays
-    as wide as the MLP (gate, up and their product), once per expert that a token visits.
+    Counted per token and layer. ``nothing``: the layer's input. ``attention`` adds queries, keys and values, the
+    attention's output and each head's log-sum, and the stream after attention. ``products`` adds the MLP's two inner
+    products, once for each expert that a token visits.
+
+    Raises:
+        ValueError: for ``all``, which depends on what the compiler makes of a layer.
     """
-    moe = config.moe
-    width = (moe.d_ff or config.d_ff) * moe.experts_per_token if moe.num_experts else config.d_ff
-    heads = (3 * config.num_heads + 2 * config.num_kv_heads) * config.head_size
-    kept = 8 * config.d_model + heads + 3 * width
-    return tokens * config.num_layers * kept * jnp.dtype(config.compute_dtype).itemsize
+    if keep == "all":
+        raise ValueError("activations are counted for 'products', 'attention' and 'nothing', not for 'all'")
+    size = jnp.dtype(config.compute_dtype).itemsize
+    wide = max(size, 4)
+    width = config.d_model
+    if keep != "nothing":
+        width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size + config.d_model
+    if keep == "products":
+        moe = config.moe
+        width += 2 * (config.expert_width * moe.experts_per_token if moe.num_experts else config.d_ff)
+    sums = config.num_heads * wide if keep != "nothing" else 0
+    return tokens * config.num_layers * (width * size + sums)
 
 
-def recomputes(config: PolicyConfig, tokens: int, budget_gib: float) -> bool:
-    """Whether each layer is to be recomputed in the backward pass: its activations exceed the budget of a device.
+def kept_within(
+    config: PolicyConfig, tokens: int, budget_gib: float, *, mesh: Mesh | None = None, rules: Rules | None = None
+) -> Kept:
+    """The most that layers may keep of ``tokens`` tokens, split over the mesh, within the budget of one device.
 
-    Recomputation costs a third more products, so it is done only where it must be.
+    Keeping products costs no product again; ``attention`` costs about two of every nine of a layer's forward pass;
+    ``nothing`` all of it, attention included: a third of the step. The last is taken where none fits. Heads and widths
+    are counted whole, as if the mesh had no tensor axis.
     """
-    return activation_bytes(config, tokens) > budget_gib * 2**30
+    if mesh is not None:
+        axes = (axis for name in ("rows", "length") for axis in split_axes(name, mesh, rules or Rules()))
+        tokens = -(-tokens // math.prod(mesh.shape[axis] for axis in axes))
+    fitting = (keep for keep in _LADDER if activation_bytes(config, tokens, keep) <= budget_gib * 2**30)
+    return next(fitting, _LADDER[-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 
 from forgejax.errors import ConfigError
 from forgejax.learner.batch import PackedBatch
-from forgejax.learner.corrections import CORRECTIONS
 from forgejax.learner.forward import term_logps
-from forgejax.learner.losses import LOSSES, LossConfig, log_ratio
+from forgejax.learner.losses import LossConfig
 from forgejax.learner.measure import Tally, tally
+from forgejax.learner.objective import objective
 from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
 from forgejax.sharding import Rules, param_shardings, replicated, scope
 
@@ -35,14 +36,14 @@ Metrics = dict[str, jax.Array]
 class StepConfig:
     """Loss, optimizer and memory of the train step.
 
-    ``remat``: recompute each layer in the backward pass, which costs a third more products; left out, it is done
-    where the activations of a micro-batch exceed ``activation_gib`` GiB a device. ``vocab_chunk``: the most edges of a
+    ``keep``: what each layer keeps for the backward pass, the rest being computed again (``learner/memory.py`` tells
+    what each costs); ``auto``: as much as ``activation_gib`` GiB a device hold. ``vocab_chunk``: the most edges of a
     row whose logits exist at a time; where one chunk holds them all they are kept, else computed twice.
     """
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    remat: bool | None = None
+    keep: Literal["auto"] | Kept = "auto"
     activation_gib: float = 4.0
     vocab_chunk: int = 256
 
@@ -70,6 +71,10 @@ class Accumulated:
 
     grads: Any
     tally: Any  # a Tally
+
+    def plus(self, grads: Any, tally: Tally) -> Accumulated:
+        """With those of one more micro-batch."""
+        return Accumulated(grads=jax.tree.map(jnp.add, self.grads, grads), tally=self.tally.merge(tally))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,7 @@ def make_train_step(
         graphdef,
         mesh=mesh,
         rules=rules,
-        remat=config.remat,
+        keep=config.keep,
         activation_gib=config.activation_gib,
         vocab_chunk=config.vocab_chunk,
     )
@@ -132,11 +137,11 @@ def make_train_step(
         )
 
     def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
-        loss = functools.partial(_loss, logps, config.loss, batch=batch, version=version)
+        def loss(params: Any) -> tuple[jax.Array, Tally]:
+            return objective(logps(params, batch), batch, version, config.loss)
+
         grads, counted = jax.grad(loss, has_aux=True)(params)
-        return Accumulated(
-            grads=jax.tree.map(jnp.add, accumulated.grads, grads), tally=accumulated.tally.merge(counted)
-        )
+        return accumulated.plus(grads, counted)
 
     def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
         return _apply(optimizer, learning_rate(config.optimizer), state, accumulated)
@@ -146,45 +151,12 @@ def make_train_step(
 
     out = _Layout.of(abstract_params, init, start, mesh, rules)
     return TrainStep(
-        init=_jitted(init, mesh, rules, out.state),
-        start=_jitted(start, mesh, rules, out.accumulated),
-        accumulate=_jitted(accumulate, mesh, rules, out.accumulated, donate=(1,)),
-        apply=_jitted(apply, mesh, rules, (out.state, out.scalar), donate=(0,)),
-        score=_jitted(score, mesh, rules, None),
+        init=jitted(init, mesh, rules, out.state),
+        start=jitted(start, mesh, rules, out.accumulated),
+        accumulate=jitted(accumulate, mesh, rules, out.accumulated, donate=(1,)),
+        apply=jitted(apply, mesh, rules, (out.state, out.scalar), donate=(0,)),
+        score=jitted(score, mesh, rules, None),
     )
-
-
-def _loss(
-    logps: Callable[[Any, PackedBatch], tuple[jax.Array, jax.Array, RouterLoad | None]],
-    config: LossConfig,
-    params: Any,
-    *,
-    batch: PackedBatch,
-    version: jax.Array,
-) -> tuple[jax.Array, Tally]:
-    logp, entropy, router = logps(params, batch)
-    advantage, weight, mask = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
-    fixed = jax.lax.stop_gradient(logp)
-    # Supervised tokens have no behaviour policy: their ratio is one.
-    old_logp = fixed if config.name == "sft" else jnp.asarray(batch.old_logp)
-    term_loss, clipped = LOSSES[config.name](logp, old_logp, advantage, config)
-    ratio = log_ratio(fixed, old_logp)
-    correction = config.correction
-    factor = CORRECTIONS[correction.name].factor(ratio, advantage, jnp.asarray(batch.term_sample), mask, correction)
-    loss = jnp.where(mask, weight * factor * term_loss, 0.0).sum()
-    fresh = mask & (jnp.asarray(batch.version) == version) & (jnp.asarray(batch.oldest_version) == version)
-    counted = tally(
-        loss=jax.lax.stop_gradient(loss),
-        logp=fixed,
-        old_logp=old_logp,
-        ratio=jnp.exp(ratio),
-        entropy=entropy,
-        clipped=clipped,
-        mask=mask,
-        fresh=fresh,
-        router=router,
-    )
-    return loss, counted
 
 
 def _apply(
@@ -192,19 +164,19 @@ def _apply(
 ) -> tuple[TrainState, Metrics]:
     norm = optax.tree.norm(accumulated.grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
-    updates, opt_state = optimizer.update(accumulated.grads, state.opt_state, _wide(state.params))
-    params = optax.apply_updates(state.params, updates)
 
-    def chosen(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+    def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, _wide(params))
+        return optax.apply_updates(params, updates), opt_state
 
+    def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        return params, opt_state
+
+    # A branch, not a choice between two results for every weight: that would move half as many bytes again.
+    params, opt_state = jax.lax.cond(sound, updated, left_alone, state.params, state.opt_state, accumulated.grads)
     metrics = accumulated.tally.metrics()
     metrics |= {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.int32), "learning_rate": rate(state.step)}
-    return TrainState(
-        params=chosen(params, state.params),
-        opt_state=chosen(opt_state, state.opt_state),
-        step=state.step + sound.astype(jnp.int32),
-    ), metrics
+    return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
 
 
 def _wide(params: Any) -> Any:
@@ -247,7 +219,7 @@ class _Layout:
         )
 
 
-def _jitted(
+def jitted(
     function: Callable[..., Any], mesh: Mesh | None, rules: Rules, out: Any, donate: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """jit, traced inside the sharding scope of the mesh."""

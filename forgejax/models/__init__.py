@@ -5,13 +5,15 @@ from forgejax.models.folder import read_policy_config
 from forgejax.models.init import Params, abstract_policy, count_params, init_params
 from forgejax.models.load import load_params
 from forgejax.models.moe import MoEConfig
-from forgejax.models.policy import Attend, Policy, PolicyConfig
+from forgejax.models.policy import Attend, Kept, PerLayer, Policy, PolicyConfig
 from forgejax.models.rope import RopeConfig
 
 __all__ = [
     "Attend",
+    "Kept",
     "MoEConfig",
     "Params",
+    "PerLayer",
     "Policy",
     "PolicyConfig",
     "RopeConfig",

@@ -17,11 +17,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from forgejax.errors import ConfigError
+from forgejax.models.dense import silu_gated
 from forgejax.models.ragged import ragged_matmul
 from forgejax.sharding import Rules, constrain, current_scope, split_axes
 
@@ -181,9 +183,10 @@ def _mlp_of(
 
     rows_AD = _reordered(x_BTD.reshape(-1, x_BTD.shape[-1]), order_A, inverse_A, copies)
     weight_A1 = _reordered(weight_BTk.reshape(-1, 1), order_A, inverse_A, 1).astype(x_BTD.dtype)
-    gate_AF = jax.nn.silu(ragged_matmul(rows_AD, experts.gate_XDF, sizes_X))
+    matrices = experts.gate_XDF, experts.up_XDF
+    gate_AF, up_AF = (checkpoint_name(ragged_matmul(rows_AD, w_XDF, sizes_X), "gated") for w_XDF in matrices)
     # Weighted before the last product, whose result the gradient of the weights then does not need.
-    hidden_AF = gate_AF * ragged_matmul(rows_AD, experts.up_XDF, sizes_X) * weight_A1
+    hidden_AF = silu_gated(gate_AF, up_AF) * weight_A1
     out_AD = ragged_matmul(hidden_AF, experts.down_XFD, sizes_X)
     out_NkD = _reordered(out_AD, inverse_A, order_A, 1).reshape(-1, copies, out_AD.shape[-1])
     return _summed(out_NkD).reshape(x_BTD.shape)

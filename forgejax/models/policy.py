@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
@@ -26,6 +27,20 @@ from forgejax.models.rope import RopeConfig, Rotation, rotate, rotation_of
 from forgejax.sharding import constrain
 
 DType = Literal["float32", "bfloat16", "float64"]
+
+Kept = Literal["all", "products", "attention", "nothing"]
+"""What a layer keeps for the backward pass; the rest it computes again.
+
+``products``: what its matrix products and its attention gave, so that only norms, rotations and activations are
+computed again. ``attention``: the same without the MLP's, whose two inner products are made twice. ``nothing``: its
+input alone. Every layer's input is kept in any case.
+"""
+
+_NAMES: dict[Kept, tuple[str, ...]] = {
+    "products": ("qkv", "attended", "stream", "gated"),
+    "attention": ("qkv", "attended", "stream"),
+    "nothing": (),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +108,17 @@ class PolicyConfig:
         return self.moe.d_ff or self.d_ff
 
 
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """Memory of which each layer gets a part of its own and leaves another: arrays [L, ...], or None for nothing.
+
+    What all layers share is carried from one to the next instead. A backward pass through parts costs no more than
+    they hold; through a carried array of all layers it would cost that once a layer.
+    """
+
+    parts: Any
+
+
 @runtime_checkable
 class Attend(Protocol):
     """Causal attention of one layer, over whatever memory the caller keeps.
@@ -102,10 +128,12 @@ class Attend(Protocol):
         q_BTHC: rotated queries, unscaled; the callee multiplies scores by ``C ** -0.5``.
         k_BTKC: rotated keys.
         v_BTKC: values.
-        memory: the caller's pytree as the previous layer left it (a KV cache, or None).
+        memory: the caller's pytree as the previous layer left it (a KV cache, or None), or the layer's own part of a
+            ``PerLayer``.
 
     Returns:
-        Attention output [B, T, H, C] and the memory for the next layer (same structure, shapes and dtypes).
+        Attention output [B, T, H, C] and the memory for the next layer (same structure, shapes and dtypes), or
+        whatever the layer leaves of its own.
     """
 
     def __call__(
@@ -191,7 +219,7 @@ class Block(nnx.Module):
         normed_BTD = rms_norm(x_BTD, self.attention_norm[...], eps)
         out_BTHC, memory = attend(layer, *self._qkv(normed_BTD, rotation), memory)
         with jax.named_scope("projections"):
-            x_BTD = x_BTD + linear(out_BTHC, self.o[...].astype(dtype), 2)
+            x_BTD = checkpoint_name(x_BTD + linear(out_BTHC, self.o[...].astype(dtype), 2), "stream")
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps)
         if self.config.moe.num_experts:
@@ -199,7 +227,8 @@ class Block(nnx.Module):
             load = None if token_weight_BT is None else layer_load(routing, token_weight_BT)
             return x_BTD + out_BTD, memory, load
         with jax.named_scope("mlp"):
-            gate_BTF, up_BTF = (linear(normed_BTD, w[...].astype(dtype)) for w in (self.gate, self.up))
+            weights = self.gate, self.up
+            gate_BTF, up_BTF = (checkpoint_name(linear(normed_BTD, w[...].astype(dtype)), "gated") for w in weights)
             return x_BTD + linear(silu_gated(gate_BTF, up_BTF), self.down[...].astype(dtype)), memory, None
 
     def _mixture(self, x_BTD: jax.Array) -> tuple[Routing, jax.Array]:
@@ -211,7 +240,8 @@ class Block(nnx.Module):
     def _qkv(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         config, dtype = self.config, x_BTD.dtype
         with jax.named_scope("projections"):
-            q_BTHC, k_BTKC, v_BTKC = (linear(x_BTD, w[...].astype(dtype)) for w in (self.q, self.k, self.v))
+            weights = self.q, self.k, self.v
+            q_BTHC, k_BTKC, v_BTKC = (checkpoint_name(linear(x_BTD, w[...].astype(dtype)), "qkv") for w in weights)
         if config.attention_bias:
             q_BTHC = q_BTHC + self.q_bias[...].astype(dtype)[None, None]
             k_BTKC = k_BTKC + self.k_bias[...].astype(dtype)[None, None]
@@ -257,14 +287,15 @@ class Policy(nnx.Module):
         positions_BT: Int[Array, "B T"],
         attend: Attend,
         memory: Any = None,
-        remat: bool = False,
+        keep: Kept = "all",
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states [B, T, D] after the final norm, in the compute dtype, and the memory after the last layer.
 
-        ``remat`` recomputes each layer's activations in the backward pass.
+        Where ``memory`` is a ``PerLayer``, so is what comes back: what the layers left, stacked on L.
+        ``keep``: what each layer keeps for the backward pass.
         """
         hidden_BTD, memory, _ = self._run(
-            tokens_BT, positions_BT, attend, memory=memory, remat=remat, token_weight_BT=None
+            tokens_BT, positions_BT, attend, memory=memory, keep=keep, token_weight_BT=None
         )
         return hidden_BTD, memory
 
@@ -276,11 +307,11 @@ class Policy(nnx.Module):
         *,
         token_weight_BT: Float[Array, "B T"],
         memory: Any = None,
-        remat: bool = False,
+        keep: Kept = "all",
     ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
         """The same, and what the routers did, each token counted ``token_weight_BT`` times; None without a mixture."""
         hidden_BTD, memory, loads = self._run(
-            tokens_BT, positions_BT, attend, memory=memory, remat=remat, token_weight_BT=token_weight_BT
+            tokens_BT, positions_BT, attend, memory=memory, keep=keep, token_weight_BT=token_weight_BT
         )
         if loads is None:
             return hidden_BTD, memory, None
@@ -299,29 +330,39 @@ class Policy(nnx.Module):
         attend: Attend,
         *,
         memory: Any,
-        remat: bool,
+        keep: Kept,
         token_weight_BT: jax.Array | None,
     ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
         graphdef, stacked = nnx.split(self.blocks)
+        own = isinstance(memory, PerLayer)
+        carried, parts = (None, memory.parts) if own else (memory, None)
 
-        def one_layer(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], Any]:
-            x_BTD, layer_memory = carry
-            layer, weights = xs
+        def one_layer(
+            carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any, Any]
+        ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
+            x_BTD, carried = carry
+            layer, weights, part = xs
             weights = jax.tree.map(_keep_split, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
             block = nnx.merge(graphdef, weights)
-            *carry, load = block(layer, x_BTD, rotation, attend, layer_memory, token_weight_BT=token_weight_BT)
-            return tuple(carry), load
+            x_BTD, left, load = block(
+                layer, x_BTD, rotation, attend, part if own else carried, token_weight_BT=token_weight_BT
+            )
+            return ((x_BTD, None), (left, load)) if own else ((x_BTD, left), (None, load))
 
-        # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
-        body = jax.checkpoint(one_layer, prevent_cse=False) if remat else one_layer
+        body = one_layer
+        if keep != "all":
+            policy = jax.checkpoint_policies.save_only_these_names(*_NAMES[keep])
+            # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
+            body = jax.checkpoint(one_layer, prevent_cse=False, policy=policy)
         # Looked up whole along D, else the partitioner replicates the activations; looked up before the cast, so that
         # the gradients of a repeated token add up in the parameters' dtype.
         x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT].astype(self.config.compute_dtype)
         x_BTD = constrain(x_BTD, "rows", "length", None)
         rotation = rotation_of(self.config.rope, self.config.head_size, positions_BT, x_BTD.dtype)
         layers_L = jnp.arange(self.config.num_layers)
-        (x_BTD, memory), loads = jax.lax.scan(body, (x_BTD, memory), (layers_L, stacked))
-        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), memory, loads
+        (x_BTD, carried), (parts, loads) = jax.lax.scan(body, (x_BTD, carried), (layers_L, stacked, parts))
+        hidden_BTD = rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps)
+        return hidden_BTD, PerLayer(parts) if own else carried, loads
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in FP32 (or FP64 where the parameters are): widened operands, a full-precision product.

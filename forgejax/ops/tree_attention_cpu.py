@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from forgejax.ops.tree_meta import TreeMeta
@@ -124,7 +125,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[
         total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
         return out / total[..., None], top + jnp.log(total)
 
-    out, lse = lax.map(row, (q, k, v, meta.end, meta.q_block, meta.kv_block, meta.n_pairs))
+    out, lse = checkpoint_name(lax.map(row, (q, k, v, meta.end, meta.q_block, meta.kv_block, meta.n_pairs)), "attended")
     return out, (q, k, v, meta, out, lse)
 
 

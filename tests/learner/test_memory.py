@@ -1,40 +1,52 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from forgejax.learner.batch import PackedBatch
-from forgejax.learner.memory import activation_bytes, recomputes
+from forgejax.learner.memory import activation_bytes, kept_within
 from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch
 from forgejax.learner.step import StepConfig, make_train_step
-from forgejax.models import PolicyConfig, abstract_policy
+from forgejax.models import Kept, PolicyConfig, abstract_policy, count_params
+from forgejax.sharding import MeshConfig, build_mesh, resolve
 
 _POLICY = PolicyConfig(vocab_size=8, num_layers=8, d_model=32, num_heads=4, num_kv_heads=2, d_ff=96)
 
 
-def _temporary_bytes(config: StepConfig, batch: PackedBatch) -> int:
-    graphdef, params = abstract_policy(_POLICY)
-    step: Any = make_train_step(graphdef, params, config)
+def _temporary_bytes(keep: Kept, layers: int) -> int:
+    """What the gradient of a micro-batch needs besides its inputs and outputs, and the gradient itself."""
+    graphdef, params = abstract_policy(dataclasses.replace(_POLICY, num_layers=layers))
+    step: Any = make_train_step(graphdef, params, StepConfig(keep=keep))
     accumulated = jax.eval_shape(step.start, params)
-    compiled = step.accumulate.lower(params, accumulated, batch, np.int32(0)).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
-
-
-def test_the_model_of_memory_is_what_the_compiler_allocates() -> None:
     batch = empty_batch(PackConfig(row_length=1024, rows=1, block_size=64))
-    kept, recomputed = (_temporary_bytes(StepConfig(remat=remat), batch) for remat in (False, True))
-    # With recomputation, each layer still keeps its input.
-    inputs = 4 * 1024 * _POLICY.num_layers * _POLICY.d_model
-
-    assert kept - recomputed + inputs == pytest.approx(activation_bytes(_POLICY, 1024), rel=0.25)
+    compiled = step.accumulate.lower(params, accumulated, batch, np.int32(0)).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes) - 4 * count_params(params)
 
 
-def test_layers_are_recomputed_where_the_budget_does_not_hold_them() -> None:
-    need = activation_bytes(_POLICY, 1024) / 2**30
+@pytest.mark.parametrize("keep", ["products", "attention", "nothing"])
+def test_the_model_of_memory_is_what_the_compiler_allocates(keep: Kept) -> None:
+    # Eight more layers: what a step needs besides what its layers keep is the same for any number of them.
+    for_eight = _temporary_bytes(keep, 12) - _temporary_bytes(keep, 4)
 
-    assert not recomputes(_POLICY, 1024, need * 1.01)
-    assert recomputes(_POLICY, 1024, need * 0.99)
+    assert for_eight == pytest.approx(activation_bytes(_POLICY, 1024, keep), rel=0.03)
+
+
+def test_layers_keep_the_most_that_the_budget_holds() -> None:
+    products = activation_bytes(_POLICY, 1024, "products") / 2**30
+    attention = activation_bytes(_POLICY, 1024, "attention") / 2**30
+
+    assert kept_within(_POLICY, 1024, products * 1.01) == "products"
+    assert kept_within(_POLICY, 1024, products * 0.99) == "attention"
+    assert kept_within(_POLICY, 1024, attention * 0.99) == "nothing"
+
+
+def test_a_mesh_holds_as_much_more_as_it_splits_tokens() -> None:
+    products = activation_bytes(_POLICY, 1024, "products") / 2**30
+    mesh = build_mesh(resolve(MeshConfig(name="cpu-8", data=2, context=2, tensor=2)))
+
+    assert kept_within(_POLICY, 1024, products / 4 * 1.01, mesh=mesh) == "products"
+    assert kept_within(_POLICY, 1024, products / 4 * 0.99, mesh=mesh) == "attention"

@@ -58,7 +58,7 @@ def gradients(
     It is written to ``out`` by what exports weights: a gradient has the same names and shapes. ``options`` are the
     compiler's; without them it is the program that trains.
     """
-    step = make_train_step(abstract_policy(config)[0], params, StepConfig(remat=False))
+    step = make_train_step(abstract_policy(config)[0], params, StepConfig(keep="all"))
     accumulate = step.accumulate if options is None else jax.jit(step.accumulate, compiler_options=dict(options))
     total = step.start(params)
     for batch in pack(groups, _PACKING).batches:

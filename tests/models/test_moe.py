@@ -210,7 +210,9 @@ def loss_of(config: PolicyConfig, params: Any, tokens_BT: jax.Array) -> tuple[ja
     policy = nnx.merge(abstract_policy(config)[0], params)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     weight_BT = positions_BT.astype(jnp.float32)
-    hidden, _, load = policy.with_router_load(tokens_BT, positions_BT, causal, token_weight_BT=weight_BT, remat=True)
+    hidden, _, load = policy.with_router_load(
+        tokens_BT, positions_BT, causal, token_weight_BT=weight_BT, keep="nothing"
+    )
     logp = jax.nn.log_softmax(policy.logits(hidden)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logp, tokens_BT[:, 1:, None], axis=-1)), load
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from forgejax.errors import ConfigError
-from forgejax.models import Policy, PolicyConfig, abstract_policy, count_params
+from forgejax.models import Kept, Policy, PolicyConfig, abstract_policy, count_params
 from forgejax.models.moe import MoEConfig
 from forgejax.models.policy import rms_norm
 from forgejax.models.rope import RopeConfig, rotate, rotation_of
@@ -34,12 +34,10 @@ def positions_of(tokens_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "remat"))
-def logits_of(
-    config: PolicyConfig, params: Any, tokens_BT: jax.Array, shift: int = 0, remat: bool = False
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "keep"))
+def logits_of(config: PolicyConfig, params: Any, tokens_BT: jax.Array, shift: int = 0, keep: Kept = "all") -> jax.Array:
     policy = nnx.merge(abstract_policy(config)[0], params)
-    return policy.logits(policy(tokens_BT, positions_of(tokens_BT) + shift, causal, remat=remat)[0])
+    return policy.logits(policy(tokens_BT, positions_of(tokens_BT) + shift, causal, keep=keep)[0])
 
 
 def tokens_of(config: PolicyConfig, rows: int, length: int) -> jax.Array:
@@ -188,16 +186,18 @@ def test_layers_hand_their_memory_on_in_order() -> None:
     assert (seen.tolist(), int(calls)) == ([0, 1, 2], 3)
 
 
-def test_remat_gives_the_same_gradient() -> None:
+def test_what_layers_keep_changes_no_gradient() -> None:
     with jax.enable_x64(True):
         params, tokens = drawn(SMALL), tokens_of(SMALL, 2, 6)
 
         @functools.partial(jax.jit, static_argnums=1)
-        def gradient(params: Any, remat: bool) -> Any:
-            return jax.grad(lambda p: jnp.sum(jnp.sin(logits_of(SMALL, p, tokens, remat=remat))))(params)
+        def gradient(params: Any, keep: Kept) -> Any:
+            return jax.grad(lambda p: jnp.sum(jnp.sin(logits_of(SMALL, p, tokens, keep=keep))))(params)
 
-        plain, again = gradient(params, False), gradient(params, True)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), plain, again)
+        plain = gradient(params, "all")
+        for keep in ("products", "attention", "nothing"):
+            again = gradient(params, keep)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), plain, again)
 
 
 def test_a_token_never_sees_a_later_one() -> None:

@@ -1,0 +1,187 @@
+"""The two-phase step: a prefix that does not fit beside what follows it runs once for several micro-batches.
+
+``trunk`` keeps the keys and values of every layer; the micro-batches of leaves attend over them and over their own, and
+the gradients of the trunk's keys and values add up; ``pull_back`` then takes them, with the loss of the trunk's own
+terms, through the trunk to the weights. That is the chain rule and nothing else: the gradient is the one of rows that
+each repeat the trunk, at the cost of one forward pass of the trunk more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from forgejax.errors import ConfigError
+from forgejax.learner.batch import PackedBatch
+from forgejax.learner.forward import edge_terms, tree_attend
+from forgejax.learner.measure import Tally
+from forgejax.learner.memory import kept_within
+from forgejax.learner.objective import Terms, objective
+from forgejax.learner.step import Accumulated, StepConfig, jitted
+from forgejax.models import Attend, Kept, PerLayer, PolicyConfig
+from forgejax.sharding import Rules, constrain, kv_heads_axis, param_shardings, rows_axes, split_axes
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkKV:
+    """Rotated keys and values of a trunk [L, B, T, K, C], or of one of its layers [B, T, K, C]; or their gradients."""
+
+    k: Any
+    v: Any
+
+
+Sums = tuple[Accumulated, TrunkKV]
+"""Gradients of the weights with their figures, and those of a trunk's keys and values, summed over micro-batches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkStep:
+    """The jitted functions of a step in two phases.
+
+    Attributes:
+        trunk: ``(params, batch) -> (kv, d_kv)`` of a trunk's batch; ``d_kv`` are zeros in the dtype of gradients.
+        accumulate_leaves: ``(params, kv, (accumulated, d_kv), batch, version) -> (accumulated, d_kv)``; consumes the
+            pair.
+        pull_back: ``(params, accumulated, d_kv, batch, version) -> accumulated`` once all leaves are in; ``batch`` is
+            the trunk's. Consumes ``accumulated``.
+        score_leaves: ``(params, kv, batch) -> [B, M]`` log-probabilities of the leaves' terms.
+    """
+
+    trunk: Callable[[Any, PackedBatch], tuple[TrunkKV, TrunkKV]]
+    accumulate_leaves: Callable[[Any, TrunkKV, Sums, PackedBatch, Any], Sums]
+    pull_back: Callable[[Any, Accumulated, TrunkKV, PackedBatch, Any], Accumulated]
+    score_leaves: Callable[[Any, TrunkKV, PackedBatch], jax.Array]
+
+
+def make_trunk_step(
+    graphdef: Any,
+    abstract_params: Any,
+    config: StepConfig,
+    *,
+    start: Callable[[Any], Accumulated],
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> TrunkStep:
+    """Builds the functions beside a ``TrainStep``, whose ``start`` this takes; nothing compiles before the first call.
+
+    The mesh may split rows, weights and heads.
+
+    Raises:
+        ConfigError: the mesh splits the length of rows.
+    """
+    rules = rules or Rules()
+    if mesh is not None and split_axes("length", mesh, rules):
+        raise ConfigError(
+            f"packing.trunks on a mesh that splits rows over {' and '.join(split_axes('length', mesh, rules))}: trunks "
+            "stay on the device of their leaves; set packing.trunks = false, or mesh.context = 1"
+        )
+    forward = _Forward(graphdef=graphdef, config=config, mesh=mesh, rules=rules)
+
+    def trunk(params: Any, batch: PackedBatch) -> tuple[TrunkKV, TrunkKV]:
+        kv = forward.trunk(params, batch)[1]
+        return kv, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), kv)
+
+    def accumulate_leaves(params: Any, kv: TrunkKV, sums: Sums, batch: PackedBatch, version: jax.Array) -> Sums:
+        def loss(params: Any, kv: TrunkKV) -> tuple[jax.Array, Tally]:
+            return objective(forward.leaves(params, kv, batch), batch, version, config.loss)
+
+        (grads, more), counted = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, kv)
+        accumulated, d_kv = sums
+        return accumulated.plus(grads, counted), jax.tree.map(jnp.add, d_kv, more)
+
+    def pull_back(
+        params: Any, accumulated: Accumulated, d_kv: TrunkKV, batch: PackedBatch, version: jax.Array
+    ) -> Accumulated:
+        def run(params: Any) -> tuple[tuple[jax.Array, TrunkKV], Tally]:
+            terms, kv = forward.trunk(params, batch)
+            loss, counted = objective(terms, batch, version, config.loss)
+            return (loss, kv), counted
+
+        (loss, kv), pull, counted = jax.vjp(run, params, has_aux=True)
+        (grads,) = pull((jnp.ones_like(loss), jax.tree.map(lambda d, x: d.astype(x.dtype), d_kv, kv)))
+        return accumulated.plus(grads, counted)
+
+    def score_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> jax.Array:
+        return forward.leaves(params, kv, batch)[0]
+
+    accumulated, kv = forward.layouts(abstract_params, start)
+    return TrunkStep(
+        trunk=jitted(trunk, mesh, rules, (kv, kv)),
+        accumulate_leaves=jitted(accumulate_leaves, mesh, rules, (accumulated, kv), donate=(2,)),
+        pull_back=jitted(pull_back, mesh, rules, accumulated, donate=(1,)),
+        score_leaves=jitted(score_leaves, mesh, rules, None),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Forward:
+    """The forward passes of both phases."""
+
+    graphdef: Any
+    config: StepConfig
+    mesh: Mesh | None
+    rules: Rules
+
+    def trunk(self, params: Any, batch: PackedBatch) -> tuple[Terms, TrunkKV]:
+        """The trunk's own terms, and what its leaves attend over."""
+        return self._run(params, batch, _keeping_kv(tree_attend(batch.attention, self.mesh, self.rules)), None)
+
+    def leaves(self, params: Any, kv: TrunkKV, batch: PackedBatch) -> Terms:
+        """The terms of leaves behind a trunk."""
+        return self._run(params, batch, _behind_trunk(tree_attend(batch.attention, self.mesh, self.rules)), kv)[0]
+
+    def _run(self, params: Any, batch: PackedBatch, attend: Attend, parts: Any) -> tuple[Terms, Any]:
+        policy = nnx.merge(self.graphdef, params)
+        hidden_BTD, memory, load = policy.with_router_load(
+            batch.tokens,
+            batch.positions,
+            attend,
+            token_weight_BT=jnp.asarray(batch.samples_through).astype(jnp.float32),
+            memory=PerLayer(parts),
+            keep=self._keep(policy.config, batch),
+        )
+        return (*edge_terms(policy, hidden_BTD, batch, self.config.vocab_chunk), load), memory.parts
+
+    def _keep(self, policy: PolicyConfig, batch: PackedBatch) -> Kept:
+        if self.config.keep != "auto":
+            return self.config.keep
+        budget = self.config.activation_gib
+        return kept_within(policy, batch.tokens.size, budget, mesh=self.mesh, rules=self.rules)
+
+    def layouts(self, params: Any, start: Callable[[Any], Accumulated]) -> tuple[Any, Any]:
+        """Shardings of an Accumulated and of a TrunkKV; None without a mesh."""
+        if self.mesh is None:
+            return None, None
+        heads = kv_heads_axis(self.mesh, self.rules, nnx.merge(self.graphdef, params).config.num_kv_heads)
+        split = NamedSharding(
+            self.mesh, PartitionSpec(None, rows_axes(self.mesh, self.rules) or None, None, heads, None)
+        )
+        return param_shardings(jax.eval_shape(start, params), self.mesh, self.rules), TrunkKV(k=split, v=split)
+
+
+def _keeping_kv(attend: Attend) -> Attend:
+    """Leaves each layer's keys and values behind."""
+
+    def kept(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, memory: Any) -> tuple[jax.Array, TrunkKV]:
+        k, v = (constrain(x, "rows", "length", "kv_heads", None) for x in (k, v))
+        return attend(layer, q, k, v, None)[0], TrunkKV(k=k, v=v)
+
+    return kept
+
+
+def _behind_trunk(attend: Attend) -> Attend:
+    """Attends over the trunk's keys and values, then its own."""
+
+    def behind(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, memory: TrunkKV) -> tuple[jax.Array, None]:
+        k, v = jnp.concatenate([memory.k, k], axis=1), jnp.concatenate([memory.v, v], axis=1)
+        return attend(layer, q, k, v, None)[0], None
+
+    return behind
