@@ -60,8 +60,8 @@ def kernel_for(mesh: Mesh | None) -> Kernel:
 
 def tree_attention(
     q_BTHC: Float[Array, "B T H C"],
-    k_BTKC: Float[Array, "B T K C"],
-    v_BTKC: Float[Array, "B T K C"],
+    k_BSKC: Float[Array, "B S K C"],
+    v_BSKC: Float[Array, "B S K C"],
     meta: TreeMeta,
     *,
     mesh: Mesh | None = None,
@@ -71,12 +71,15 @@ def tree_attention(
 ) -> Float[Array, "B T H C"]:
     """Attention in which query i sees exactly the keys j with ``j <= i < end[j]``: itself and its ancestors.
 
+    i and j are logical indices: keys lie in that order, ``meta.query_at`` tells which tokens the queries are. Where all
+    tokens are queries, T is S.
+
     Scores are scaled by ``C ** -0.5``; products accumulate in FP32 (FP64 for FP64 inputs). Differentiable in q, k, v.
 
     Args:
         q_BTHC: queries; H is a multiple of K, and query head h reads key head ``h // (H // K)``.
-        k_BTKC: keys.
-        v_BTKC: values.
+        k_BSKC: keys.
+        v_BSKC: values.
         meta: visibility, from ``tree_meta``.
         mesh: where given, the work is split inside ``shard_map`` over ``row_axes`` (which divide B) and ``head_axis``.
             The loop over block pairs holds no collective: its trip count differs between the row shards.
@@ -88,12 +91,17 @@ def tree_attention(
         ValueError: H is not a multiple of K, the heads cannot be split over ``head_axis``, or the kernel cannot work
             with ``meta.block_size`` (multiples of 128 on TPU; 16, 32, 64 or 128 on GPU).
     """
-    H, K = q_BTHC.shape[2], k_BTKC.shape[2]
+    if q_BTHC.shape[1] != meta.query_at.shape[1] * meta.block_size or k_BSKC.shape[1] != meta.end.shape[1]:
+        raise ValueError(
+            f"{q_BTHC.shape[1]} queries over {k_BSKC.shape[1]} keys with the visibility of "
+            f"{meta.query_at.shape[1] * meta.block_size} over {meta.end.shape[1]}"
+        )
+    H, K = q_BTHC.shape[2], k_BSKC.shape[2]
     if H % K:
         raise ValueError(f"{H} query heads over {K} key heads: expected a multiple")
     kernel = kernel or kernel_for(mesh)
     if mesh is None:
-        return _attend(kernel, q_BTHC, k_BTKC, v_BTKC, meta)
+        return _attend(kernel, q_BTHC, k_BSKC, v_BSKC, meta)
 
     shards = mesh.shape[head_axis] if head_axis else 1
     if H % shards or (K % shards and shards % K):
@@ -114,7 +122,7 @@ def tree_attention(
     keys = heads if split_keys else PartitionSpec(rows, None, None, None)
     return jax.shard_map(
         local, mesh=mesh, in_specs=(heads, keys, keys, PartitionSpec(rows)), out_specs=heads, check_vma=False
-    )(q_BTHC, k_BTKC, v_BTKC, meta)
+    )(q_BTHC, k_BSKC, v_BSKC, meta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

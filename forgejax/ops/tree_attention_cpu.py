@@ -31,18 +31,18 @@ class CpuKernel:
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],
-        k_BTKC: Float[Array, "B T K C"],
-        v_BTKC: Float[Array, "B T K C"],
+        k_BSKC: Float[Array, "B S K C"],
+        v_BSKC: Float[Array, "B S K C"],
         meta: TreeMeta,
     ) -> tuple[Float[Array, "B T H C"], Any]:
         """The output, and what ``backward`` needs."""
         block = meta.block_size
-        q = _queries_to_blocks(q_BTHC, k_BTKC.shape[2], block)
-        out, residuals = _forward(q, _keys_to_blocks(k_BTKC, block), _keys_to_blocks(v_BTKC, block), meta)
+        q = _queries_to_blocks(q_BTHC, k_BSKC.shape[2], block)
+        out, residuals = _forward(q, _keys_to_blocks(k_BSKC, block), _keys_to_blocks(v_BSKC, block), meta)
         return _blocks_to_queries(out, q_BTHC.shape, block).astype(q_BTHC.dtype), residuals
 
     def backward(self, residuals: Any, d_out_BTHC: Float[Array, "B T H C"]) -> tuple[Array, Array, Array]:
-        """The gradients of q [B, T, H, C], k and v [B, T, K, C]."""
+        """The gradients of q [B, T, H, C], k and v [B, S, K, C]."""
         _, k, _, meta, _, _ = residuals
         block = meta.block_size
         d_q, d_k, d_v = _backward(residuals, _queries_to_blocks(d_out_BTHC, k.shape[1], block))
@@ -55,9 +55,9 @@ def _queries_to_blocks(q_BTHC: jax.Array, kv_heads: int, block: int) -> jax.Arra
     return split.transpose(0, 3, 1, 4, 2, 5).reshape(B, kv_heads, T // block, H // kv_heads * block, C)
 
 
-def _keys_to_blocks(k_BTKC: jax.Array, block: int) -> jax.Array:
-    B, T, K, C = k_BTKC.shape
-    return k_BTKC.reshape(B, T // block, block, K, C).transpose(0, 3, 1, 2, 4)
+def _keys_to_blocks(k_BSKC: jax.Array, block: int) -> jax.Array:
+    B, T, K, C = k_BSKC.shape
+    return k_BSKC.reshape(B, T // block, block, K, C).transpose(0, 3, 1, 2, 4)
 
 
 def _blocks_to_queries(out: jax.Array, shape: tuple[int, ...], block: int) -> jax.Array:
@@ -81,13 +81,13 @@ def _put(blocks: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, end_T: jax.Array, *, a: jax.Array, b: jax.Array, block: int
+    q: jax.Array, k: jax.Array, end_S: jax.Array, *, a: jax.Array, b: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled scores [K, G * block, block] of query block a against key block b, and which of them count."""
+    """Scaled scores [K, G * block, block] of logical query block a against key block b, and which of them count."""
     scores = jnp.einsum("KQC,KSC->KQS", q, k, preferred_element_type=_real(q)) * q.shape[-1] ** -0.5
     i = a * block + jnp.arange(block)[:, None]
     j = b * block + jnp.arange(block)[None, :]
-    end_S = lax.dynamic_slice_in_dim(end_T, b * block, block)
+    end_S = lax.dynamic_slice_in_dim(end_S, b * block, block)
     visible = (j <= i) & (i < end_S[None, :])
     return scores, jnp.tile(visible, (q.shape[1] // block, 1))[None]
 
@@ -100,12 +100,12 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[
     block, real = meta.block_size, _real(q)
 
     def row(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q_row, k_row, v_row, end_T, q_block, kv_block, n_pairs = xs
+        q_row, k_row, v_row, end_S, at, q_block, kv_block, n_pairs = xs
 
         def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out, top, total = carry
             a, b = q_block[p], kv_block[p]
-            scores, visible = _scores(_at(q_row, a), _at(k_row, b), end_T, a=a, b=b, block=block)
+            scores, visible = _scores(_at(q_row, a), _at(k_row, b), end_S, a=at[a], b=b, block=block)
             scores = jnp.where(visible, scores, _NEVER)
             old_top = _at(top, a)
             new_top = jnp.maximum(old_top, scores.max(axis=-1))
@@ -125,7 +125,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[
         total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
         return out / total[..., None], top + jnp.log(total)
 
-    out, lse = checkpoint_name(lax.map(row, (q, k, v, meta.end, meta.q_block, meta.kv_block, meta.n_pairs)), "attended")
+    out, lse = checkpoint_name(
+        lax.map(row, (q, k, v, meta.end, meta.query_at, meta.q_block, meta.kv_block, meta.n_pairs)), "attended"
+    )
     return out, (q, k, v, meta, out, lse)
 
 
@@ -135,13 +137,13 @@ def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
     d_out = d_out.astype(real)
 
     def row(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        q_row, k_row, v_row, d_row, lse_row, delta_row, end_T, q_block, kv_block, n_pairs = xs
+        q_row, k_row, v_row, d_row, lse_row, delta_row, end_S, at, q_block, kv_block, n_pairs = xs
 
         def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_q, d_k, d_v = carry
             a, b = q_block[p], kv_block[p]
             q_a, k_b, d_a = _at(q_row, a), _at(k_row, b), _at(d_row, a)
-            scores, visible = _scores(q_a, k_b, end_T, a=a, b=b, block=block)
+            scores, visible = _scores(q_a, k_b, end_S, a=at[a], b=b, block=block)
             weights = jnp.where(visible, jnp.exp(scores - _at(lse_row, a)[..., None]), 0.0)
             d_weights = jnp.einsum("KQC,KSC->KQS", d_a, _at(v_row, b).astype(real))
             d_scores = weights * (d_weights - _at(delta_row, a)[..., None]) * q.shape[-1] ** -0.5
@@ -154,6 +156,6 @@ def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
         return lax.fori_loop(0, n_pairs, pair, start)
 
     delta = (d_out * out).sum(axis=-1)
-    xs = (q, k, v, d_out, lse, delta, meta.end, meta.q_block, meta.kv_block, meta.n_pairs)
+    xs = (q, k, v, d_out, lse, delta, meta.end, meta.query_at, meta.q_block, meta.kv_block, meta.n_pairs)
     d_q, d_k, d_v = lax.map(row, xs)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

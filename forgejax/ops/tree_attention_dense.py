@@ -1,4 +1,4 @@
-"""The oracle of tree attention: the whole T x T mask, plain autodiff."""
+"""The oracle of tree attention: the whole mask of every query and key, plain autodiff."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from jaxtyping import Array, Float, Int
 
 def dense_tree_attention(
     q_BTHC: Float[Array, "B T H C"],
-    k_BTKC: Float[Array, "B T K C"],
-    v_BTKC: Float[Array, "B T K C"],
-    end_BT: Int[Array, "B T"],
+    k_BSKC: Float[Array, "B S K C"],
+    v_BSKC: Float[Array, "B S K C"],
+    end_BS: Int[Array, "B S"],
+    index_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Attention of every query i over the keys j with ``j <= i < end[j]``; time and memory grow with T squared."""
+    """Attention of every query i over the keys j with ``j <= i < end[j]``; time and memory grow with T S.
+
+    ``index_BT`` is the logical index of each query; left out, query t is token t.
+    """
     B, T, H, C = q_BTHC.shape
-    K = k_BTKC.shape[2]
+    K = k_BSKC.shape[2]
     real = jnp.promote_types(q_BTHC.dtype, jnp.float32)
     q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BTKC, preferred_element_type=real) * C**-0.5
-    index_T = jnp.arange(T)
-    visible_BTT = (index_T[None, None, :] <= index_T[None, :, None]) & (index_T[None, :, None] < end_BT[:, None, :])
-    weights = jax.nn.softmax(jnp.where(visible_BTT[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BTKC.astype(real))
+    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=real) * C**-0.5
+    index_BT = jnp.arange(T)[None] if index_BT is None else index_BT
+    index_S = jnp.arange(k_BSKC.shape[1])
+    visible_BTS = (index_S[None, None] <= index_BT[:, :, None]) & (index_BT[:, :, None] < end_BS[:, None])
+    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC.astype(real))
     return out.reshape(B, T, H, C).astype(q_BTHC.dtype)

@@ -2,8 +2,8 @@
 
 FlashAttention-2 (arXiv 2307.08691). A program of the forward and dQ kernels owns one query block of one head and walks
 the list of key blocks active for it; a program of the dK/dV kernel owns one key block of one key head and walks the
-queries that reach it, ``[b, reach[b])``, which are contiguous, for each query head that reads it. Keys and values are
-never repeated and nothing is accumulated across programs. Operands keep their dtype (FP32 ones are multiplied as
+list of query blocks active for that, for each query head that reads it. Keys and values are never repeated and nothing
+is accumulated across programs. Operands keep their dtype (FP32 ones are multiplied as
 three TF32 products each), products accumulate in FP32. Arrays are read as they lie, [B, T, H, C].
 """
 
@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from forgejax.ops.tree_meta import TreeMeta
+from forgejax.ops.tree_meta import QUERY_SHIFT, TreeMeta
 
 _NEVER = -1e30  # below every score, and finite: exp2(_NEVER - _NEVER) must not be NaN
 _LOG2_E = math.log2(math.e)  # GPUs have exp2 in hardware: scores and statistics are kept in its units
@@ -30,6 +31,7 @@ _BLOCKS = (16, 32, 64, 128)
 _BLOCK_BYTES = 32 * 1024  # of one operand: the compiled kernels then take at most 180 KiB of shared memory
 _FORWARD_TILE = 64  # keys at a time: larger tiles spill registers at head sizes of 128
 _BACKWARD_TILE = 32
+_BY_QUERY = ("end", "query_at", "kv_block", "first_pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ class GpuKernel:
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],
-        k_BTKC: Float[Array, "B T K C"],
-        v_BTKC: Float[Array, "B T K C"],
+        k_BSKC: Float[Array, "B S K C"],
+        v_BSKC: Float[Array, "B S K C"],
         meta: TreeMeta,
     ) -> tuple[Float[Array, "B T H C"], Any]:
         """The output, and what ``backward`` needs.
@@ -63,12 +65,12 @@ class GpuKernel:
                 dtype is not one of the kernels'.
         """
         self.check(meta, q_BTHC.dtype, q_BTHC.shape[-1])
-        call = _Call(meta, q_BTHC.shape, q_BTHC.dtype, k_BTKC.shape[2], self.interpret)
-        out_BTHC, lse_BHT = call.forward(q_BTHC, k_BTKC, v_BTKC)
-        return out_BTHC, (q_BTHC, k_BTKC, v_BTKC, meta, out_BTHC, lse_BHT)
+        call = _Call(meta, q_BTHC.shape, q_BTHC.dtype, k_BSKC.shape[2], self.interpret)
+        out_BTHC, lse_BHT = checkpoint_name(call.forward(q_BTHC, k_BSKC, v_BSKC), "attended")
+        return out_BTHC, (q_BTHC, k_BSKC, v_BSKC, meta, out_BTHC, lse_BHT)
 
     def backward(self, residuals: Any, d_out_BTHC: Float[Array, "B T H C"]) -> tuple[Array, Array, Array]:
-        """The gradients of q [B, T, H, C], k and v [B, T, K, C]."""
+        """The gradients of q [B, T, H, C], k and v [B, S, K, C]."""
         q, k, v, meta, out, lse_BHT = residuals
         call = _Call(meta, q.shape, q.dtype, k.shape[2], self.interpret)
         delta_BTH = jnp.sum(d_out_BTHC.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -89,41 +91,43 @@ class _Call:
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         B, T, H, _ = self.shape
         outs = [(self.shape, self.dtype, self._head(own=True)), ((B, H, T), jnp.float32, self._per_query(own=True))]
-        ins = [self._head(own=True), self._key_head(), self._key_head(), *self._pair_specs()]
-        return self._run(_forward_kernel, H, ins, outs, _FORWARD_TILE)(q, k, v, *self._pair_lists())
+        lists = self._lists(*_BY_QUERY)
+        ins = [self._head(own=True), self._key_head(), self._key_head(), *(spec for _, spec in lists)]
+        run = self._run(_forward_kernel, self._queries, ins, outs, _FORWARD_TILE)
+        return run(q, k, v, *(values for values, _ in lists))
 
     def d_query(self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array) -> jax.Array:
-        ins = [self._head(own=True), self._key_head(), self._key_head(), *self._pair_specs()]
+        lists = self._lists(*_BY_QUERY)
+        ins = [self._head(own=True), self._key_head(), self._key_head(), *(spec for _, spec in lists)]
         ins += [self._head(own=True), self._per_query(own=True), self._per_query(own=True)]
         outs = [(self.shape, self.dtype, self._head(own=True))]
-        run = self._run(_d_query_kernel, self.shape[2], ins, outs, _BACKWARD_TILE)
-        return run(q, k, v, *self._pair_lists(), *of_queries)[0]
+        run = self._run(_d_query_kernel, self._queries, ins, outs, _BACKWARD_TILE)
+        return run(q, k, v, *(values for values, _ in lists), *of_queries)[0]
 
     def d_key_value(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        per_row = [
-            pl.BlockSpec((None, x.shape[1]), lambda a, h, row: (row, 0)) for x in (self.meta.end, self.meta.reach)
-        ]
-        ins = [self._head(own=False), self._own_keys(), self._own_keys(), *per_row]
+        lists = self._lists("end", "query_at", "pairs_by_key", "first_by_key")
+        ins = [self._head(own=False), self._own_keys(), self._own_keys(), *(spec for _, spec in lists)]
         ins += [self._head(own=False), self._per_query(own=False), self._per_query(own=False)]
         outs = [(k.shape, k.dtype, self._own_keys()), (v.shape, v.dtype, self._own_keys())]
-        run = self._run(_d_key_value_kernel, self.kv_heads, ins, outs, _BACKWARD_TILE)
-        return run(q, k, v, jnp.asarray(self.meta.end), jnp.asarray(self.meta.reach), *of_queries)
+        keys = self.meta.end.shape[1] // self.meta.block_size, self.kv_heads
+        run = self._run(_d_key_value_kernel, keys, ins, outs, _BACKWARD_TILE)
+        return run(q, k, v, *(values for values, _ in lists), *of_queries)
 
     def _run(
         self,
         kernel: Callable[..., None],
-        heads: int,
+        programs: tuple[int, int],
         ins: list[pl.BlockSpec],
         outs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
         tile: int,
     ) -> Callable[..., Any]:
-        B, T, _, C = self.shape
+        B, _, _, C = self.shape
         block = self.meta.block_size
         return pl.pallas_call(
             functools.partial(kernel, plan=_Plan(block, min(tile, block), C, self._precision())),
-            grid=(T // block, heads, B),
+            grid=(*programs, B),
             in_specs=ins,
             out_specs=[spec for _, _, spec in outs],
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
@@ -141,6 +145,11 @@ class _Call:
             return lax.Precision.DEFAULT
         # Plain FP32 leaves the tensor cores idle and spills; three TF32 products keep 21 bits of every operand.
         return lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+    @property
+    def _queries(self) -> tuple[int, int]:
+        """Query blocks and heads: a program each."""
+        return self.shape[1] // self.meta.block_size, self.shape[2]
 
     @property
     def _group(self) -> int:
@@ -161,19 +170,17 @@ class _Call:
     def _key_head(self) -> pl.BlockSpec:
         """The whole row of the key head that query head h reads."""
         group = self._group
-        shape = (None, self.shape[1], None, _padded(self.shape[3]))
+        shape = (None, self.meta.end.shape[1], None, _padded(self.shape[3]))
         return pl.BlockSpec(shape, lambda a, h, row: (row, 0, h // group, 0))
 
     def _own_keys(self) -> pl.BlockSpec:
         shape = (None, self.meta.block_size, None, _padded(self.shape[3]))
         return pl.BlockSpec(shape, lambda b, h, row: (row, b, h, 0))
 
-    def _pair_lists(self) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(x) for x in (self.meta.end, self.meta.kv_block, self.meta.first_pair))
-
-    def _pair_specs(self) -> list[pl.BlockSpec]:
-        lists = (self.meta.end, self.meta.kv_block, self.meta.first_pair)
-        return [pl.BlockSpec((None, x.shape[1]), lambda a, h, row: (row, 0)) for x in lists]
+    def _lists(self, *names: str) -> list[tuple[jax.Array, pl.BlockSpec]]:
+        """Arrays of the meta, of which a program reads its whole row."""
+        arrays = [jnp.asarray(getattr(self.meta, name)) for name in names]
+        return [(x, pl.BlockSpec((None, x.shape[1]), lambda a, h, row: (row, 0))) for x in arrays]
 
 
 def _padded(width: int) -> int:
@@ -221,9 +228,9 @@ def _key_tile(step: Any, first: Any, key_block: Any, plan: _Plan) -> Any:
 
 
 def _forward_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, key_block, first_pair, out, lse = refs
+    q, k, v, end, query_at, key_block, first_pair, out, lse = refs
     a, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
-    q_QC, i_Q = _load(q, width), a * block + jnp.arange(block)
+    q_QC, i_Q = _load(q, width), query_at[a] * block + jnp.arange(block)
     first = first_pair[a]
 
     def step(s: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -246,9 +253,9 @@ def _forward_kernel(*refs: Any, plan: _Plan) -> None:
 
 
 def _d_query_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, key_block, first_pair, d_out, lse, delta, d_q = refs
+    q, k, v, end, query_at, key_block, first_pair, d_out, lse, delta, d_q = refs
     a, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
-    q_QC, d_QC, i_Q = _load(q, width), _load(d_out, width), a * block + jnp.arange(block)
+    q_QC, d_QC, i_Q = _load(q, width), _load(d_out, width), query_at[a] * block + jnp.arange(block)
     lse_Q, delta_Q = lse[...], delta[...]
     first = first_pair[a]
 
@@ -266,24 +273,25 @@ def _d_query_kernel(*refs: Any, plan: _Plan) -> None:
 
 
 def _d_key_value_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, reach, d_out, lse, delta, d_k, d_v = refs
+    q, k, v, end, query_at, pairs, first_by_key, d_out, lse, delta, d_k, d_v = refs
     b, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
     k_SC, v_SC, j_S = _load(k, width), _load(v, width), b * block + jnp.arange(block)
     end_S = end[pl.ds(b * block, block)]
-    tiles = block // tile
+    tiles, first = block // tile, first_by_key[b]
 
     def head(g: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def step(s: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total_k, total_v = carry
-            queries = pl.ds(s * tile, tile)
+            a, part = pairs[first + lax.div(s, tiles)] >> QUERY_SHIFT, lax.rem(s, tiles) * tile
+            queries = pl.ds(a * block + part, tile)
             q_QC, d_QC = _load(q.at[queries, g], width), _load(d_out.at[queries, g], width)
-            scores = plan.scores(q_QC, k_SC, i=queries.start + jnp.arange(tile), j=j_S, end_S=end_S)
+            scores = plan.scores(q_QC, k_SC, i=query_at[a] * block + part + jnp.arange(tile), j=j_S, end_S=end_S)
             weights = jnp.exp2(scores - lse[g, queries][:, None])
             total_v += plan.dot(weights.astype(d_QC.dtype).T, d_QC)
             d_scores = weights * (plan.dot(d_QC, v_SC.T) - delta[g, queries][:, None])
             return total_k + plan.dot(d_scores.astype(q_QC.dtype).T, q_QC), total_v
 
-        return lax.fori_loop(b * tiles, reach[b] * tiles, step, carry)
+        return lax.fori_loop(0, (first_by_key[b + 1] - first) * tiles, step, carry)
 
     nothing = jnp.zeros(k_SC.shape, jnp.float32)
     total_k, total_v = lax.fori_loop(0, q.shape[1], head, (nothing, nothing))

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -54,8 +55,8 @@ class TpuKernel:
     def forward(
         self,
         q_BTHC: Float[Array, "B T H C"],
-        k_BTKC: Float[Array, "B T K C"],
-        v_BTKC: Float[Array, "B T K C"],
+        k_BSKC: Float[Array, "B S K C"],
+        v_BSKC: Float[Array, "B S K C"],
         meta: TreeMeta,
     ) -> tuple[Float[Array, "B T H C"], Any]:
         """The output, and what ``backward`` needs.
@@ -65,20 +66,20 @@ class TpuKernel:
                 dtype is not one of the kernels'.
         """
         self.check(meta, q_BTHC.dtype, q_BTHC.shape[-1])
-        q, k, v = _by_key_head(q_BTHC, k_BTKC.shape[2]), k_BTKC.swapaxes(1, 2), v_BTKC.swapaxes(1, 2)
-        out, lse = _Call(meta, q.shape, q.dtype, self.interpret).forward(q, k, v)
-        return _by_query(_used(out, meta, axis=3)), (q, k, v, meta, out, lse)
+        q, k, v = _by_key_head(q_BTHC, k_BSKC.shape[2]), k_BSKC.swapaxes(1, 2), v_BSKC.swapaxes(1, 2)
+        out, lse = checkpoint_name(_Call(meta, q.shape, q.dtype, self.interpret).forward(q, k, v), "attended")
+        return _by_query(_used(out, meta.first_pair, axis=3)), (q, k, v, meta, out, lse)
 
     def backward(self, residuals: Any, d_out_BTHC: Float[Array, "B T H C"]) -> tuple[Array, Array, Array]:
-        """The gradients of q [B, T, H, C], k and v [B, T, K, C]."""
+        """The gradients of q [B, T, H, C], k and v [B, S, K, C]."""
         q, k, v, meta, out, lse = residuals
         call = _Call(meta, q.shape, q.dtype, self.interpret)
         d_out = _by_key_head(d_out_BTHC.astype(q.dtype), k.shape[1])
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
         d_q = call.d_query(q, k, v, d_out, lse, delta)
         d_k, d_v = call.d_key_value(q, k, v, d_out, lse, delta)
-        d_k, d_v = (_used(x, meta, axis=2).swapaxes(1, 2) for x in (d_k, d_v))
-        return _by_query(_used(d_q, meta, axis=3)), d_k, d_v
+        d_k, d_v = (_used(x, meta.first_by_key, axis=2).swapaxes(1, 2) for x in (d_k, d_v))
+        return _by_query(_used(d_q, meta.first_pair, axis=3)), d_k, d_v
 
 
 def _by_key_head(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
@@ -91,11 +92,12 @@ def _by_query(x_BKGTC: jax.Array) -> jax.Array:
     return x_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, C)
 
 
-def _used(x: jax.Array, meta: TreeMeta, axis: int) -> jax.Array:
-    """x with zeros in the blocks of padding alone, which no pair visits and nothing writes."""
+def _used(x: jax.Array, first_pair: Any, axis: int) -> jax.Array:
+    """x with zeros in the blocks that no pair visits: nothing writes them."""
+    visited = jnp.diff(jnp.asarray(first_pair)) > 0
     shape = [1] * x.ndim
     shape[0], shape[axis] = x.shape[0], x.shape[axis]
-    return jnp.where(jnp.repeat(meta.reach > 0, meta.block_size, axis=1).reshape(shape), x, 0)
+    return jnp.where(jnp.repeat(visited, x.shape[axis] // visited.shape[1], axis=1).reshape(shape), x, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +143,19 @@ class _Call:
     ) -> Callable[..., Any]:
         meta, (B, K, G, _, C) = self.meta, self.shape
         pairs_BN = meta.pairs_by_key if by_key else meta.q_block << QUERY_SHIFT | meta.kv_block
-        prefetched = (jnp.ravel(pairs_BN), jnp.asarray(meta.n_pairs), jnp.ravel(meta.full_until))
+        scalars = (meta.n_pairs, meta.full_until, meta.query_at)
+        prefetched = (jnp.ravel(pairs_BN), *(jnp.ravel(x) for x in scalars))
         # The longest row sets the bound; a shorter one idles through its rest without fetching anything.
         grid = (B, K, jnp.maximum(jnp.max(meta.n_pairs), 1))
         call = pl.pallas_call(
             functools.partial(
                 kernel,
-                walk=Walk(size=pairs_BN.shape[1], n_blocks=meta.full_until.shape[1], by_key=by_key),
+                walk=Walk(
+                    size=pairs_BN.shape[1],
+                    key_blocks=meta.full_until.shape[1],
+                    query_blocks=meta.query_at.shape[1],
+                    by_key=by_key,
+                ),
                 scale=C**-0.5,
             ),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -172,7 +180,7 @@ class _Call:
         size = self.meta.q_block.shape[1]
 
         def place(row: Any, head: Any, p: Any, *prefetched: Any) -> tuple[Any, ...]:
-            pairs, n_pairs, _ = prefetched
+            pairs, n_pairs, *_ = prefetched
             pair = pair_at(pairs, row, p, n_pairs[row], size)
             return index(row, head, pair >> QUERY_SHIFT, pair & KEY_BITS)
 

@@ -29,19 +29,23 @@ class Walk:
     """How a kernel finds its pair: lists of ``size`` a row, grouped by key block or by query block."""
 
     size: int
-    n_blocks: int
+    key_blocks: int
+    query_blocks: int
     by_key: bool
 
-    def step(self, pairs: Any, n_pairs: Any, full_until: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """Whether there is a pair, whether it is its block's first and last, its blocks, whether it needs no mask."""
+    def step(self, pairs: Any, n_pairs: Any, full_until: Any, query_at: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """Whether there is a pair, whether it is its block's first and last, its blocks, whether it needs no mask.
+
+        Both blocks are logical.
+        """
         row, p = pl.program_id(0), pl.program_id(2)
         n = n_pairs[row]
         before, here, after = (pair_at(pairs, row, p + offset, n, self.size) for offset in (-1, 0, 1))
-        a, b = here >> QUERY_SHIFT, here & KEY_BITS
+        a, b = query_at[row * self.query_blocks + (here >> QUERY_SHIFT)], here & KEY_BITS
         live = p < n
         first = live & ((p == 0) | (self._own(before) != self._own(here)))
         last = live & ((p == n - 1) | (self._own(after) != self._own(here)))
-        full = (b < a) & (a < full_until[row * self.n_blocks + b])
+        full = (b < a) & (a < full_until[row * self.key_blocks + b])
         return live, first, last, a, b, full
 
     def _own(self, pair: Any) -> Any:
@@ -78,8 +82,8 @@ def _both(live: Any, full: Any, heads: Callable[[bool], None]) -> None:
 
 
 def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
-    pairs, n_pairs, full_until, q, k, v, end, out, lse, total_out, top, total = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until)
+    pairs, n_pairs, full_until, query_at, q, k, v, end, out, lse, total_out, top, total = refs
+    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
     group, block, C = q.shape
 
     @pl.when(first)
@@ -115,8 +119,8 @@ def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
 
 
 def d_query_kernel(*refs: Any, walk: Walk, scale: float) -> None:
-    pairs, n_pairs, full_until, q, k, v, end, d_out, lse, delta, d_q, total, lse_column, delta_column = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until)
+    pairs, n_pairs, full_until, query_at, q, k, v, end, d_out, lse, delta, d_q, total, lse_column, delta_column = refs
+    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
     group, block, _ = q.shape
 
     @pl.when(first)
@@ -149,8 +153,8 @@ def d_query_kernel(*refs: Any, walk: Walk, scale: float) -> None:
 
 def d_key_value_kernel(*refs: Any, walk: Walk, scale: float) -> None:
     """Scores stand transposed, keys by queries: both products then read their operands as they lie."""
-    pairs, n_pairs, full_until, q, k, v, end, d_out, lse, delta, d_k, d_v, total_k, total_v, end_column = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until)
+    pairs, n_pairs, full_until, query_at, q, k, v, end, d_out, lse, delta, d_k, d_v, total_k, total_v, end_column = refs
+    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
     group, block, _ = q.shape
 
     @pl.when(first)

@@ -4,6 +4,7 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from forgejax.ops import TreeMeta, tree_meta
 from forgejax.ops.tree_attention import Kernel, kernel_for
 from forgejax.ops.tree_attention_cpu import CpuKernel
+from forgejax.ops.tree_attention_dense import dense_tree_attention
 from forgejax.ops.tree_attention_gpu import GpuKernel
 from forgejax.ops.tree_attention_tpu import TpuKernel
 
@@ -50,6 +52,44 @@ def test_every_backend_equals_the_oracle_and_compiles_once_for_all_trees(
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("kernel", [CpuKernel(), TpuKernel(interpret=True), GpuKernel(interpret=True)])
+def test_some_of_the_query_blocks_in_any_order_see_what_they_see_among_all(kernel: Kernel) -> None:
+    block, at = 128, np.array([[3, 1], [0, 2], [2, 3]])
+    lengths = [512, 300, 400]
+    q, w, k, v = normal(3, (3, 512, 4, 16), (3, 512, 4, 16), (3, 512, 2, 16), (3, 512, 2, 16))
+    end = rows(4, 512, lengths)
+    index_BT = (at[:, :, None] * block + np.arange(block)).reshape(3, 2 * block)
+    meta = tree_meta(end, np.array(lengths), block, query_blocks=at)
+    q, weight = (jnp.take_along_axis(x, index_BT[..., None, None], axis=1) for x in (q, w * real_tokens(lengths, 512)))
+
+    ours = jax.jit(lambda: out_and_grads(attention(meta, kernel), q, k, v, weight), compiler_options=QUICKLY)()
+    visible = jnp.asarray(end), jnp.asarray(index_BT)
+    expected = out_and_grads(lambda q, k, v: dense_tree_attention(q, k, v, *visible), q, k, v, weight)
+
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_queries_behind_an_offset_are_the_last_blocks() -> None:
+    end, lengths = rows(5, 64, [64, 41]), np.array([64, 41])
+    offset, listed = (
+        tree_meta(end, lengths, 8, **which) for which in ({"q_offset": 40}, {"query_blocks": np.array([[5, 6, 7]] * 2)})
+    )
+
+    jax.tree.map(np.testing.assert_array_equal, offset, listed)
+    assert offset.q_block.shape == (2, 6 + 7 + 8)
+    with pytest.raises(ValueError, match=r"row length 64 after the first 41 is not a multiple of block size 8"):
+        tree_meta(end, lengths, 8, q_offset=41)
+
+
+def test_queries_and_keys_that_do_not_fit_their_visibility_are_refused() -> None:
+    q, k, v = normal(6, (1, 64, 2, 8), (1, 64, 1, 8), (1, 64, 1, 8))
+    meta = tree_meta(rows(5, 64, [64]), np.array([64]), 8, q_offset=32)
+
+    with pytest.raises(ValueError, match=r"64 queries over 64 keys with the visibility of 32 over 64"):
+        attention(meta, CpuKernel())(q, k, v)
+
+
 def test_the_platform_of_the_devices_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("r",), axis_types=(AxisType.Auto,))
 
@@ -77,9 +117,11 @@ def test_the_order_by_keys_holds_the_same_pairs_as_the_order_by_queries() -> Non
         by_key = meta.pairs_by_key[row, : meta.n_pairs[row]].tolist()
         assert [(p >> 16, p & 0xFFFF) for p in by_key] == sorted(pairs, key=lambda pair: (pair[1], pair[0]))
         assert pairs == sorted(pairs)
-        assert pairs == [(a, b) for a in range(8) for b in range(a + 1) if a < meta.reach[row, b]]
-        first = meta.first_pair[row].tolist()
+        first, first_by_key = meta.first_pair[row].tolist(), meta.first_by_key[row].tolist()
         assert [pairs[first[a] : first[a + 1]] for a in range(8)] == [[p for p in pairs if p[0] == a] for a in range(8)]
+        for b in range(8):
+            assert {p & 0xFFFF for p in by_key[first_by_key[b] : first_by_key[b + 1]]} <= {b}
+        assert first_by_key[8] == len(pairs)
 
 
 def test_pairs_without_a_mask_are_those_in_which_every_query_sees_every_key() -> None:
