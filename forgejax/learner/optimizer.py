@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -59,18 +60,21 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW. Initialise it on FP32 parameters: the moments take their dtype."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        ),
+    """AdamW, for gradients that are ``clipped``. Initialise it on FP32 parameters: the moments take their dtype."""
+    return optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decayed,
     )
+
+
+def clipped(grads: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
+    """Gradients of global norm ``norm``, made shorter where that exceeds ``max_grad_norm``."""
+    scale = jnp.minimum(1.0, config.max_grad_norm / norm)  # 1 for a norm of 0
+    return optax.tree.scale(scale, grads)
 
 
 def _decayed(params: Any) -> Any:

@@ -24,7 +24,7 @@ from forgejax.learner.forward import term_logps
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.measure import Tally, tally
 from forgejax.learner.objective import objective
-from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from forgejax.learner.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
 from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
 from forgejax.sharding import Rules, param_shardings, replicated, scope
@@ -144,7 +144,7 @@ def make_train_step(
         return accumulated.plus(grads, counted)
 
     def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
-        return _apply(optimizer, learning_rate(config.optimizer), state, accumulated)
+        return _apply(optimizer, config.optimizer, state, accumulated)
 
     def score(params: Any, batch: PackedBatch) -> jax.Array:
         return logps(params, batch)[0]
@@ -160,13 +160,13 @@ def make_train_step(
 
 
 def _apply(
-    optimizer: optax.GradientTransformation, rate: optax.Schedule, state: TrainState, accumulated: Accumulated
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, state: TrainState, accumulated: Accumulated
 ) -> tuple[TrainState, Metrics]:
     norm = optax.tree.norm(accumulated.grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
 
     def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(grads, opt_state, _wide(params))
+        updates, opt_state = optimizer.update(clipped(grads, norm, config), opt_state, _wide(params))
         return optax.apply_updates(params, updates), opt_state
 
     def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
@@ -175,7 +175,7 @@ def _apply(
     # A branch, not a choice between two results for every weight: that would move half as many bytes again.
     params, opt_state = jax.lax.cond(sound, updated, left_alone, state.params, state.opt_state, accumulated.grads)
     metrics = accumulated.tally.metrics()
-    metrics |= {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.int32), "learning_rate": rate(state.step)}
+    metrics |= {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.int32), "learning_rate": learning_rate(config)(state.step)}
     return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
 
 

@@ -125,10 +125,10 @@ def compare(case: str, groups: Groups, options: Options) -> dict[str, Any]:
     merged, unmerged = packed(groups, options), packed([[sample] for group in groups for sample in group], options)
     ours = Ours(options)
     samples = list(itertools.chain.from_iterable(groups))
+    first_s = clocked(functools.partial(ours.update, merged))  # before the peer's process starts up beside it
+    ours.begin()
     peer = TunixPeer(options.policy, ours.params, samples) if options.peer == "tunix" else None
     with peer or nullcontext():
-        first_s = clocked(functools.partial(ours.update, merged))
-        ours.begin()
         gradient = ours.gradient(merged)
         result = {"grad_rel_diff": relative(gradient, ours.gradient(unmerged))}
         a = jax.random.normal(jax.random.key(0), (_PEAK_SIZE, _PEAK_SIZE))

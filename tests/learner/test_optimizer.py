@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from forgejax.errors import ConfigError
-from forgejax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from forgejax.learner.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
 
 
 def test_the_rate_warms_up_and_then_stays_or_falls() -> None:
@@ -36,6 +36,18 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
     np.testing.assert_allclose(updates["w"][...], -0.05 * np.ones((2, 2)), rtol=1e-6)
     np.testing.assert_allclose(updates["norm"][...], [0.0, 0.0])
+
+
+def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_a_shorter_one_left() -> None:
+    grads = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[0.0, 4.0]])}
+    config = OptimizerConfig(max_grad_norm=1.0)
+
+    np.testing.assert_allclose(clipped(grads, jnp.asarray(5.0), config)["b"], [[0.0, 0.8]], rtol=1e-6)
+    for longer in (5.0, 50.0):
+        kept = clipped(grads, jnp.asarray(5.0), OptimizerConfig(max_grad_norm=longer))
+        np.testing.assert_array_equal(kept["b"], grads["b"])
+    nothing = clipped({"a": jnp.zeros(2)}, jnp.asarray(0.0), config)
+    np.testing.assert_array_equal(nothing["a"], [0.0, 0.0])
 
 
 def test_a_cosine_without_an_end_is_refused() -> None:
