@@ -20,9 +20,11 @@ from _harness import CompileCount, clocked, medians, show
 from _peer import TunixPeer, named_weights
 from _profile import profile
 from _step_cases import CASES, MODELS, Draw, Groups
+from _unmerged import unmerged_forest
 
-from forgejax.learner import LossConfig, PackConfig, PackedStep, StepConfig, make_train_step, pack
-from forgejax.learner.tree import build_tree
+from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepConfig, make_train_step
+from forgejax.learner.forest import Forest
+from forgejax.learner.packing import pack_forest
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
 
 _PEAK_SIZE = 2048  # of the square product that utilisation is measured against
@@ -53,18 +55,23 @@ class Options:
         return MODELS[self.model]
 
 
-def packed(groups: Groups, options: Options) -> PackedStep:
+def packed(forest: Forest, options: Options) -> PackedStep:
     """One step, in micro-batches of one row of the length that wastes the fewest tokens on padding."""
     block, most = options.block_size, _ROW_LIMIT // options.block_size
 
     def in_rows_of(blocks: int) -> PackedStep:
-        # One normaliser over all samples, however they are grouped.
-        return pack(groups, PackConfig(row_length=blocks * block, rows=1, block_size=block, loss_norm="batch"))
+        config = PackConfig(row_length=blocks * block, rows=1, block_size=block, trunks=False)
+        return pack_forest(forest, config)
 
-    longest = max(len(build_tree(group).tokens) for group in groups)
+    longest = max(forest.size(*root)[0] for root in forest.roots)
     fewest = -(-longest // block)
     steps = [in_rows_of(blocks) for blocks in range(fewest, max(fewest, most) + 1)]
     return min(steps, key=lambda step: (step.stats.padded_tokens, len(step.batches)))
+
+
+def merged_forest(samples: Sequence[Sample]) -> Forest:
+    """The samples as the product merges them; each trained token weighs the same."""
+    return Forest.of(samples, np.full(len(samples), 1 / sum(len(sample.token_ids) for sample in samples)))
 
 
 def train_flops(options: Options, step: PackedStep) -> float:
@@ -122,9 +129,9 @@ def relative(ours: dict[str, np.ndarray], oracle: dict[str, np.ndarray]) -> floa
 
 def compare(case: str, groups: Groups, options: Options) -> dict[str, Any]:
     """Medians of the merged step, of the unmerged one and of the peer's, taken in turns."""
-    merged, unmerged = packed(groups, options), packed([[sample] for group in groups for sample in group], options)
-    ours = Ours(options)
     samples = list(itertools.chain.from_iterable(groups))
+    merged, unmerged = packed(merged_forest(samples), options), packed(unmerged_forest(samples), options)
+    ours = Ours(options)
     first_s = clocked(functools.partial(ours.update, merged))  # before the peer's process starts up beside it
     ours.begin()
     peer = TunixPeer(options.policy, ours.params, samples) if options.peer == "tunix" else None
@@ -178,7 +185,7 @@ def figures(merged: PackedStep, merged_s: float, unmerged_s: float) -> dict[str,
 
 def profiled(groups: Groups, options: Options) -> dict[str, Any]:
     """Shares of the busy time of a merged step's gradient."""
-    merged, ours = packed(groups, options), Ours(options)
+    merged, ours = packed(merged_forest(list(itertools.chain.from_iterable(groups))), options), Ours(options)
     jax.block_until_ready(ours.accumulate(merged))
     return profile(functools.partial(ours.accumulate, merged), ours.compiled(merged))
 
