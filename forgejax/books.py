@@ -28,11 +28,25 @@ _PROBE_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """One step's packed batch, and the figures of the groups it came from."""
+    """One step's packed batch, the figures of the groups it came from, and when (``time.monotonic()``) packing them
+    began and ended."""
 
     number: int
     training: TrainingBatch
     figures: Mapping[str, float]
+    packing_began: float
+    packing_ended: float
+
+
+class Compiles:
+    """Counts the programs that jax compiles in this process from now on, in any thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(kw_only=True)
@@ -52,11 +66,27 @@ class Books:
     progress: Progress
     gateway: GatewayMetrics
     tally: Tally
+    compiles: Compiles
     sampled_before: int = 0
     counted_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self._waited: dict[str, float] = {}
         self.mark()
+
+    def took(self, data: StepData, asked_at: float) -> None:
+        """Counts what the trainer has waited for a batch since it asked: in all, and for its packing alone.
+
+        The rest of the wait is for groups that agents had not finished.
+        """
+        now = time.monotonic()
+        late = max(0.0, min(now, data.packing_ended) - max(asked_at, data.packing_began))
+        self._waited = {
+            "time/wait_s": now - asked_at,
+            "time/packing_wait_s": late,
+            "time/packing_s": data.packing_ended - data.packing_began,
+        }
+        self.tally.count_wait(now - asked_at, packing_s=late)
 
     def open_step(self, data: StepData, step: int, metrics: Metrics) -> Callable[[], None]:
         """Begins the entry of the step that has just been dispatched, the ``step``-th.
@@ -64,15 +94,20 @@ class Books:
         The call that is returned completes it; it waits for the devices, so it is made once the next step is under way.
         """
 
+        waited = self._waited
+
         def close() -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             seconds, sampled = self._since_mark()
+            self.tally.train_s += seconds
             self._enter(data, values)
             row = {
                 "step": step,
                 **data.figures,
                 **{f"learner/{name}": value for name, value in values.items()},
                 **self._rates(data, values, seconds, sampled),
+                **waited,
+                "learner/compiles": self.compiles.count,
                 **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},
                 **self._levels(),
             }
@@ -88,23 +123,24 @@ class Books:
 
     def measure_gap(self, turns: Iterable[Turn], version: int) -> None:
         """Scores what the sampler drew with the learner's current weights, of ``version``."""
-        row_length = self.config.packing.row_length
+        packing = self.config.packing
         samples: list[Sample] = [
             turn_sample(turn, 1.0)
             for turn in turns
-            if len(turn.completion.token_ids) and untrainable_reason(turn, row_length) is None
+            if len(turn.completion.token_ids) and untrainable_reason(turn, packing) is None
         ]
         if samples:
-            packed = pack([samples], self.config.packing, row_shards=self.learner.row_shards)
-            scored = [np.asarray(self.learner.score(batch)) for batch in packed.batches]
+            packed = pack([samples], packing, row_shards=self.learner.row_shards)
+            scored = [np.asarray(scores) for scores in self.learner.score_step(packed)]
             self.tally.count_gaps(fresh_gaps(scored, packed, version))
 
     def probes(self, packed: PackedStep, step: int) -> list[SampleRequest]:
         """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing."""
+        parts = packed.parts
         return [
             SampleRequest(
                 request_id=f"probe-{self.pool.attempt}-{step}-{number}",
-                prompt_ids=trained_ids(packed.batches[placement.batch], placement)[0],
+                prompt_ids=trained_ids(parts[placement.batch], placement)[0],
                 max_tokens=_PROBE_TOKENS,
                 law=self.config.sampling,
                 purpose="probe",

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from forgejax.agents import ReasoningGymTasks, SpeedBaseline, make_scaffold
-from forgejax.books import Books, StepData
+from forgejax.books import Books, Compiles, StepData
 from forgejax.checkpoint import Checkpoints, load_tree, save_tree
 from forgejax.config import ENGINE_DEVICES, TrainConfig, to_mapping
 from forgejax.errors import ConfigError
@@ -101,6 +101,7 @@ def _close(trainer: Trainer, before: Evaluated | None, after: Evaluated | None, 
 def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Trainer:
     """Everything a run needs, started; ``stack`` takes it down in the right order."""
     began = time.monotonic()
+    compiles = Compiles()
     plan, mesh, device = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = _chat(config)
@@ -159,6 +160,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         progress=progress,
         gateway=gateway.metrics,
         tally=tally,
+        compiles=compiles,
         sampled_before=sampled_before,
         counted_at=began,
     )
@@ -254,9 +256,17 @@ def _batches(pool: Pool, config: TrainConfig, row_shards: int) -> grain.DatasetI
     pack_groups = PackGroups(credit=config.credit, packing=config.packing, row_shards=row_shards)
 
     def prepare(batch: GroupBatch) -> StepData:
-        return StepData(number=batch.number, training=pack_groups(batch.groups), figures=group_figures(batch.groups))
+        began = time.monotonic()
+        training = pack_groups(batch.groups)
+        return StepData(
+            number=batch.number,
+            training=training,
+            figures=group_figures(batch.groups),
+            packing_began=began,
+            packing_ended=time.monotonic(),
+        )
 
-    groups = GroupDataset(pool, judge(config.credit, config.packing.row_length))
+    groups = GroupDataset(pool, judge(config.credit, config.packing))
     return iter(grain.experimental.ThreadPrefetchIterDataset(groups.map(prepare), prefetch_buffer_size=1))
 
 

@@ -91,4 +91,9 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         groups_dispatched=groups.groups_dispatched,
         groups_trained=groups.groups_trained,
         groups_not_trained={reason: count for reason, count in sorted(groups_not_trained.items()) if count},
+        figures={
+            "compiles": trainer.books.compiles.count,
+            "wait_share": tally.wait_s / tally.train_s if tally.train_s else None,
+            "packing_wait_share": tally.packing_wait_s / tally.train_s if tally.train_s else None,
+        },
     )

@@ -97,9 +97,9 @@ class TrainConfig:
                 f"sampling {self.sampling}: tokens of a truncated or greedy law cannot be trained; "
                 "set temperature above 0, top_p = 1 and top_k = 0"
             )
-        if self.packing.row_length < self.engine.max_context - 1:
+        if not self.packing.fits(self.engine.max_context - 1, 1):
             raise ConfigError(
-                f"packing.row_length {self.packing.row_length} is shorter than engine.max_context "
+                f"packing.row_length {self.packing.row_length} is too short for engine.max_context "
                 f"{self.engine.max_context}: the longest samples could not be trained; raise it or lower the other"
             )
         if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
@@ -122,6 +122,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ConfigError: the file is missing or malformed, a key is unknown, a value has the wrong type or cannot be run.
+        MeshError: there is no such mesh.
     """
     config = load_saved(_read_toml(path), str(path), overrides)
     if config.policy.path:
@@ -131,7 +132,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Like ``load_config``, from plain data that is complete; ``source`` names it in errors."""
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig,
         default=from_mapping(TrainConfig, saved, source),
         args=[_mesh_shorthand(argument) for argument in overrides],
@@ -139,6 +140,8 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
         description=f"Trains as {source} says; every option overrides a key of it.",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+    plan = resolve(config.mesh)
+    return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
 
 
 def check_mesh(config: TrainConfig) -> None:

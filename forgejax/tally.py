@@ -17,8 +17,9 @@ class Tally:
     """The lineage of the current parameters in sums.
 
     ``trained_tokens`` is what the device-side term mask counted; ``skipped_tokens`` those of steps that were not
-    finite. The gap is |trainer - sampler| of a token's log-probability, over ``gap_tokens`` tokens drawn by the very
-    weights that scored them.
+    finite. ``train_s`` is the wall clock of the steps; ``wait_s`` what of it the trainer waited for data, and
+    ``packing_wait_s`` what it would not have waited had packing taken no time. The gap is |trainer - sampler| of a
+    token's log-probability, over ``gap_tokens`` tokens drawn by the very weights that scored them.
     """
 
     steps: int = 0
@@ -33,6 +34,9 @@ class Tally:
     gap_max: float = 0.0
     gap_sum: float = 0.0
     gap_tokens: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    packing_wait_s: float = 0.0
 
     def count_step(self, *, terms: int, skipped: bool) -> None:
         """The device's figures of one step. A skipped step trained nothing."""
@@ -47,6 +51,10 @@ class Tally:
     def count_packing(self, stats: PackStats) -> None:
         self.tree_tokens += stats.tree_tokens
         self.unmerged_tokens += stats.unmerged_tokens
+
+    def count_wait(self, seconds: float, *, packing_s: float) -> None:
+        self.wait_s += seconds
+        self.packing_wait_s += packing_s
 
     def count_gaps(self, gaps: np.ndarray) -> None:
         if gaps.size:
@@ -75,11 +83,11 @@ def fresh_gaps(scored: Sequence[np.ndarray], packed: PackedStep, version: int) -
     """|trainer - sampler| log-probability of the terms drawn by ``version`` alone, over all rows of a packed step.
 
     Args:
-        scored: for each micro-batch the trainer's log-probabilities [B, M] under the weights of ``version``.
+        scored: for each of the step's parts the trainer's log-probabilities [B, M] under the weights of ``version``.
         packed: the same terms with what the sampler recorded.
         version: tokens of other versions, or with older keys and values in their context, are left out.
     """
-    gaps = [_fresh(scores, batch, version) for scores, batch in zip(scored, packed.batches, strict=True)]
+    gaps = [_fresh(scores, part.batch, version) for scores, part in zip(scored, packed.parts, strict=True)]
     return np.concatenate(gaps) if gaps else np.zeros(0)
 
 

@@ -5,6 +5,7 @@ take groups -> credit, prefix trees, packing (Grain, ahead of time) -> step -> p
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class Trainer:
         log = _nothing
         self.books.mark()
         while self.step < self.config.steps and (data := self._take()) is not None:
-            metrics = self.learner.update(data.training.packed.batches, version=self.step)
+            packed = data.training.packed
+            metrics = self.learner.update(packed.batches, version=self.step, trunks=packed.trunks)
             self.step += 1
             self._publish()
             log()
@@ -97,10 +99,13 @@ class Trainer:
     def _take(self) -> StepData | None:
         """The next batch; None once the run is stopping."""
         self.service.check()
+        asked_at = time.monotonic()
         data = None if self.stopping else next(self.batches, None)
         if data is None and not self.stopping:  # the pool was closed, and not by us
             self.service.check()
             raise TrainingError("the data pool was closed while the run goes on")
+        if data is not None:
+            self.books.took(data, asked_at)
         return data
 
     def _publish(self) -> None:

@@ -127,7 +127,7 @@ def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
     [
         (["--sampling.top-p=0.9"], "cannot be trained; set temperature above 0, top_p = 1 and top_k = 0"),
         (["--sampling.temperature=0"], "cannot be trained"),
-        (["--packing.row-length=64", "--engine.max-context=128"], "packing.row_length 64 is shorter than"),
+        (["--packing.row-length=32", "--engine.max-context=128"], "packing.row_length 32 is too short for"),
         (["--run.group-size=1"], "a group needs at least 2 episodes"),
         (["--run.steps=-1"], "run.steps is -1; expected 0 or more"),
         (["--pool.window.in-flight=2", "--pool.window.groups-per-step=4"], "below groups_per_step 4"),

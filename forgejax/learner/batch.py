@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class PackedBatch:
         positions: [B, T] int32 depth in the tree.
         samples_through: [B, T] int32 how many samples feed the token at this node; identical ones count each, and a
             group in several rows counts in each row what lies there. 0 on padding.
-        attention: who sees whom.
+        attention: who sees whom; a ``SplitMeta`` on devices that share the length of rows.
         edge_src: [B, E] int32 node at which the edge's log-probability is read.
         edge_tgt: [B, E] int32 token predicted there.
         edge_temperature: [B, E] float32 by which the logits are divided.
@@ -115,6 +116,12 @@ class PackStats:
     unmerged_pairs: int
     awaited_pairs: int
     padded_tokens: int  # rows times row length
+
+    def __add__(self, other: PackStats) -> PackStats:
+        """The figures of both together."""
+        return PackStats(
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        )
 
     @property
     def tree_token_ratio(self) -> float:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from forgejax.errors import ConfigError
 from forgejax.learner.baselines import BASELINES
+from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.samples import Sample, turn_sample, untrainable_reason
 from forgejax.types import Group, Judge, Trajectory, Turn, Verdict
 
@@ -52,17 +53,17 @@ class GroupCredit:
     untrained: Mapping[str, int]
 
 
-def judge(config: CreditConfig, row_length: int) -> Judge:
+def judge(config: CreditConfig, packing: PackConfig) -> Judge:
     """Says of a finished group whether it is worth training, exactly as ``credit`` would train it."""
 
     def verdict(group: Group) -> Verdict:
-        found = credit(group, config, row_length)
+        found = credit(group, config, packing)
         return Verdict(drop=found.drop, untrained=found.untrained)
 
     return verdict
 
 
-def credit(group: Group, config: CreditConfig, row_length: int) -> GroupCredit:
+def credit(group: Group, config: CreditConfig, packing: PackConfig) -> GroupCredit:
     """The samples of a group with their advantages.
 
     Masked trajectories neither train nor enter a baseline. The group is dropped as ``too_few_members`` if fewer than 2
@@ -72,7 +73,7 @@ def credit(group: Group, config: CreditConfig, row_length: int) -> GroupCredit:
     Args:
         group: a finished group.
         config: discount and baseline.
-        row_length: the most tokens a sample may feed; longer ones are left out as ``too_long``.
+        packing: says which samples fit; longer ones are left out as ``too_long``.
     """
     members = [trajectory for trajectory in group.trajectories if trajectory.masked is None]
     untrained: Counter[str] = Counter()
@@ -83,7 +84,7 @@ def credit(group: Group, config: CreditConfig, row_length: int) -> GroupCredit:
     turns: list[tuple[Turn, int, int]] = []  # a trainable turn, its member, its step
     for member, trajectory in enumerate(members):
         for step, turn in enumerate(_in_order(trajectory)):
-            reason = untrainable_reason(turn, row_length)
+            reason = untrainable_reason(turn, packing)
             if reason is not None:
                 untrained[reason] += len(turn.completion.token_ids)
             elif len(turn.completion.token_ids):

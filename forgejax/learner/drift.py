@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from forgejax.learner.batch import PackedBatch, PackedStep, Placement
+from forgejax.learner.batch import PackedStep, Part, Placement
 from forgejax.types import TokenIds
 
 Ids = Sequence[int] | NDArray[np.integer]
@@ -25,25 +25,29 @@ def drift_tokens(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> in
         given: for each request id, the prompt ids and the sampled ids of the engine's own log. Each position of a
             sample without a record counts.
     """
+    parts = packed.parts
     return sum(
-        _differences(trained_ids(packed.batches[placement.batch], placement), given.get(placement.request_id))
+        _differences(trained_ids(parts[placement.batch], placement), given.get(placement.request_id))
         for placement in packed.placements
     )
 
 
-def trained_ids(batch: PackedBatch, placement: Placement) -> tuple[TokenIds, TokenIds]:
+def trained_ids(part: Part, placement: Placement) -> tuple[TokenIds, TokenIds]:
     """The context and the trained ids of one sample, as the step sees them.
 
-    The context of a term is what its source node attends to; the last term's source sees the whole sample.
+    The context of a term is what its source node attends to; the last term's source sees the whole sample. A row behind
+    a trunk attends to the trunk's row first.
     """
-    row, terms = placement.row, slice(placement.start, placement.stop)
+    batch, row, terms = part.batch, placement.row, slice(placement.start, placement.stop)
+    tokens = np.asarray(batch.tokens)[row]
+    if part.trunk is not None:
+        tokens = np.concatenate([np.asarray(part.trunk.tokens)[row], tokens])
     edges = np.asarray(batch.term_edge)[row, terms]
-    sources = np.asarray(batch.edge_src)[row, edges]
+    sources = np.asarray(batch.edge_src)[row, edges] + len(tokens) - batch.tokens.shape[1]
     sampled = np.asarray(batch.edge_tgt)[row, edges]
     index = np.arange(int(sources[-1]) + 1)
     seen = index[np.asarray(batch.attention.end)[row, index] > sources[-1]]
     context = seen[: np.searchsorted(seen, sources[0], side="right")]
-    tokens = np.asarray(batch.tokens)[row]
     return tokens[context], _read_twice(sampled, tokens[seen[len(context) :]])
 
 

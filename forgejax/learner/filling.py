@@ -1,4 +1,4 @@
-"""Which trees go into which row, and which rows into which micro-batch and shard."""
+"""Which samples go into which row, and which rows into which micro-batch and shard."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float
 
 from forgejax.learner.cutting import cut
+from forgejax.learner.forest import Forest, Range
 from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.tree import PrefixTree, build_tree
+from forgejax.learner.tree import PrefixTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,43 +20,37 @@ class Bin:
     """A tree that goes into one row whole, and the loss weight of each of its samples' terms."""
 
     tree: PrefixTree
-    weights: NDArray[np.float64]
+    weights: Float[np.ndarray, " S"]
     pairs: int
     cost: float
 
     @staticmethod
-    def of(tree: PrefixTree, scale: float, config: PackConfig) -> Bin:
+    def of(tree: PrefixTree, weights: Float[np.ndarray, " S"], config: PackConfig) -> Bin:
         pairs = tree.attention_pairs
         return Bin(
             tree=tree,
-            weights=np.array([sample.weight * scale for sample in tree.samples]),
+            weights=weights,
             pairs=pairs,
             cost=config.token_cost * len(tree.tokens) + config.pair_cost * pairs,
         )
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        return len(self.tree.tokens), len(self.tree.edge_src), len(self.tree.term_edge)
 
 
 Row = list[Bin]
 
 
-def fill(trees: Sequence[PrefixTree], scales: Sequence[float], config: PackConfig, shards: int) -> list[Row]:
-    """Spreads trees over rows that hold ``row_length`` tokens, as many edges, and ``term_limit`` terms.
+def fill(forest: Forest, config: PackConfig, shards: int) -> list[Row]:
+    """Spreads a forest over rows that hold ``row_length`` tokens, as many edges, and ``term_limit`` terms.
 
     Trees stay whole where they can. Where that leaves so much room that cutting them at the ends of rows, which repeats
-    some ancestors, saves rows of the padded micro-batches, they are cut. Linear in the number of samples, and bins
+    some ancestors, saves rows of the padded micro-batches, they are cut. Linear in the number of samples, and ranges
     times rows.
     """
-    whole = _best_fit(
-        [bin for tree, scale in zip(trees, scales, strict=True) for bin in _bins(tree, scale, config)], config
-    )
-    needed = -(-sum(len(tree.tokens) for tree in trees) // config.row_length)
-    if padded_rows(needed, config.rows, shards) == padded_rows(len(whole), config.rows, shards):
-        return whole
-    full = _cut_to_fill(trees, scales, config)
-    return min(whole, full, key=lambda rows: padded_rows(len(rows), config.rows, shards))
+    rows = _best_fit(forest, _whole(forest, config), config)
+    needed = -(-len(forest.tree.tokens) // config.row_length)
+    if padded_rows(needed, config.rows, shards) < padded_rows(len(rows), config.rows, shards):
+        everything = cut(forest.tree.samples, forest.tree.shared, config.row_length, config.term_limit, fewest="ranges")
+        rows = min(rows, [[one] for one in everything], key=lambda rows: padded_rows(len(rows), config.rows, shards))
+    return [[Bin.of(forest.part(*one), forest.weights[slice(*one)], config) for one in _joined(row)] for row in rows]
 
 
 def padded_rows(count: int, per_shard: int, shards: int) -> int:
@@ -92,47 +87,46 @@ def balance(rows: Sequence[Row], per_shard: int, shards: int) -> list[list[list[
     return batches
 
 
-def _bins(tree: PrefixTree, scale: float, config: PackConfig) -> list[Bin]:
-    """The tree, or trees of ranges of its samples where it is too large for a row."""
-    bin = Bin.of(tree, scale, config)
-    tokens, edges, terms = bin.size
-    if max(tokens, edges) <= config.row_length and terms <= config.term_limit:
-        return [bin]
-    ranges = cut(tree.samples, tree.shared, config.row_length, config.term_limit)
-    return [Bin.of(build_tree(tree.samples[start:stop]), scale, config) for start, stop in ranges]
+def _whole(forest: Forest, config: PackConfig) -> list[Range]:
+    """The samples of each tree, in ranges that fit into a row where the tree does not."""
+    ranges = []
+    for start, stop in forest.roots:
+        if _fits(forest.size(start, stop), config):
+            ranges.append((start, stop))
+            continue
+        samples, shared = forest.tree.samples[start:stop], forest.tree.shared[start:stop]
+        found = cut(samples, shared, config.row_length, config.term_limit)
+        ranges += [(start + low, start + high) for low, high in found]
+    return ranges
 
 
-def _best_fit(bins: Sequence[Bin], config: PackConfig) -> list[Row]:
-    """Best-fit decreasing: each bin goes into the fullest row that has room for it."""
-    free = np.empty((len(bins), 3), np.int64)
-    rows: list[Row] = []
-    for bin in sorted(bins, key=lambda bin: -len(bin.tree.tokens)):
-        room = np.flatnonzero((free[: len(rows)] >= bin.size).all(axis=1))
+def _fits(size: tuple[int, int, int], config: PackConfig) -> bool:
+    nodes, edges, terms = size
+    return max(nodes, edges) <= config.row_length and terms <= config.term_limit
+
+
+def _best_fit(forest: Forest, ranges: Sequence[Range], config: PackConfig) -> list[list[Range]]:
+    """Best-fit decreasing: each range goes into the fullest row that has room for it."""
+    free = np.empty((len(ranges), 3), np.int64)
+    rows: list[list[Range]] = []
+    sizes = {one: forest.size(*one) for one in ranges}
+    for one in sorted(ranges, key=lambda one: -sizes[one][0]):
+        room = np.flatnonzero((free[: len(rows)] >= sizes[one]).all(axis=1))
         if len(room):
             row = int(room[free[room, 0].argmin()])
         else:
             row = len(rows)
             rows.append([])
             free[row] = config.row_length, config.row_length, config.term_limit
-        rows[row].append(bin)
-        free[row] -= bin.size
+        rows[row].append(one)
+        free[row] -= sizes[one]
     return rows
 
 
-def _cut_to_fill(trees: Sequence[PrefixTree], scales: Sequence[float], config: PackConfig) -> list[Row]:
-    """The fewest rows of samples in the order of the trees, each tree cut where a row ends."""
-    samples = [sample for tree in trees for sample in tree.samples]
-    shared = np.concatenate([tree.shared for tree in trees])
-    begin = np.concatenate([[0], np.cumsum([len(tree.samples) for tree in trees])])
-    rows = []
-    for start, stop in cut(samples, shared, config.row_length, config.term_limit, fewest="ranges"):
-        first, last = np.searchsorted(begin, (start, stop - 1), side="right") - 1
-        row = []
-        for index in range(first, last + 1):
-            low, high = max(start, begin[index]), min(stop, begin[index + 1])
-            tree = trees[index]
-            if high - low < len(tree.samples):
-                tree = build_tree(samples[low:high])
-            row.append(Bin.of(tree, scales[index], config))
-        rows.append(row)
-    return rows
+def _joined(row: Sequence[Range]) -> list[Range]:
+    """The ranges of a row, neighbours as one: what they have in common lies there once."""
+    joined: list[Range] = []
+    for start, stop in sorted(row):
+        adjacent = joined and joined[-1][1] == start
+        joined.append((joined.pop()[0] if adjacent else start, stop))
+    return joined

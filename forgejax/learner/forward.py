@@ -15,24 +15,27 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from forgejax.learner.batch import PackedBatch
-from forgejax.learner.drawn import drawn_logps
 from forgejax.learner.memory import kept_within
+from forgejax.learner.vocabulary import drawn_logps
 from forgejax.models import Attend, Kept, Policy
 from forgejax.models.moe import RouterLoad
-from forgejax.ops import TreeMeta, tree_attention
-from forgejax.sharding import Rules, constrain, heads_axis, rows_axes
+from forgejax.ops import SplitMeta, TreeMeta, tree_attention
+from forgejax.sharding import Rules, constrain, heads_axis, length_axis, rows_axes
 
 
-def tree_attend(meta: TreeMeta, mesh: Mesh | None, rules: Rules) -> Attend:
+def tree_attend(meta: TreeMeta | SplitMeta, mesh: Mesh | None, rules: Rules) -> Attend:
     """Attention over the trees of a batch, keeping no memory."""
     axes = rows_axes(mesh, rules) if mesh is not None else ()
     heads = heads_axis(mesh, rules) if mesh is not None else None
+    length = length_axis(mesh, rules) if mesh is not None else None
 
     def attend(
         layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, memory: Any
     ) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            out = tree_attention(q_BTHC, k_BTKC, v_BTKC, meta, mesh=mesh, row_axes=axes, head_axis=heads)
+            out = tree_attention(
+                q_BTHC, k_BTKC, v_BTKC, meta, mesh=mesh, row_axes=axes, head_axis=heads, length_axis=length
+            )
         return out, memory
 
     return attend
@@ -81,36 +84,26 @@ def edge_terms(
     policy: Policy, hidden_BTD: Float[Array, "B T D"], batch: PackedBatch, vocab_chunk: int
 ) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
     """The log-probability of each term's token and the entropy there, read off the hidden states of the trees."""
-    hidden_BED = constrain(_gather_rows(hidden_BTD, batch.edge_src), "rows", None, None)
-    logp_BE, entropy_BE = _edge_logps(policy, hidden_BED, batch, vocab_chunk)
+    # Where several devices share a row each has its own edges: neither the gather nor the vocabulary crosses over.
+    shards = batch.attention.n_shards if isinstance(batch.attention, SplitMeta) else 1
+
+    def by_shard(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return constrain(
+            x.reshape(len(x), shards, -1, *x.shape[2:]),
+            "rows",
+            "length" if shards > 1 else None,
+            *(None,) * (x.ndim - 1),
+        )
+
+    source_BSE, target_BSE, temperature_BSE = map(by_shard, (batch.edge_src, batch.edge_tgt, batch.edge_temperature))
+    hidden_BSED = jax.vmap(_gather_rows)(by_shard(hidden_BTD), source_BSE)
+    with jax.named_scope("vocabulary"):
+        found_BSE = drawn_logps(hidden_BSED, policy.unembedding(), target_BSE, temperature_BSE, vocab_chunk)
+    logp_BE, entropy_BE = (constrain(x.reshape(len(x), -1), "rows", None) for x in found_BSE)
     return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge)
 
 
 def _gather_rows(values: jax.Array, index: Any) -> jax.Array:
     """``values[b, index[b]]``, indices known to be inside."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(values, jnp.asarray(index))
-
-
-def _edge_logps(
-    policy: Policy, hidden_BED: jax.Array, batch: PackedBatch, vocab_chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    B, E, _ = hidden_BED.shape
-    count = -(-E // vocab_chunk)
-    size = -(-E // count)  # chunks of one size: the last is filled up by a few edges at most
-
-    def chunks(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        if count * size > E:
-            x = jnp.pad(x, ((0, 0), (0, count * size - E)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-        return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
-
-    def chunk(hidden: jax.Array, target: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with jax.named_scope("vocabulary"):
-            return drawn_logps(policy.logits(hidden), target, temperature)
-
-    if count == 1:
-        return chunk(hidden_BED, jnp.asarray(batch.edge_tgt), jnp.asarray(batch.edge_temperature))
-    recomputed = jax.checkpoint(chunk)
-    xs = (chunks(hidden_BED), chunks(batch.edge_tgt), chunks(batch.edge_temperature))
-    _, (logp, entropy) = jax.lax.scan(lambda carry, x: (carry, recomputed(*x)), None, xs)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, count * size)[:, :E] for x in (logp, entropy))  # type: ignore[return-value]

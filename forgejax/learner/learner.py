@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from forgejax.learner.batch import PackedBatch
-from forgejax.learner.step import Metrics, StepConfig, TrainState, TrainStep, make_train_step
-from forgejax.sharding import Rules, batch_sharding, rows_shards
+from forgejax.learner.batch import PackedBatch, PackedStep, PackedTrunk
+from forgejax.learner.context import batch_shardings, spread
+from forgejax.learner.step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
+from forgejax.learner.trunk_step import TrunkStep, make_trunk_step
+from forgejax.sharding import Rules, length_shards, rows_shards
 
 
 class Learner:
@@ -35,33 +38,59 @@ class Learner:
     ):
         """``params`` are copied; on a mesh they already lie on it."""
         rules = rules or Rules()
-        self._sharding = batch_sharding(mesh, rules) if mesh is not None else None
+        self._mesh, self._rules = mesh, rules
         self._step: TrainStep = make_train_step(graphdef, params, config, mesh=mesh, rules=rules)
+        self._make_trunk_step: Callable[[Any], TrunkStep] = functools.partial(
+            make_trunk_step, graphdef, config=config, start=self._step.start, mesh=mesh, rules=rules
+        )
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self.row_shards = rows_shards(mesh, rules) if mesh is not None else 1
         self.state: TrainState = self._step.init(params)
 
-    def update(self, batches: Sequence[PackedBatch], version: int) -> Metrics:
+    def update(self, batches: Sequence[PackedBatch], version: int, *, trunks: Sequence[PackedTrunk] = ()) -> Metrics:
         """One optimizer step over all micro-batches; returns without waiting for the devices.
 
         Args:
-            batches: of one ``PackedStep``; at least one.
+            batches: of one ``PackedStep``.
             version: the policy version of the weights being trained.
+            trunks: of the same step; of both together at least one.
 
         Returns:
             Scalars on the device; read them one step late.
+
+        Raises:
+            ValueError: there is nothing to train on.
+            ConfigError: there are trunks, and the mesh splits the length of rows.
         """
-        if not batches:
+        if not batches and not trunks:
             raise ValueError("an update of no batches; expected at least one")
+        self.state, metrics = self._step.apply(self.state, self.gradient(batches, version, trunks=trunks))
+        return metrics
+
+    def gradient(
+        self, batches: Sequence[PackedBatch], version: int, *, trunks: Sequence[PackedTrunk] = ()
+    ) -> Accumulated:
+        """What an update applies: gradients and figures summed over the micro-batches; the state stays as it is."""
         accumulated = self._step.start(self.state.params)
         for batch in batches:
             accumulated = self._step.accumulate(self.state.params, accumulated, self.place(batch), np.int32(version))
-        self.state, metrics = self._step.apply(self.state, accumulated)
-        return metrics
+        for trunk in trunks:
+            accumulated = self._through_trunk(accumulated, trunk, np.int32(version))
+        return accumulated
 
     def score(self, batch: PackedBatch) -> jax.Array:
         """log-probabilities [B, M] of the batch's terms under the current weights; nothing is updated."""
         return self._step.score(self.state.params, self.place(batch))
+
+    def score_step(self, packed: PackedStep) -> list[jax.Array]:
+        """The same of every micro-batch of a step, in the order of ``PackedStep.parts``."""
+        scored = [self.score(batch) for batch in packed.batches]
+        for each in packed.trunks:
+            trunk = self.place(each.trunk)
+            kv, _ = self._trunk_step.trunk(self.state.params, trunk)
+            scored.append(self._step.score(self.state.params, trunk))
+            scored += [self._trunk_step.score_leaves(self.state.params, kv, self.place(leaf)) for leaf in each.leaves]
+        return scored
 
     def params(self) -> Any:
         """A copy of the current weights, on the same devices, to publish: it outlives the next update."""
@@ -72,16 +101,35 @@ class Learner:
 
         What applies them is short, and compiles when the first update calls it.
         """
-        accumulated = self._step.start(self.state.params)
-        jax.block_until_ready(self._step.accumulate(self.state.params, accumulated, self.place(batch), np.int32(0)))
+        jax.block_until_ready(self.gradient([batch], 0))
+
+    @functools.cached_property
+    def _trunk_step(self) -> TrunkStep:
+        """Made when the first trunk comes: not every mesh can have trunks."""
+        return self._make_trunk_step(self.state.params)
+
+    def _through_trunk(self, accumulated: Accumulated, packed: PackedTrunk, version: np.int32) -> Accumulated:
+        step, params, trunk = self._trunk_step, self.state.params, self.place(packed.trunk)
+        kv, d_kv = step.trunk(params, trunk)
+        for leaf in packed.leaves:
+            accumulated, d_kv = step.accumulate_leaves(params, kv, (accumulated, d_kv), self.place(leaf), version)
+        return step.pull_back(params, accumulated, d_kv, trunk, version)
 
     def place(self, batch: PackedBatch) -> PackedBatch:
-        """Puts a batch on the devices, rows split over the mesh. Every process holds the whole batch."""
-        sharding = self._sharding
-        if sharding is None:
-            return jax.device_put(batch)
+        """Puts a batch on the devices, rows split over the mesh, and the tokens of rows where it splits them as well.
 
-        def one(x: np.ndarray) -> jax.Array:
+        Every process holds the whole batch.
+
+        Raises:
+            ValueError: the blocks of a row cannot be dealt evenly to the devices that share it.
+        """
+        if self._mesh is None:
+            return jax.device_put(batch)
+        shards = length_shards(self._mesh, self._rules)
+        if shards > 1:
+            batch = spread(batch, shards)
+
+        def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
             return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-        return jax.tree.map(one, batch)
+        return jax.tree.map(one, batch, batch_shardings(batch, self._mesh, self._rules))

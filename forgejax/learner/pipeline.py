@@ -37,7 +37,7 @@ class PackGroups:
 
     def __call__(self, groups: Sequence[Group]) -> TrainingBatch:
         """Raises TrainingError if no token of the groups can be trained (``judge`` drops such groups earlier)."""
-        credits = [credit(group, self.credit, self.packing.row_length) for group in groups]
+        credits = [credit(group, self.credit, self.packing) for group in groups]
         untrained: Counter[str] = Counter()
         for found in credits:
             untrained.update(found.untrained)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from forgejax.learner.pack_config import PackConfig
 from forgejax.types import TokenIds, Turn
 
 NO_VERSION = -1
@@ -91,7 +92,7 @@ def supervised_sample(
     )
 
 
-def untrainable_reason(turn: Turn, row_length: int) -> str | None:
+def untrainable_reason(turn: Turn, packing: PackConfig) -> str | None:
     """Why a turn's tokens cannot be trained, or None. A turn without tokens has nothing to train and no reason."""
     completion = turn.completion
     if turn.untrainable is not None:
@@ -100,6 +101,7 @@ def untrainable_reason(turn: Turn, row_length: int) -> str | None:
         return "sampling_law"
     if not np.isfinite(completion.logprobs).all():
         return "invalid_logprob"
-    if len(completion.prompt_ids) + len(completion.token_ids) - 1 > row_length:
+    trained = len(completion.token_ids)
+    if not packing.fits(len(completion.prompt_ids) + trained - 1, trained):
         return "too_long"
     return None

@@ -175,7 +175,11 @@ def _apply(
     # A branch, not a choice between two results for every weight: that would move half as many bytes again.
     params, opt_state = jax.lax.cond(sound, updated, left_alone, state.params, state.opt_state, accumulated.grads)
     metrics = accumulated.tally.metrics()
-    metrics |= {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.int32), "learning_rate": learning_rate(config)(state.step)}
+    metrics |= {
+        "grad_norm": norm,
+        "skipped": 1 - sound.astype(jnp.int32),
+        "learning_rate": learning_rate(config)(state.step),
+    }
     return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
 
 

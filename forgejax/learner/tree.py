@@ -24,6 +24,7 @@ class PrefixTree:
 
     Attributes:
         samples: in DFS order of the node at which they end.
+        order: [S] which of the samples given to ``build_tree`` each is.
         tokens: [T] node tokens; the last token of a sample is predicted but never fed, so it is no node by itself.
         positions: [T] depth of the node, which the rotary embedding uses.
         end: [T] index after the node's subtree.
@@ -37,6 +38,7 @@ class PrefixTree:
     """
 
     samples: tuple[Sample, ...]
+    order: NDArray[np.int64]
     tokens: Ints
     positions: Ints
     end: Ints
@@ -54,7 +56,7 @@ class PrefixTree:
         return int((self.positions.astype(np.int64) + 1).sum())
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False, slots=True)
 class _Run:
     """A run of nodes without a branch: depths ``start`` to ``stop`` of sequence ``source``."""
 
@@ -82,28 +84,37 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
     order, shared = _sample_order(runs)
     tokens, positions, end, parent = _nodes(runs, sequences)
 
-    terminal = {sample: run for run in runs for sample in run.ends}
-    term_src = np.concatenate([_sources(samples[i], terminal[i]) for i in order])
-    term_tgt = np.concatenate([samples[i].token_ids for i in order])
+    ordered = [samples[i] for i in order]
+    # A sample's own nodes lie behind those of the one before it.
+    end_of_share = np.cumsum(np.array([sample.fed_tokens for sample in ordered], np.int64) - shared)
+    term_src = _sources(ordered, shared, end_of_share)
+    term_tgt = np.concatenate([sample.token_ids for sample in ordered])
     term_temperature = np.repeat(
-        np.array([samples[i].temperature for i in order], np.float32), [len(samples[i].token_ids) for i in order]
+        np.array([sample.temperature for sample in ordered], np.float32), [len(sample.token_ids) for sample in ordered]
     )
     temperatures, which = np.unique(term_temperature, return_inverse=True)
     key = ((which.astype(np.int64) * len(tokens) + term_src) << 32) | term_tgt
     _, first, term_edge = np.unique(key, return_index=True, return_inverse=True)
     return PrefixTree(
-        samples=tuple(samples[i] for i in order),
+        samples=tuple(ordered),
+        order=np.array(order),
         tokens=tokens,
         positions=positions,
         end=end,
         parent=parent,
-        samples_through=_through(np.array([_last(terminal[i]) for i in order]), end),
+        samples_through=samples_through(end_of_share - 1, end),
         edge_src=term_src[first].astype(np.int32),
         edge_tgt=term_tgt[first].astype(np.int32),
         edge_temperature=temperatures[which[first]],
         term_edge=term_edge.astype(np.int32),
         shared=shared,
     )
+
+
+def samples_through(terminals: NDArray[np.int64], end: Ints) -> Ints:
+    """How many samples end inside each node's subtree, of those that end at ``terminals``."""
+    before = np.concatenate([[0], np.bincount(terminals, minlength=len(end)).cumsum()])
+    return (before[end] - before[:-1]).astype(np.int32)
 
 
 def _merge(sequences: Sequence[Ints], last_ids: Sequence[int]) -> _Run:
@@ -116,8 +127,7 @@ def _merge(sequences: Sequence[Ints], last_ids: Sequence[int]) -> _Run:
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     root = _Run(source=order[0], start=0, stop=0, parent=None)
     path = [root]  # the runs of the sequence before, root first
-    for rank, index in enumerate(order):
-        common = _common(sequences[order[rank - 1]], sequences[index]) if rank else 0
+    for index, common in zip(order, _shared_with_previous([sequences[index] for index in order]), strict=True):
         last = None
         while path[-1].stop > common:
             last = path.pop()
@@ -132,19 +142,25 @@ def _merge(sequences: Sequence[Ints], last_ids: Sequence[int]) -> _Run:
     return root
 
 
-def _common(a: Ints, b: Ints) -> int:
-    """Length of the longest common prefix."""
-    count = min(len(a), len(b))
-    differ = a[:count] != b[:count]
-    first = int(differ.argmax()) if count else 0
-    return first if count and differ[first] else count
+def _shared_with_previous(sequences: Sequence[Ints]) -> list[int]:
+    """Length of the longest common prefix of each sequence with the one before it; 0 for the first."""
+    lengths = np.array([len(ids) for ids in sequences])
+    flat = np.concatenate(sequences)
+    begin = np.cumsum(lengths) - lengths
+    compared = np.minimum(lengths[1:], lengths[:-1])  # at least 1
+    offset = np.cumsum(compared) - compared
+    at = np.arange(int(compared.sum()))
+    differs = flat[at + np.repeat(begin[1:] - offset, compared)] != flat[at + np.repeat(begin[:-1] - offset, compared)]
+    within = at - np.repeat(offset, compared)
+    common = np.minimum.reduceat(np.where(differs, within, len(flat)), offset) if len(offset) else offset
+    return [0, *np.minimum(common, compared).tolist()]
 
 
 def _split(run: _Run, depth: int) -> _Run:
-    """Cuts a run at a depth inside it; returns the upper part, now its parent."""
+    """Cuts a run, the last child of its parent, at a depth inside it; returns the upper part, now its parent."""
     assert run.parent is not None
     upper = _Run(source=run.source, start=run.start, stop=depth, parent=run.parent, children=[run])
-    run.parent.children[run.parent.children.index(run)] = upper
+    run.parent.children[-1] = upper
     run.start, run.parent = depth, upper
     return upper
 
@@ -157,8 +173,10 @@ def _pre_order(root: _Run) -> list[_Run]:
         found.append(run)
         stack.extend(run.children)
     for run in reversed(found):  # children before their parent
-        run.size = run.stop - run.start + sum(child.size for child in run.children)
-        run.children.sort(key=lambda child: child.size)
+        run.size = run.stop - run.start
+        if run.children:
+            run.size += sum([child.size for child in run.children])
+            run.children.sort(key=lambda child: child.size)
 
     ordered, stack, index = [], list(root.children), 0
     while stack:
@@ -200,19 +218,12 @@ def _last(run: _Run | None) -> int:
     return run.first + run.stop - run.start - 1
 
 
-def _through(terminals: NDArray[np.int64], end: Ints) -> Ints:
-    """How many samples end inside each node's subtree, of those that end at ``terminals``."""
-    before = np.concatenate([[0], np.bincount(terminals, minlength=len(end)).cumsum()])
-    return (before[end] - before[:-1]).astype(np.int32)
-
-
-def _sources(sample: Sample, terminal: _Run) -> Ints:
-    """The nodes at which the sample's trained tokens are predicted, in order."""
-    lowest = len(sample.context_ids) - 1
+def _sources(samples: Sequence[Sample], shared: Ints, end_of_share: NDArray[np.int64]) -> Ints:
+    """The nodes at which the trained tokens of the samples, in DFS order, are predicted."""
+    path = np.empty(max(sample.fed_tokens for sample in samples), np.int32)  # the nodes of one sample
     pieces = []
-    run: _Run | None = terminal
-    while run is not None and run.stop > lowest:
-        start = max(run.start, lowest)
-        pieces.append(np.arange(run.first + start - run.start, run.first + run.stop - run.start, dtype=np.int32))
-        run = run.parent
-    return np.concatenate(pieces[::-1])
+    for sample, common, end in zip(samples, shared.tolist(), end_of_share.tolist(), strict=True):
+        fed = sample.fed_tokens
+        path[common:fed] = np.arange(end - fed + common, end, dtype=np.int32)
+        pieces.append(path[len(sample.context_ids) - 1 : fed].copy())
+    return np.concatenate(pieces)

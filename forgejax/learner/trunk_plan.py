@@ -9,15 +9,11 @@ rows so counted is chosen, over all branching points at once. Samples of more th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from jaxtyping import Int
-
+from forgejax.learner.forest import Forest
 from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.samples import Sample
 
 TRUNK_COST = 4 / 3
 """Rows that a row of trunk counts for."""
@@ -37,29 +33,24 @@ class TrunkUnit:
     length: int
 
 
-def plan_trunks(samples: Sequence[Sample], shared_S: Int[np.ndarray, " S"], config: PackConfig) -> list[TrunkUnit]:
+def plan_trunks(forest: Forest, config: PackConfig) -> list[TrunkUnit]:
     """The units that save rows, in order and apart; samples in none of them go into ordinary rows.
 
-    Time is linear in the number of samples.
-
-    Args:
-        samples: in DFS order, of one tree or of trees behind one another; each is one that ``config.fits``.
-        shared_S: nodes that sample i shares with sample i - 1.
-        config: the length of a row.
+    Time is linear in the number of samples. Each sample is one that ``config.fits``.
     """
-    fed = np.array([sample.fed_tokens for sample in samples], np.int64)
-    contexts = np.array([len(sample.context_ids) for sample in samples], np.int64)
-    shared = np.asarray(shared_S, np.int64)
-    grown = np.concatenate([[0], np.cumsum(fed - shared)])
-    roots = [*np.flatnonzero(shared == 0).tolist(), len(samples)]
-    if not len(roots) > 1 or roots[0] != 0:
-        raise ValueError("the first sample shares nodes with one before it; expected the samples of whole trees")
-    units: list[TrunkUnit] = []
-    for start, stop in itertools.pairwise(roots):
-        if grown[stop] - grown[start] > config.row_length:
-            found = _Search(fed.tolist(), contexts.tolist(), shared.tolist(), grown.tolist(), config.row_length)
-            units += found.best(start, stop)
-    return _with_prefixes(units, fed, shared)
+    contexts = [len(sample.context_ids) for sample in forest.tree.samples]
+    search = _Search(
+        fed=forest.fed.tolist(),
+        contexts=contexts,
+        shared=forest.tree.shared.tolist(),
+        nodes=forest.nodes.tolist(),
+        row=config.row_length,
+    )
+    units = []
+    for start, stop in forest.roots:
+        if search.nodes[stop] - search.nodes[start] > config.row_length:
+            units += search.best(start, stop)
+    return _with_prefixes(units, forest)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,14 +74,14 @@ class _Node:
         return self.tokens - self.depth
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Search:
     """The branching points of one tree, visited children first."""
 
     fed: Sequence[int]
     contexts: Sequence[int]
     shared: Sequence[int]
-    grown: Sequence[int]
+    nodes: Sequence[int]
     row: int
 
     def best(self, start: int, stop: int) -> list[TrunkUnit]:
@@ -119,7 +110,7 @@ class _Search:
 
     def _weigh(self, node: _Node, stop: int) -> None:
         samples = range(node.start, stop)
-        node.tokens = self.fed[node.start] + self.grown[stop] - self.grown[node.start + 1]
+        node.tokens = self.fed[node.start] + self.nodes[stop] - self.nodes[node.start + 1]
         if node.ends:
             node.longest = node.depth
             node.first_source = min(self.contexts[index] for index in samples) - 1
@@ -157,18 +148,16 @@ class _Search:
     def _rows_of_large(self, node: _Node, length: int) -> float:
         """Rows of the children that are cut again below a trunk, for they exceed a row."""
         large = [child for child in node.children if child.tokens - length > self.row]
-        return sum(child.below / (self.row + length - child.depth) for child in large)
+        return sum((child.below / (self.row + length - child.depth) for child in large), 0.0)
 
 
-def _with_prefixes(
-    units: Sequence[TrunkUnit], fed: Int[np.ndarray, " S"], shared: Int[np.ndarray, " S"]
-) -> list[TrunkUnit]:
+def _with_prefixes(units: Sequence[TrunkUnit], forest: Forest) -> list[TrunkUnit]:
     """The units, each with the samples just before it that end in its trunk."""
     grown: list[TrunkUnit] = []
     for unit in units:
         start, common = unit.start, unit.length
         lowest = grown[-1].stop if grown else 0
-        while start > lowest and (common := min(common, int(shared[start]))) == fed[start - 1]:
+        while start > lowest and (common := min(common, int(forest.tree.shared[start]))) == forest.fed[start - 1]:
             start -= 1
         grown.append(dataclasses.replace(unit, start=start))
     return grown

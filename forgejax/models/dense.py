@@ -35,6 +35,25 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 @jax.custom_vjp
+def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The row of each token. Gradients of a repeated token add up in FP32 at least, then take the table's dtype."""
+    return table_VD[tokens]
+
+
+def _embed_forward(table_VD: jax.Array, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return table_VD[tokens], (table_VD, tokens)
+
+
+def _embed_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+    wide = jnp.promote_types(table.dtype, jnp.float32)
+    return jnp.zeros(table.shape, wide).at[tokens].add(d_out.astype(wide)).astype(table.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+@jax.custom_vjp
 def unembed(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     """``hidden @ head`` at full precision, accumulated and given in FP32 (FP64 for FP64); both of one dtype."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -47,13 +66,18 @@ def _unembed_forward(hidden: jax.Array, head_DV: jax.Array) -> tuple[jax.Array, 
 
 def _unembed_backward(saved: tuple[jax.Array, jax.Array], d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden, head_DV = saved
-    highest, wide, rows = jax.lax.Precision.HIGHEST, d_logits.dtype, tuple(range(hidden.ndim - 1))
-    d_hidden = jnp.tensordot(d_logits, head_DV.astype(wide), axes=((-1,), (1,)), precision=highest)
-    d_head_DV = jnp.tensordot(hidden.astype(wide), d_logits, axes=(rows, rows), precision=highest)
+    d_hidden, d_head_DV = unembed_gradients(hidden, head_DV, d_logits)
     return d_hidden.astype(hidden.dtype), d_head_DV.astype(head_DV.dtype)
 
 
 unembed.defvjp(_unembed_forward, _unembed_backward)
+
+
+def unembed_gradients(hidden: jax.Array, head_DV: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both, in the logits' dtype: those of the head may be summed before they are rounded."""
+    highest, wide, rows = jax.lax.Precision.HIGHEST, d_logits.dtype, tuple(range(hidden.ndim - 1))
+    d_hidden = jnp.tensordot(d_logits, head_DV.astype(wide), axes=((-1,), (1,)), precision=highest)
+    return d_hidden, jnp.tensordot(hidden.astype(wide), d_logits, axes=(rows, rows), precision=highest)
 
 
 @jax.custom_vjp

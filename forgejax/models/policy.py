@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
-from forgejax.models.dense import linear, silu_gated, unembed
+from forgejax.models.dense import embed, linear, silu_gated, unembed
 from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
 from forgejax.models.rope import RopeConfig, Rotation, rotate, rotation_of
 from forgejax.sharding import constrain
@@ -355,8 +355,8 @@ class Policy(nnx.Module):
             # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
             body = jax.checkpoint(one_layer, prevent_cse=False, policy=policy)
         # Looked up whole along D, else the partitioner replicates the activations; looked up before the cast, so that
-        # the gradients of a repeated token add up in the parameters' dtype.
-        x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT].astype(self.config.compute_dtype)
+        # the gradients of a repeated token add up unrounded.
+        x_BTD = embed(constrain(self.embedding[...], "vocab", None), tokens_BT).astype(self.config.compute_dtype)
         x_BTD = constrain(x_BTD, "rows", "length", None)
         rotation = rotation_of(self.config.rope, self.config.head_size, positions_BT, x_BTD.dtype)
         layers_L = jnp.arange(self.config.num_layers)
@@ -370,7 +370,11 @@ class Policy(nnx.Module):
         The precision is asked for because TPUs and GPUs otherwise multiply FP32 operands in bf16 or TF32. Operands that
         are both bf16 stay so: their products are exact in the FP32 accumulator.
         """
-        head_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        head_DV = constrain(head_DV, None, "vocab")
+        head_DV = self.unembedding()
         operand = jnp.promote_types(hidden.dtype, head_DV.dtype)
         return unembed(hidden.astype(operand), head_DV.astype(operand))
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        """What hidden states are multiplied with, whole along D."""
+        head_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        return constrain(head_DV, None, "vocab")

@@ -2,5 +2,6 @@
 
 from forgejax.ops.tree_attention import Kernel, kernel_for, tree_attention
 from forgejax.ops.tree_meta import TreeMeta, tree_meta
+from forgejax.ops.tree_split import SplitMeta, split_meta
 
-__all__ = ["Kernel", "TreeMeta", "kernel_for", "tree_attention", "tree_meta"]
+__all__ = ["Kernel", "SplitMeta", "TreeMeta", "kernel_for", "split_meta", "tree_attention", "tree_meta"]

@@ -14,6 +14,7 @@ from forgejax.ops.tree_attention_cpu import CpuKernel
 from forgejax.ops.tree_attention_gpu import GpuKernel
 from forgejax.ops.tree_attention_tpu import TpuKernel
 from forgejax.ops.tree_meta import TreeMeta
+from forgejax.ops.tree_split import SplitMeta, whole_rows
 
 
 @runtime_checkable
@@ -62,11 +63,12 @@ def tree_attention(
     q_BTHC: Float[Array, "B T H C"],
     k_BSKC: Float[Array, "B S K C"],
     v_BSKC: Float[Array, "B S K C"],
-    meta: TreeMeta,
+    meta: TreeMeta | SplitMeta,
     *,
     mesh: Mesh | None = None,
     row_axes: tuple[str, ...] = (),
     head_axis: str | None = None,
+    length_axis: str | None = None,
     kernel: Kernel | None = None,
 ) -> Float[Array, "B T H C"]:
     """Attention in which query i sees exactly the keys j with ``j <= i < end[j]``: itself and its ancestors.
@@ -80,27 +82,29 @@ def tree_attention(
         q_BTHC: queries; H is a multiple of K, and query head h reads key head ``h // (H // K)``.
         k_BSKC: keys.
         v_BSKC: values.
-        meta: visibility, from ``tree_meta``.
-        mesh: where given, the work is split inside ``shard_map`` over ``row_axes`` (which divide B) and ``head_axis``.
-            The loop over block pairs holds no collective: its trip count differs between the row shards.
+        meta: visibility, from ``tree_meta``; from ``split_meta`` where there is a ``length_axis``.
+        mesh: where given, the work is split inside ``shard_map`` over ``row_axes`` (which divide B), ``head_axis`` and
+            ``length_axis``. The loop over block pairs holds no collective: its trip count differs between the shards.
         row_axes: mesh axes that shard B, in order.
         head_axis: mesh axis that shards the heads, or None.
+        length_axis: mesh axis that shards T and S, or None. Tokens then lie as ``meta`` says they are stored, keys as
+            well as queries, and each shard gathers the keys and values of its rows before it begins.
         kernel: the backend; None takes ``kernel_for(mesh)``, decided as the caller is traced.
 
     Raises:
-        ValueError: H is not a multiple of K, the heads cannot be split over ``head_axis``, or the kernel cannot work
-            with ``meta.block_size`` (multiples of 128 on TPU; 16, 32, 64 or 128 on GPU).
+        ValueError: H is not a multiple of K, the heads cannot be split over ``head_axis``, ``meta`` is of other rows
+            or of another number of shards, or the kernel cannot work with ``meta.block_size`` (multiples of 128 on
+            TPU; 16, 32, 64 or 128 on GPU).
     """
-    if q_BTHC.shape[1] != meta.query_at.shape[1] * meta.block_size or k_BSKC.shape[1] != meta.end.shape[1]:
-        raise ValueError(
-            f"{q_BTHC.shape[1]} queries over {k_BSKC.shape[1]} keys with the visibility of "
-            f"{meta.query_at.shape[1] * meta.block_size} over {meta.end.shape[1]}"
-        )
+    _check_meta(
+        q_BTHC.shape[1], k_BSKC.shape[1], meta, mesh.shape[length_axis] if mesh is not None and length_axis else None
+    )
     H, K = q_BTHC.shape[2], k_BSKC.shape[2]
     if H % K:
         raise ValueError(f"{H} query heads over {K} key heads: expected a multiple")
     kernel = kernel or kernel_for(mesh)
     if mesh is None:
+        assert isinstance(meta, TreeMeta)
         return _attend(kernel, q_BTHC, k_BSKC, v_BSKC, meta)
 
     shards = mesh.shape[head_axis] if head_axis else 1
@@ -111,18 +115,41 @@ def tree_attention(
         )
     split_keys = K % shards == 0
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta | SplitMeta) -> jax.Array:
         if not split_keys:  # more shards than key heads: each keeps the one that its queries read
             first = lax.axis_index(head_axis) * K // shards
             k, v = (lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
-        return _attend(kernel, q, k, v, meta)
+        if isinstance(meta, TreeMeta):
+            return _attend(kernel, q, k, v, meta)
+        assert length_axis is not None
+        k, v = (whole_rows(x, meta, length_axis) for x in (k, v))
+        return _attend(kernel, q, k, v, meta.local())
 
     rows = row_axes or None
-    heads = PartitionSpec(rows, None, head_axis, None)
-    keys = heads if split_keys else PartitionSpec(rows, None, None, None)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, keys, keys, PartitionSpec(rows)), out_specs=heads, check_vma=False
-    )(q_BTHC, k_BSKC, v_BSKC, meta)
+    heads = PartitionSpec(rows, length_axis, head_axis, None)
+    keys = heads if split_keys else PartitionSpec(rows, length_axis, None, None)
+    whole: Any = PartitionSpec(rows)
+    if isinstance(meta, SplitMeta):
+        whole = SplitMeta(shards=PartitionSpec(rows, length_axis), stored_at=whole, logical_at=whole)
+    return jax.shard_map(local, mesh=mesh, in_specs=(heads, keys, keys, whole), out_specs=heads, check_vma=False)(
+        q_BTHC, k_BSKC, v_BSKC, meta
+    )
+
+
+def _check_meta(queries: int, keys: int, meta: TreeMeta | SplitMeta, shards: int | None) -> None:
+    """``shards``: of the length, None where nothing splits it."""
+    found = meta.n_shards if isinstance(meta, SplitMeta) else None
+    if found != shards:
+        raise ValueError(
+            f"visibility of rows on {found or 'whole'} shards where the mesh has {shards or 'whole rows'}: "
+            "build it with split_meta for as many shards as the length axis has"
+        )
+    if isinstance(meta, SplitMeta):
+        seen = (meta.logical_at.shape[1] * meta.shards.block_size, meta.shards.end.shape[2])
+    else:
+        seen = (meta.query_at.shape[1] * meta.block_size, meta.end.shape[1])
+    if (queries, keys) != seen:
+        raise ValueError(f"{queries} queries over {keys} keys with the visibility of {seen[0]} over {seen[1]}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -29,7 +29,7 @@ class Rules:
     """For each logical axis, the mesh axes that split it, major first; an empty tuple replicates it."""
 
     vocab: tuple[str, ...] = ("tensor",)
-    embed: tuple[str, ...] = ("fsdp",)
+    embed: tuple[str, ...] = ("fsdp", "context")
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
@@ -81,9 +81,10 @@ def param_shardings(tree: Tree, mesh: Mesh, rules: Rules) -> Tree:
     return sharded
 
 
-def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-    """The sharding of arrays [rows, ...], whole along every other dimension."""
-    return NamedSharding(mesh, P(_split_by(rules.rows, mesh) or None))
+def batch_sharding(mesh: Mesh, rules: Rules, *, length: bool = False) -> NamedSharding:
+    """The sharding of arrays [rows, ...], whole along every other dimension; or of arrays [rows, length, ...]."""
+    rows = _split_by(rules.rows, mesh) or None
+    return NamedSharding(mesh, P(rows, _split_by(rules.length, mesh) or None) if length else P(rows))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -103,10 +104,17 @@ def rows_shards(mesh: Mesh, rules: Rules) -> int:
 
 def heads_axis(mesh: Mesh, rules: Rules) -> str | None:
     """The mesh axis that splits query heads, for a ``shard_map`` over them; None where heads are whole."""
-    axes = _split_by(rules.heads, mesh)
-    if len(axes) > 1:
-        raise MeshError(f"rules.heads names {list(axes)}, each larger than 1 here; attention takes one axis at most")
-    return axes[0] if axes else None
+    return _only_axis("heads", mesh, rules)
+
+
+def length_axis(mesh: Mesh, rules: Rules) -> str | None:
+    """The mesh axis that splits the tokens of a row, for a ``shard_map`` over them; None where rows are whole."""
+    return _only_axis("length", mesh, rules)
+
+
+def length_shards(mesh: Mesh, rules: Rules) -> int:
+    """How many shards the tokens of a row fall into."""
+    return _size(rules.length, mesh)
 
 
 def kv_heads_axis(mesh: Mesh, rules: Rules, num_kv_heads: int) -> str | None:
@@ -163,6 +171,13 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def _split_by(axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
     """The axes that do split, on this mesh."""
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _only_axis(logical: str, mesh: Mesh, rules: Rules) -> str | None:
+    axes = _split_by(rules.axes(logical), mesh)
+    if len(axes) > 1:
+        raise MeshError(f"rules.{logical} names {list(axes)}, each larger than 1 here; attention takes one at most")
+    return axes[0] if axes else None
 
 
 def _size(axes: Sequence[str], mesh: Mesh) -> int:

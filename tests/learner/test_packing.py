@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgejax.errors import ConfigError
+from forgejax.learner.batch import Part
 from forgejax.learner.cutting import cut
 from forgejax.learner.drift import trained_ids
 from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.tree import build_tree
+from forgejax.sharding.topology import Platform
 
 from .samples import random_group, sample
 
@@ -36,7 +38,7 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
     assert sorted(place.request_id for place in packed.placements) == sorted(by_id)
     for place in packed.placements:
         one, batch = by_id[place.request_id], packed.batches[place.batch]
-        context, sampled = trained_ids(batch, place)
+        context, sampled = trained_ids(Part(batch=batch), place)
         assert context.tolist() == one.context_ids.tolist()
         assert sampled.tolist() == one.token_ids.tolist()
         terms = (place.row, slice(place.start, place.stop))
@@ -167,12 +169,36 @@ def test_padding_counts_no_sample_and_every_fed_token_counts_once_for_its_sample
 
 
 def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"sample long feeds 20 tokens; a row holds 16"):
-        pack([[sample(list(range(20)), [1], name="long")]], PackConfig(row_length=16, block_size=8))
+    config = PackConfig(row_length=16, block_size=8, trunks=False)
+
+    with pytest.raises(ValueError, match=r"sample long feeds 20 tokens and trains 1; a row holds 16"):
+        pack([[sample(list(range(20)), [1], name="long")]], config)
+
+
+@pytest.mark.parametrize(
+    ("fed", "trained", "fits"), [(16, 16, True), (17, 16, True), (32, 16, True), (33, 1, False), (20, 17, False)]
+)
+def test_a_sample_of_two_rows_fits_behind_a_trunk_if_a_row_holds_what_is_trained(
+    fed: int, trained: int, fits: bool
+) -> None:
+    assert PackConfig(row_length=16, block_size=8).fits(fed, trained) == fits
+    assert PackConfig(row_length=16, block_size=8, trunks=False).fits(fed, trained) == (fed <= 16)
+
+
+def test_a_prefix_that_groups_share_lies_in_a_row_once() -> None:
+    groups = [[sample([1, 2, 3, 4, n], [m], name=f"{n}-{m}") for m in range(2)] for n in range(3)]
+
+    packed = pack(groups, PackConfig(row_length=16, rows=1, block_size=8))
+
+    assert packed.stats.tree_tokens == 4 + 3
+    assert packed.stats.tree_token_ratio == pytest.approx(6 * 5 / 7)
+    (batch,) = packed.batches
+    weight_of = {one.request_id: batch.weight[one.row, one.start] for one in packed.placements}
+    assert set(weight_of.values()) == {np.float32(1 / 6)}
 
 
 def test_shards_of_a_micro_batch_get_like_work() -> None:
-    groups = [[sample(list(range(n)), [1])] for n in (60, 59, 40, 39, 20, 19, 10, 9)]
+    groups = [[sample(list(range(100 * n, 101 * n)), [1])] for n in (60, 59, 40, 39, 20, 19, 10, 9)]
 
     packed = pack(groups, PackConfig(row_length=64, rows=1, block_size=8, token_cost=0.0, pair_cost=1.0), row_shards=2)
 
@@ -205,3 +231,23 @@ def test_an_empty_batch_has_the_shapes_of_one_that_trains_half_of_its_tokens() -
 def test_a_row_that_is_no_multiple_of_its_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiple"):
         PackConfig(row_length=100, block_size=64)
+
+
+@pytest.mark.parametrize(
+    ("platform", "row_length", "length_shards", "block"),
+    [("cpu", 512, 1, 64), ("gpu", 480, 1, 32), ("tpu", 8192, 1, 512), ("tpu", 4224, 1, 128), ("tpu", 8192, 64, 128)],
+)
+def test_blocks_follow_the_platform_and_divide_what_a_device_has_of_a_row(
+    platform: Platform, row_length: int, length_shards: int, block: int
+) -> None:
+    config = PackConfig(row_length=row_length).on(platform, length_shards)
+
+    assert (config.block_size, config.trunks) == (block, length_shards == 1)
+    assert PackConfig(row_length=row_length, block_size=16).on(platform, 1).block_size == 16
+
+
+def test_a_row_whose_blocks_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"row_length 96 on a mesh with context = 4: expected a multiple of 4 x .* 128"
+    ):
+        PackConfig(row_length=96, block_size=32).on("cpu", 4)

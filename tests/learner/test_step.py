@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from forgejax import sharding
-from forgejax.learner.forward import _edge_logps
 from forgejax.learner.learner import Learner
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.optimizer import OptimizerConfig
@@ -22,9 +20,10 @@ from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.samples import Sample, supervised_sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
-from forgejax.models import Policy, PolicyConfig, abstract_policy, init_params
+from forgejax.models import PolicyConfig, abstract_policy, init_params
 from forgejax.ops.tree_attention_dense import dense_tree_attention
 
+from .oracle import relative, unmerged
 from .samples import random_group, sample
 
 _VOCAB = 8
@@ -48,53 +47,6 @@ _ROOM = 24
 """Samples, and tokens of each, that the oracle is compiled for."""
 
 
-def _unmerged(graphdef: Any) -> Callable[[Any, Sequence[Sequence[Sample]]], tuple[Any, Any]]:
-    """CISPO loss and gradient by the formula itself, each sample a chain of its own under a dense mask."""
-    chain = jnp.full((_ROOM, _ROOM), _ROOM, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(_ROOM, dtype=jnp.int32)[None], (_ROOM, _ROOM))
-
-    def attend(layer: Any, q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
-        return dense_tree_attention(q, k, v, chain), memory
-
-    def loss(params: Any, data: tuple[Any, ...]) -> Any:
-        tokens, targets, sources, old, scale, temperature = data
-        policy = nnx.merge(graphdef, params)
-        logits = policy.logits(policy(tokens, positions, attend)[0]) / temperature[:, :, None]
-        logps = jax.nn.log_softmax(logits, axis=-1)
-        logp = logps[jnp.arange(_ROOM)[:, None], sources, targets]
-        ratio = jnp.exp(jnp.clip(jax.lax.stop_gradient(logp) - old, -20, 20))
-        return -(scale * jnp.minimum(ratio, 5.0) * logp).sum()
-
-    grad = jax.jit(jax.value_and_grad(loss))
-
-    def of(params: Any, groups: Sequence[Sequence[Sample]]) -> tuple[Any, Any]:
-        samples = [one for members in groups for one in members]
-        weights = [
-            1.0 / (sum(len(one.token_ids) for one in members) * len(groups)) for members in groups for _ in members
-        ]
-        tokens, targets, sources = (np.zeros((_ROOM, _ROOM), np.int32) for _ in range(3))
-        old, scale, temperature = np.zeros((_ROOM, _ROOM)), np.zeros((_ROOM, _ROOM)), np.ones((_ROOM, 1))
-        for row, (one, weight) in enumerate(zip(samples, weights, strict=True)):
-            n = len(one.token_ids)
-            tokens[row, : one.fed_tokens] = one.fed_ids
-            targets[row, :n], old[row, :n] = one.token_ids, one.old_logp
-            sources[row, :n] = len(one.context_ids) - 1 + np.arange(n)
-            scale[row, :n] = np.float64(np.float32(weight)) * np.float64(np.float32(one.advantage))
-            temperature[row] = np.float32(one.temperature)
-        return grad(params, (tokens, targets, sources, old, scale, temperature))
-
-    return of
-
-
-def _relative(ours: Any, oracle: Any) -> float:
-    """Length of the difference over length of the oracle."""
-    difference = jax.tree.map(np.subtract, ours, oracle)
-    lengths = [
-        np.sqrt(sum(float((x.astype(np.float64) ** 2).sum()) for x in jax.tree.leaves(t))) for t in (difference, oracle)
-    ]
-    return float(lengths[0] / lengths[1])
-
-
 def _some_groups(seed: int) -> list[list[Sample]]:
     """A deep tree of two temperatures, a flat one, and duplicates of opposite advantage, one beyond the clip."""
     rng = np.random.default_rng(seed)
@@ -112,7 +64,7 @@ def _some_groups(seed: int) -> list[list[Sample]]:
 
 
 def _check_against_oracle(step: TrainStep, params: Any, config: PackConfig, bound: float, examples: int) -> None:
-    oracle = _unmerged(abstract_policy(_config(str(jax.tree.leaves(params)[0].dtype)))[0])
+    oracle = unmerged(abstract_policy(_config(str(jax.tree.leaves(params)[0].dtype)))[0], _ROOM)
 
     @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(seed=st.integers(0, 10**9))
@@ -125,7 +77,7 @@ def _check_against_oracle(step: TrainStep, params: Any, config: PackConfig, boun
 
         assert abs(float(total.tally.loss) - float(loss)) <= bound * max(1.0, abs(float(loss)))
         assert int(total.tally.clipped) > 0
-        assert _relative(jax.device_get(total.grads), jax.device_get(grads)) <= bound
+        assert relative(jax.device_get(total.grads), jax.device_get(grads)) <= bound
 
     equal()
 
@@ -184,47 +136,7 @@ def test_bins_padding_and_order_change_nothing_but_rounding() -> None:
         assert metrics["trained_terms"] == plain["trained_terms"] == sum(len(s.token_ids) for g in _groups() for s in g)
         assert metrics["entropy"] == pytest.approx(plain["entropy"], rel=1e-5)
         assert metrics["probability_correlation"] == pytest.approx(plain["probability_correlation"], abs=1e-5)
-        assert _relative(found, grads) <= 1e-5
-
-
-@pytest.mark.parametrize(("limit", "size"), [(1, 1), (20, 16), (24, 16), (31, 16), (32, 32), (500, 32)])
-def test_logits_come_in_the_fewest_chunks_the_limit_allows_and_are_those_of_one(limit: int, size: int) -> None:
-    """32 edges; a divisor of the limit alone would cut 20 into chunks of 4."""
-    sizes = []
-
-    class Recorder(Policy):
-        def __init__(self) -> None: ...
-
-        def logits(self, hidden: jax.Array) -> jax.Array:
-            sizes.append(hidden.shape[1])
-            return hidden * 3.0
-
-    batch = pack([[sample([1, 2, 3], [4, 5, 6] * 6, temperature=0.5)]], _CONFIG).batches[0]
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(*batch.edge_tgt.shape, _VOCAB)), jnp.float32)
-    assert batch.edge_tgt.shape[1] == 32
-    logp, entropy = _edge_logps(Recorder(), hidden, batch, limit)
-    law = jax.nn.log_softmax(hidden * 3.0 / batch.edge_temperature[..., None])
-    drawn = jnp.take_along_axis(law, jnp.asarray(batch.edge_tgt)[..., None], axis=-1)[..., 0]
-
-    assert set(sizes) == {size}
-    np.testing.assert_allclose(logp, drawn, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropy, -(jnp.exp(law) * law).sum(axis=-1), rtol=1e-4, atol=1e-5)
-
-
-def test_an_uneven_last_chunk_adds_nothing_to_the_gradient() -> None:
-    batch = pack([[sample([1, 2, 3], [4, 5, 6] * 6)]], _CONFIG).batches[0]
-    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(*batch.edge_tgt.shape, _VOCAB)), jnp.float32)
-
-    class Plain(Policy):
-        def __init__(self) -> None: ...
-
-        def logits(self, hidden: jax.Array) -> jax.Array:
-            return hidden
-
-    def loss(hidden: jax.Array, limit: int) -> jax.Array:
-        return _edge_logps(Plain(), hidden, batch, limit)[0].sum()
-
-    np.testing.assert_allclose(jax.grad(loss)(hidden, 11), jax.grad(loss)(hidden, 32), rtol=1e-5, atol=1e-6)
+        assert relative(found, grads) <= 1e-5
 
 
 def test_a_mesh_of_rows_and_heads_takes_the_same_step() -> None:
@@ -238,7 +150,7 @@ def test_a_mesh_of_rows_and_heads_takes_the_same_step() -> None:
     assert learner.row_shards == 2
     for name in ("loss", "grad_norm", "entropy", "gap_max", "gap_sum", "trained_terms", "probability_correlation"):
         assert split[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5)
-    assert _relative(split_grads, alone_grads) <= 1e-5
+    assert relative(split_grads, alone_grads) <= 1e-5
     specs = {str(x.sharding.spec) for x in jax.tree.leaves(learner.state.opt_state) if x.ndim}
     assert any("fsdp" in spec for spec in specs)
 
