@@ -96,8 +96,18 @@ class _Split:
 
     def is_drawn(self, logits: jax.Array, drawn: jax.Array) -> jax.Array:
         """A one-hot over this device's part of the vocabulary."""
-        first = lax.axis_index(self.vocab) * logits.shape[-1] if self.vocab else 0
-        return lax.broadcasted_iota(drawn.dtype, logits.shape, logits.ndim - 1) + first == drawn[..., None]
+        own = lax.broadcasted_iota(drawn.dtype, logits.shape, logits.ndim - 1)
+        return own == self._local(drawn, logits)[..., None]
+
+    def at_drawn(self, logits: jax.Array, drawn: jax.Array) -> jax.Array:
+        """The logit of what was drawn; 0 where another device has it."""
+        at = self._local(drawn, logits)
+        own = (at >= 0) & (at < logits.shape[-1])
+        taken = jnp.take_along_axis(logits, jnp.where(own, at, 0)[..., None], axis=-1, mode="promise_in_bounds")
+        return jnp.where(own, taken[..., 0], 0.0)
+
+    def _local(self, drawn: jax.Array, logits: jax.Array) -> jax.Array:
+        return drawn - lax.axis_index(self.vocab) * logits.shape[-1] if self.vocab else drawn
 
     def summed(self, x: jax.Array) -> jax.Array:
         """Over the parts of the vocabulary."""
@@ -150,9 +160,8 @@ def _forward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax
         lifted = jnp.exp(scaled - top)
         total = split.summed(lifted.sum(axis=-1, keepdims=True))
         norm = top + jnp.log(total)
-        # A sum over a one-hot instead of a gather: it stays local where the vocabulary is split.
-        logp = split.summed(jnp.where(split.is_drawn(logits, drawn), scaled, 0.0).sum(axis=-1)) - norm[..., 0]
-        entropy = split.summed((lifted * (norm - scaled)).sum(axis=-1)) / total[..., 0]
+        logp = split.summed(split.at_drawn(scaled, drawn)) - norm[..., 0]
+        entropy = split.summed(jnp.einsum("BSEV,BSEV->BSE", lifted, norm - scaled)) / total[..., 0]
         kept = (logits,) if drawn.shape[-1] == n_edges else ()
         return None, (logp, entropy, norm[..., 0], *kept)
 

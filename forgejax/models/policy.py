@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
-from forgejax.models.dense import embed, linear, silu_gated, unembed
+from forgejax.models.dense import embed, linear, rms_norm, silu_gated, unembed
 from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
 from forgejax.models.rope import RopeConfig, Rotation, rotate, rotation_of
 from forgejax.sharding import constrain
@@ -148,13 +148,6 @@ def weight(
     if len(shape) != len(axes):
         raise ValueError(f"weight of shape {shape} has {len(axes)} axis names {axes}")
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), logical_axes=axes)
-
-
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm over the last axis in FP32 (Zhang & Sennrich 2019, arXiv 1910.07467), in x's dtype."""
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * jnp.expand_dims(scale.astype(x32.dtype), tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class Block(nnx.Module):

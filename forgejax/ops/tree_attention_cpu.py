@@ -1,13 +1,14 @@
 """Tree attention in plain JAX: a loop over the active block pairs of each row.
 
 The online softmax of FlashAttention (arXiv 2205.14135). The trip count is a runtime value, so the cost follows the
-active pairs of the tree. Queries that share a key head lie in one block, [K, block, G * block_size, C], so that keys
-and values are never repeated and each product is one matrix product a key head.
+active pairs of the tree. Queries that share a key head lie in one block, [block, G * block_size, C], so that keys and
+values are never repeated and each product is one of two matrices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ from jaxtyping import Array, Float
 
 from forgejax.ops.tree_meta import TreeMeta
 
-_NEVER = -1e30  # below every score, and finite: exp(_NEVER - _NEVER) must not be NaN
+_NEVER = -1e30  # the score of what is not visible
+_LOWEST = -1e25  # below every score, and so far above _NEVER that exp(_NEVER - _LOWEST) is 0
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuKernel:
-    """The CPU backend of ``tree_attention``; rows run one after another. Takes any block size, and FP64."""
+    """The CPU backend of ``tree_attention``; rows and heads run one after another. Takes any block size, and FP64."""
 
     def check(self, meta: TreeMeta, dtype: Any, head_size: int) -> None:
         """Nothing is refused."""
@@ -72,90 +74,94 @@ def _blocks_to_keys(k_BKNSC: jax.Array) -> jax.Array:
     return k_BKNSC.transpose(0, 2, 3, 1, 4).reshape(B, N * S, K, C)
 
 
+def _by_head(function: Callable[..., tuple[jax.Array, ...]], meta: TreeMeta, *of_heads: jax.Array) -> tuple:
+    """``function(row's meta, *head's arrays)`` of every key head of every row; arrays begin with [B, K].
+
+    One after another: XLA:CPU multiplies single matrices faster than stacks of small ones.
+    """
+    B, K = of_heads[0].shape[:2]
+
+    def one(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        row, *arrays = xs
+        return function(jax.tree.map(lambda x: jnp.asarray(x)[row], meta), *arrays)
+
+    found = lax.map(one, (jnp.arange(B * K) // K, *(x.reshape(B * K, *x.shape[2:]) for x in of_heads)))
+    return tuple(x.reshape(B, K, *x.shape[1:]) for x in found)
+
+
 def _at(blocks: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(blocks, index, axis=1, keepdims=False)
+    return lax.dynamic_index_in_dim(blocks, index, keepdims=False)
 
 
 def _put(blocks: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(blocks, value, index, axis=1)
-
-
-def _scores(
-    q: jax.Array, k: jax.Array, end_S: jax.Array, *, a: jax.Array, b: jax.Array, block: int
-) -> tuple[jax.Array, jax.Array]:
-    """Scaled scores [K, G * block, block] of logical query block a against key block b, and which of them count."""
-    scores = jnp.einsum("KQC,KSC->KQS", q, k, preferred_element_type=_real(q)) * q.shape[-1] ** -0.5
-    i = a * block + jnp.arange(block)[:, None]
-    j = b * block + jnp.arange(block)[None, :]
-    end_S = lax.dynamic_slice_in_dim(end_S, b * block, block)
-    visible = (j <= i) & (i < end_S[None, :])
-    return scores, jnp.tile(visible, (q.shape[1] // block, 1))[None]
+    return lax.dynamic_update_index_in_dim(blocks, value, index, axis=0)
 
 
 def _real(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def _visible(meta: TreeMeta, a: jax.Array, b: jax.Array) -> jax.Array:
+    """[block, block]: which queries of query block a see which keys of block b."""
+    block = meta.block_size
+    i = meta.query_at[a] * block + jnp.arange(block)[:, None]
+    j = b * block + jnp.arange(block)[None, :]
+    return (j <= i) & (i < lax.dynamic_slice_in_dim(meta.end, b * block, block)[None, :])
+
+
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, tuple]:
-    block, real = meta.block_size, _real(q)
+    group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
 
-    def row(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q_row, k_row, v_row, end_S, at, q_block, kv_block, n_pairs = xs
-
+    def head(meta: TreeMeta, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out, top, total = carry
-            a, b = q_block[p], kv_block[p]
-            scores, visible = _scores(_at(q_row, a), _at(k_row, b), end_S, a=at[a], b=b, block=block)
-            scores = jnp.where(visible, scores, _NEVER)
+            a, b = meta.q_block[p], meta.kv_block[p]
+            scores = jnp.einsum("QC,SC->QS", _at(q, a), _at(k, b), preferred_element_type=real) * scale
+            scores = jnp.where(jnp.tile(_visible(meta, a, b), (group, 1)), scores, _NEVER)
             old_top = _at(top, a)
             new_top = jnp.maximum(old_top, scores.max(axis=-1))
-            weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+            weights = jnp.exp(scores - new_top[:, None])  # 0 where not visible: new_top is no less than _LOWEST
             decay = jnp.exp(old_top - new_top)
-            update = jnp.einsum("KQS,KSC->KQC", weights, _at(v_row, b).astype(real))
-            out = _put(out, _at(out, a) * decay[..., None] + update, a)
+            out = _put(out, _at(out, a) * decay[:, None] + weights @ _at(v, b).astype(real), a)
             total = _put(total, _at(total, a) * decay + weights.sum(axis=-1), a)
             return out, _put(top, new_top, a), total
 
-        start = (
-            jnp.zeros(q_row.shape, real),
-            jnp.full(q_row.shape[:-1], _NEVER, real),
-            jnp.zeros(q_row.shape[:-1], real),
-        )
-        out, top, total = lax.fori_loop(0, n_pairs, pair, start)
+        start = jnp.zeros(q.shape, real), jnp.full(q.shape[:-1], _LOWEST, real), jnp.zeros(q.shape[:-1], real)
+        out, top, total = lax.fori_loop(0, meta.n_pairs, pair, start)
         total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
         return out / total[..., None], top + jnp.log(total)
 
-    out, lse = checkpoint_name(
-        lax.map(row, (q, k, v, meta.end, meta.query_at, meta.q_block, meta.kv_block, meta.n_pairs)), "attended"
-    )
+    out, lse = checkpoint_name(_by_head(head, meta, q, k, v), "attended")
     return out, (q, k, v, meta, out, lse)
 
 
 def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
+    """Scores stand transposed, keys by queries: two of the three products that take them then read them as they lie."""
     q, k, v, meta, out, lse = residuals
-    block, real = meta.block_size, _real(q)
+    group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
     d_out = d_out.astype(real)
 
-    def row(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        q_row, k_row, v_row, d_row, lse_row, delta_row, end_S, at, q_block, kv_block, n_pairs = xs
+    def head(meta: TreeMeta, *of_head: jax.Array) -> tuple[jax.Array, ...]:
+        q, k, v, d_out, lse, delta = of_head
 
         def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_q, d_k, d_v = carry
-            a, b = q_block[p], kv_block[p]
-            q_a, k_b, d_a = _at(q_row, a), _at(k_row, b), _at(d_row, a)
-            scores, visible = _scores(q_a, k_b, end_S, a=at[a], b=b, block=block)
-            weights = jnp.where(visible, jnp.exp(scores - _at(lse_row, a)[..., None]), 0.0)
-            d_weights = jnp.einsum("KQC,KSC->KQS", d_a, _at(v_row, b).astype(real))
-            d_scores = weights * (d_weights - _at(delta_row, a)[..., None]) * q.shape[-1] ** -0.5
-            d_q = _put(d_q, _at(d_q, a) + jnp.einsum("KQS,KSC->KQC", d_scores, k_b.astype(real)), a)
-            d_k = _put(d_k, _at(d_k, b) + jnp.einsum("KQS,KQC->KSC", d_scores, q_a.astype(real)), b)
-            d_v = _put(d_v, _at(d_v, b) + jnp.einsum("KQS,KQC->KSC", weights, d_a), b)
+            a, b = meta.q_block[p], meta.kv_block[p]
+            q_a, k_b, d_a = _at(q, a), _at(k, b), _at(d_out, a)
+            scores = jnp.einsum("SC,QC->SQ", k_b, q_a, preferred_element_type=real) * scale
+            visible_SQ = jnp.tile(_visible(meta, a, b).T, (1, group))
+            weights = jnp.where(visible_SQ, jnp.exp(scores - _at(lse, a)[None]), 0.0)
+            d_weights = jnp.einsum("SC,QC->SQ", _at(v, b).astype(real), d_a)
+            d_scores = weights * (d_weights - _at(delta, a)[None]) * scale
+            d_q = _put(d_q, _at(d_q, a) + jnp.einsum("SQ,SC->QC", d_scores, k_b.astype(real)), a)
+            d_k = _put(d_k, _at(d_k, b) + d_scores @ q_a.astype(real), b)
+            d_v = _put(d_v, _at(d_v, b) + weights @ d_a, b)
             return d_q, d_k, d_v
 
-        start = (jnp.zeros(q_row.shape, real), jnp.zeros(k_row.shape, real), jnp.zeros(v_row.shape, real))
-        return lax.fori_loop(0, n_pairs, pair, start)
+        start = (jnp.zeros(q.shape, real), jnp.zeros(k.shape, real), jnp.zeros(v.shape, real))
+        return lax.fori_loop(0, meta.n_pairs, pair, start)
 
-    delta = (d_out * out).sum(axis=-1)
-    xs = (q, k, v, d_out, lse, delta, meta.end, meta.query_at, meta.q_block, meta.kv_block, meta.n_pairs)
-    d_q, d_k, d_v = lax.map(row, xs)
+    # Not a product and then its sum: XLA:CPU sums the rows of [1, ...] thirty times slower.
+    delta = jnp.einsum("...C,...C->...", d_out, out)
+    d_q, d_k, d_v = _by_head(head, meta, q, k, v, d_out, lse, delta)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

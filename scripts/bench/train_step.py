@@ -140,8 +140,10 @@ def compare(case: str, groups: Groups, options: Options) -> dict[str, Any]:
         result = {"grad_rel_diff": relative(gradient, ours.gradient(unmerged))}
         a = jax.random.normal(jax.random.key(0), (_PEAK_SIZE, _PEAK_SIZE))
         product = functools.partial(jax.jit(jnp.matmul), a, a)
-        steps = functools.partial(ours.update, merged), functools.partial(ours.update, unmerged), product
+        steps = functools.partial(ours.update, merged), functools.partial(ours.update, unmerged)
+        # The faster of two products: the first finds caches and threads as the step left them.
         runs: list[Callable[[], float]] = [functools.partial(clocked, step) for step in steps]
+        runs.append(lambda: min(clocked(product), clocked(product)))
         if peer is not None:
             result["peer_grad_rel_diff"] = relative(gradient, peer.gradient())
             if result["peer_grad_rel_diff"] > _AGREES:

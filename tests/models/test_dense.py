@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forgejax.models.dense import linear, silu_gated, unembed
+from forgejax.models.dense import linear, rms_norm, silu_gated, unembed
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,23 @@ def test_a_gated_unit_keeps_two_arrays_and_has_the_gradient_of_autodiff() -> Non
         for a, b in zip(back(cotangent), oracle_back(cotangent), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
         assert len(jax.tree.leaves(back)) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 3, 4, 6), (6,)], ids=str)
+def test_a_norm_and_its_gradients_are_those_of_autodiff(shape: tuple[int, ...]) -> None:
+    def formula(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 0.1) * scale.reshape((1,) * (x.ndim - 1) + (6,))
+
+    with jax.enable_x64(True):
+        x, scale, cotangent = (
+            jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, s in enumerate([shape, 6, shape])
+        )
+        ours, back = jax.vjp(lambda x, s: rms_norm(x, s, 0.1), x, scale)
+        oracle, oracle_back = jax.vjp(formula, x, scale)
+
+        np.testing.assert_allclose(ours, oracle, rtol=1e-12)
+        for a, b in zip(back(cotangent), oracle_back(cotangent), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_logits_and_their_gradients_are_those_of_autodiff() -> None:

@@ -12,8 +12,8 @@ from flax import nnx
 
 from forgejax.errors import ConfigError
 from forgejax.models import Kept, Policy, PolicyConfig, abstract_policy, count_params
+from forgejax.models.dense import rms_norm
 from forgejax.models.moe import MoEConfig
-from forgejax.models.policy import rms_norm
 from forgejax.models.rope import RopeConfig, rotate, rotation_of
 
 from .reference import causal, decoder_logits, weights_of
