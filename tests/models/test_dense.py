@@ -46,7 +46,7 @@ def test_a_norm_and_its_gradients_are_those_of_autodiff(shape: tuple[int, ...]) 
 
     with jax.enable_x64(True):
         x, scale, cotangent = (
-            jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, s in enumerate([shape, 6, shape])
+            jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, s in enumerate([shape, (6,), shape])
         )
         ours, back = jax.vjp(lambda x, s: rms_norm(x, s, 0.1), x, scale)
         oracle, oracle_back = jax.vjp(formula, x, scale)
