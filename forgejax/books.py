@@ -198,8 +198,9 @@ class Books:
             "learner/pair_imbalance": stats.pair_imbalance,
             "learner/logprob_gap": self.tally.gap_max,
             "throughput/sampled": sampled / seconds,
-            "throughput/trained": values["trained_terms"] / seconds,
-            "throughput/tree_tokens": stats.tree_tokens / seconds,
+            "throughput/trained_unmerged": values["trained_terms"] / seconds,
+            "throughput/fed_unmerged": stats.unmerged_tokens / seconds,
+            "throughput/fed_merged": stats.tree_tokens / seconds,
             "time/step_s": seconds,
         }
 

@@ -34,7 +34,7 @@ SHOWN = (
     Shown(name=TOOLS_EASY, label="tools easy", style="share"),
     Shown(name=TOOLS_HARD, label="tools hard", style="share"),
     Shown(name="throughput/sampled", label="sampled tok/s", style="count"),
-    Shown(name="throughput/trained", label="trained tok/s", style="count"),
+    Shown(name="throughput/trained_unmerged", label="trained tok/s (unmerged)", style="count"),
     Shown(name="pool/head", label="window head", style="count"),
     Shown(name="pool/in_flight", label="in flight", style="count"),
     Shown(name="pool/staleness", label="staleness", style="count"),

@@ -21,7 +21,7 @@ ROW: dict[str, float] = {
     "tools/easy": 0.1,
     "tools/hard": 0.9,
     "throughput/sampled": 12345.0,
-    "throughput/trained": 2345.0,
+    "throughput/trained_unmerged": 2345.0,
     "pool/head": 12.0,
     "pool/in_flight": 16,
     "pool/staleness": 2,
