@@ -121,33 +121,30 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $@; \
 	echo "$(VENV) is ready"
 
-# The packages of .venv and the folder of the tests are on the path of .venv-parity, so that pip adds only what is new.
-# The stamp goes first and comes last: an interrupted installation starts afresh.
+# Installs $(2) into the environment $(1) on top of .venv: $(3). The packages of .venv and the folder of the tests are on
+# its path, so that pip adds only what is new. The stamp goes first and comes last: an interrupted installation starts
+# afresh.
+define INSTALL_ON_TOP
+@set -eu -o pipefail; \
+rm -rf $(1); \
+echo "installing $(3) into $(1), about 1 minute ..."; \
+$(VENV)/bin/python -m venv $(1); \
+below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+own=$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+printf '%s\n' "import site; site.addsitedir('$$below')" "$(CURDIR)/tests" > "$$own/below.pth"; \
+$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r $(2) \
+    > $(1)/install.log 2>&1 || { tail -n 15 $(1)/install.log >&2; \
+        echo "make: the installation failed, see above; all of it is in $(1)/install.log" >&2; exit 1; }; \
+touch $(1)/.complete; \
+echo "$(1) is ready"
+endef
+
 $(PARITY_STAMP): requirements-parity.txt $(STAMP)
-	@set -eu -o pipefail; \
-	rm -rf $(PARITY); \
-	echo "installing torch into $(PARITY), about 1 minute ..."; \
-	$(VENV)/bin/python -m venv $(PARITY); \
-	below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	own=$$($(PARITY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	printf '%s\n' "import site; site.addsitedir('$$below')" "$(CURDIR)/tests" > "$$own/below.pth"; \
-	$(PARITY)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-parity.txt \
-	    > $(PARITY)/install.log 2>&1 || { tail -n 15 $(PARITY)/install.log >&2; \
-	        echo "make: the installation failed, see above; all of it is in $(PARITY)/install.log" >&2; exit 1; }; \
-	touch $@; \
-	echo "$(PARITY) is ready"
+	$(call INSTALL_ON_TOP,$(PARITY),$<,torch)
+
+$(TPU_STAMP): tests/tpu_compile/requirements.txt $(STAMP)
+	$(call INSTALL_ON_TOP,$(TPU),$<,the TPU compiler)
 
 $(PARITY_MODEL)/config.json: scripts/fetch_model.py | $(PARITY_STAMP)
 	@rm -rf $(PARITY_MODEL)
 	@$(PARITY)/bin/python scripts/fetch_model.py smollm2 --out $(PARITY_MODEL)
-
-$(TPU_STAMP): tests/tpu_compile/requirements.txt $(STAMP)
-	@set -eu -o pipefail; \
-	rm -rf $(TPU); \
-	echo "installing the TPU compiler into $(TPU), about 1 minute ..."; \
-	$(VENV)/bin/python -m venv $(TPU); \
-	$(TPU)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-	    -r tests/tpu_compile/requirements.txt > $(TPU)/install.log 2>&1 || { tail -n 15 $(TPU)/install.log >&2; \
-	        echo "make: the installation failed, see above; all of it is in $(TPU)/install.log" >&2; exit 1; }; \
-	touch $@; \
-	echo "$(TPU) is ready"
