@@ -107,7 +107,8 @@ class Books:
                 **{f"learner/{name}": value for name, value in values.items()},
                 **self._rates(data, values, seconds, sampled),
                 **waited,
-                "learner/compiles": self.compiles.count,
+                "process/compiles": self.compiles.count,
+                "learner/batch_shapes": len(self.learner.batch_shapes),
                 **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},
                 **self._levels(),
             }

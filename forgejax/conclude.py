@@ -18,7 +18,7 @@ from forgejax.report.invariants import Bounds
 from forgejax.report.metrics import read_metrics
 from forgejax.report.plots import reward_curve
 from forgejax.report.storage import write_atomic
-from forgejax.report.summary import Summary, evaluation_fields, gain_fields, write_summary
+from forgejax.report.summary import Summary, evaluation_fields, gain_fields, level_outcomes, write_summary
 from forgejax.rundir import RunDir
 
 CURVE_FILE = "curve.png"
@@ -92,7 +92,9 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         groups_trained=groups.groups_trained,
         groups_not_trained={reason: count for reason, count in sorted(groups_not_trained.items()) if count},
         figures={
+            **level_outcomes(before, after),
             "compiles": trainer.books.compiles.count,
+            "batch_shapes": len(trainer.learner.batch_shapes),
             "wait_share": tally.wait_s / tally.train_s if tally.train_s else None,
             "packing_wait_share": tally.packing_wait_s / tally.train_s if tally.train_s else None,
         },

@@ -151,6 +151,19 @@ def test_each_step_trains_its_groups_once_and_has_its_row(ended: Ended) -> None:
     assert [("eval/outcome" in row) for row in rows] == [True, False, False, True]
 
 
+def test_waits_for_data_and_compiled_shapes_are_told_step_by_step_and_in_all(ended: Ended) -> None:
+    rows, figures = read_metrics(ended.path)[1:], read_summary(ended.path).figures
+    seconds = sum(row["time/step_s"] for row in rows)
+
+    for row in rows:
+        assert 0.0 <= row["time/packing_wait_s"] <= min(row["time/wait_s"], row["time/packing_s"])
+    for share, name in (("wait_share", "time/wait_s"), ("packing_wait_share", "time/packing_wait_s")):
+        assert figures[share] == pytest.approx(sum(row[name] for row in rows) / seconds)
+    shapes, compiles = ([row[name] for row in rows] for name in ("learner/batch_shapes", "process/compiles"))
+    assert 1 <= shapes[0] <= shapes[-1] <= 4 < compiles[0] <= compiles[-1]
+    assert (figures["batch_shapes"], figures["compiles"]) >= (shapes[-1], compiles[-1])
+
+
 def test_the_run_leaves_a_curve_and_one_page_that_needs_nothing_else(ended: Ended) -> None:
     assert (ended.path / "curve.png").read_bytes().startswith(b"\x89PNG")
     page = (ended.path / "report.html").read_text(encoding="utf-8")
@@ -243,11 +256,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
     """Makes the advantages of the steps that start on these versions NaN."""
     update = Learner.update
 
-    def poisoned(learner: Learner, batches: Any, version: int) -> Any:
+    def poisoned(learner: Learner, batches: Any, version: int, **trunks: Any) -> Any:
         if version in versions:
             nan = np.float32(np.nan)
             batches = [dataclasses.replace(each, advantage=np.asarray(each.advantage) * nan) for each in batches]
-        return update(learner, batches, version)
+        return update(learner, batches, version, **trunks)
 
     monkeypatch.setattr(Learner, "update", poisoned)
 

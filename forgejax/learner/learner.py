@@ -25,6 +25,7 @@ class Learner:
         state: weights, optimizer state and update count; its arrays die with the next ``update``. Assign a restored
             state of the same shapes and shardings to resume.
         row_shards: how many shards split the rows of a batch, for ``pack``.
+        batch_shapes: those of the micro-batches so far; each new one compiles a program for every function it goes to.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Learner:
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self.row_shards = rows_shards(mesh, rules) if mesh is not None else 1
         self.state: TrainState = self._step.init(params)
+        self.batch_shapes: set[tuple[tuple[int, ...], ...]] = set()
 
     def update(self, batches: Sequence[PackedBatch], version: int, *, trunks: Sequence[PackedTrunk] = ()) -> Metrics:
         """One optimizer step over all micro-batches; returns without waiting for the devices.
@@ -123,6 +125,7 @@ class Learner:
         Raises:
             ValueError: the blocks of a row cannot be dealt evenly to the devices that share it.
         """
+        self.batch_shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
         if self._mesh is None:
             return jax.device_put(batch)
         shards = length_shards(self._mesh, self._rules)

@@ -116,18 +116,21 @@ def evaluation_fields(when: Literal["before", "after"], result: EvaluationResult
 
 
 def gain_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
-    """The fields of Summary that two evaluations fill together, and the outcomes of every level as ``figures``."""
+    """The fields of Summary that two evaluations fill together."""
     gain = paired_gain(before.tasks, after.tasks)
-    outcomes = {
-        f"outcome_{when}/{level}": figures.reward
-        for when, result in (("before", before), ("after", after))
-        for level, figures in result.levels.items()
-    }
     return {
         "eval_gain": gain.mean if gain else None,
         "eval_gain_low": gain.low if gain else None,
         "eval_gain_high": gain.high if gain else None,
-        "figures": outcomes,
+    }
+
+
+def level_outcomes(before: EvaluationResult, after: EvaluationResult) -> dict[str, float | None]:
+    """The outcomes of every level, for ``figures``."""
+    return {
+        f"outcome_{when}/{level}": figures.reward
+        for when, result in (("before", before), ("after", after))
+        for level, figures in result.levels.items()
     }
 
 
