@@ -30,7 +30,7 @@ from forgejax.rollout import RequestLog
 from forgejax.rollout_service import RolloutService
 from forgejax.rundir import RunDir
 from forgejax.train import Trainer
-from forgejax.types import Turn
+from forgejax.types import Group, Turn
 
 pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
 EVAL_TASKS = 8
@@ -370,7 +370,14 @@ def test_a_run_resumed_at_its_last_step_closes_its_books_all_the_same(
 
         trainer.save = save_and_cut  # type: ignore[method-assign]
 
+    finish = Pool.finish
+
+    def finish_but_those_of_the_last_version(pool: Pool, group: Group) -> None:
+        if group.dispatch.version < config.run.steps:
+            finish(pool, group)
+
     with monkeypatch.context() as patched, contextlib.closing(place):
+        patched.setattr(Pool, "finish", finish_but_those_of_the_last_version)
         patched.setattr(Pool, "fail", lambda *_: None)
         with pytest.raises(PowerCutError):
             run(config, place, NoProgress(), cut_after_the_last_step)
