@@ -49,7 +49,9 @@ def spread(batch: PackedBatch, shards: int) -> PackedBatch:
     local_T = T // shards
     stored = [split.stored_at[row, at // block] * block + at % block for row, at in enumerate(sources)]
     most = max((int(np.bincount(at // local_T).max(initial=0)) for at in stored), default=0)
-    room = max(room, next(size for share in EDGE_BUCKETS if most <= (size := int(share * local_T))))
+    # A node has any number of edges, and so has a shard: in steps of a bucket, so that shapes stay few.
+    bucket = max(1, int(EDGE_BUCKETS[0] * local_T))
+    room = max(room, -(-most // bucket) * bucket)
     edge_at = [_places(at // local_T, shards, room) for at in stored]
 
     arrays = {

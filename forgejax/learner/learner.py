@@ -125,12 +125,12 @@ class Learner:
         Raises:
             ValueError: the blocks of a row cannot be dealt evenly to the devices that share it.
         """
+        shards = length_shards(self._mesh, self._rules) if self._mesh is not None else 1
+        if shards > 1:
+            batch = spread(batch, shards)
         self.batch_shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
         if self._mesh is None:
             return jax.device_put(batch)
-        shards = length_shards(self._mesh, self._rules)
-        if shards > 1:
-            batch = spread(batch, shards)
 
         def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
             return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)

@@ -18,7 +18,7 @@ from forgejax.learner.step import StepConfig
 from forgejax.models import MoEConfig, PolicyConfig, abstract_policy, init_params
 
 from .oracle import relative
-from .samples import random_group
+from .samples import random_group, sample
 
 _CONFIG = PackConfig(row_length=128, rows=1, block_size=8, trunks=False)
 
@@ -79,3 +79,14 @@ def test_devices_that_share_rows_find_the_loss_and_the_gradient_of_one(experts: 
     scored, expected_scores = (np.asarray(each.score(batches[0])) for each in (shared, alone))
     mask = batches[0].term_mask
     np.testing.assert_allclose(scored[mask], expected_scores[mask], rtol=1e-5)
+
+
+def test_a_shard_may_have_more_edges_than_tokens() -> None:
+    """28 answers of one token: all are read at the prompt's last node, which lies with a shard of 16 tokens."""
+    group = [sample([1, 2, 3], [token], name=str(token)) for token in range(4, 32)]
+    batches = pack([group], _CONFIG, row_shards=1).batches
+    alone, shared = _alone(0), _learner(_policy(), context=8)
+    expected, found = (jax.device_get(each.gradient(batches, 0)) for each in (alone, shared))
+
+    assert found.tally.terms == len(group) > 128 // 8
+    assert relative(found.grads, expected.grads) <= 1e-5
