@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from forgejax.compiles import Compiles
 from forgejax.config import TrainConfig
 from forgejax.errors import TrainingError
 from forgejax.gateway.metrics import GatewayMetrics
@@ -36,17 +37,6 @@ class StepData:
     figures: Mapping[str, float]
     packing_began: float
     packing_ended: float
-
-
-class Compiles:
-    """Counts the programs that jax compiles in this process from now on, in any thread."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(kw_only=True)
@@ -91,10 +81,15 @@ class Books:
     def open_step(self, data: StepData, step: int, metrics: Metrics) -> Callable[[], None]:
         """Begins the entry of the step that has just been dispatched, the ``step``-th.
 
-        The call that is returned completes it; it waits for the devices, so it is made once the next step is under way.
+        The call that is returned completes it; it waits for the devices, so it is made once the next step is under way:
+        ``time/step_s`` lasts until then, and holds the next step's wait instead of its own.
         """
 
-        waited = self._waited
+        counted = {
+            **self._waited,
+            "process/compiles": self.compiles.count,
+            "learner/batch_shapes": len(self.learner.batch_shapes),
+        }
 
         def close() -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -106,9 +101,7 @@ class Books:
                 **data.figures,
                 **{f"learner/{name}": value for name, value in values.items()},
                 **self._rates(data, values, seconds, sampled),
-                **waited,
-                "process/compiles": self.compiles.count,
-                "learner/batch_shapes": len(self.learner.batch_shapes),
+                **counted,
                 **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},
                 **self._levels(),
             }

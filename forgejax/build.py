@@ -14,8 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from forgejax.agents import ReasoningGymTasks, SpeedBaseline, make_scaffold
-from forgejax.books import Books, Compiles, StepData
+from forgejax.books import Books, StepData
 from forgejax.checkpoint import Checkpoints, load_tree, save_tree
+from forgejax.compiles import Compiles
 from forgejax.config import ENGINE_DEVICES, TrainConfig, to_mapping
 from forgejax.errors import ConfigError
 from forgejax.evaluate import Evaluated, keep, kept
@@ -102,6 +103,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     """Everything a run needs, started; ``stack`` takes it down in the right order."""
     began = time.monotonic()
     compiles = Compiles()
+    stack.callback(compiles.close)
     plan, mesh, device = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = _chat(config)

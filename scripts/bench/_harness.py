@@ -50,17 +50,6 @@ def matmul_flops(size: int = 1024, dtype: str = "float32", repeats: int = 5) -> 
     return 2 * size**3 / seconds(lambda: product(a, b), repeats=repeats)[0]
 
 
-class CompileCount:
-    """Counts the programs jax compiles from now on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
 def machine() -> dict[str, Any]:
     """Devices, cores and how busy they are, versions, and the commit measured."""
     device = jax.devices()[0]

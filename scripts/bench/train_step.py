@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _harness import CompileCount, clocked, medians, show
+from _harness import clocked, medians, show
 from _peer import TunixPeer, named_weights
 from _profile import profile
 from _step_cases import CASES, MODELS, Draw, Groups
 from _unmerged import unmerged_forest
 
+from forgejax.compiles import Compiles
 from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepConfig, make_train_step
 from forgejax.learner.forest import Forest
 from forgejax.learner.packing import pack_forest
@@ -152,7 +153,7 @@ def compare(case: str, groups: Groups, options: Options) -> dict[str, Any]:
             runs.append(peer.update)
         for run in runs:
             run()
-        counted = CompileCount()  # everything has run: a compile from here on is a recompile
+        counted = Compiles()  # everything has run: a compile from here on is a recompile
         merged_s, unmerged_s, matmul_s, *peer_s = medians(runs, options.repeats)
         result["compiles"] = counted.count
     result |= figures(merged, merged_s, unmerged_s) | {"compile_s": first_s - merged_s}
