@@ -73,6 +73,8 @@ def tree_attention(
 ) -> Float[Array, "B T H C"]:
     """Attention in which query i sees exactly the keys j with ``j <= i < end[j]``: itself and its ancestors.
 
+    With a window in ``meta`` it sees only those of them that are fewer positions before it.
+
     i and j are logical indices: keys lie in that order, ``meta.query_at`` tells which tokens the queries are. Where all
     tokens are queries, T is S.
 

@@ -106,7 +106,11 @@ def _visible(meta: TreeMeta, a: jax.Array, b: jax.Array) -> jax.Array:
     block = meta.block_size
     i = meta.query_at[a] * block + jnp.arange(block)[:, None]
     j = b * block + jnp.arange(block)[None, :]
-    return (j <= i) & (i < lax.dynamic_slice_in_dim(meta.end, b * block, block)[None, :])
+    visible = (j <= i) & (i < lax.dynamic_slice_in_dim(meta.end, b * block, block)[None, :])
+    if meta.first_seen is None:
+        return visible
+    first_seen = lax.dynamic_slice_in_dim(meta.first_seen, meta.query_at[a] * block, block)
+    return visible & (first_seen[:, None] <= j)
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, tuple]:

@@ -31,7 +31,7 @@ _BLOCKS = (16, 32, 64, 128)
 _BLOCK_BYTES = 32 * 1024  # of one operand: the compiled kernels then take at most 180 KiB of shared memory
 _FORWARD_TILE = 64  # keys at a time: larger tiles spill registers at head sizes of 128
 _BACKWARD_TILE = 32
-_BY_QUERY = ("end", "query_at", "kv_block", "first_pair")
+_BY_QUERY = ("end", "first_seen", "query_at", "kv_block", "first_pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Call:
     def d_key_value(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        lists = self._lists("end", "query_at", "pairs_by_key", "first_by_key")
+        lists = self._lists("end", "first_seen", "query_at", "pairs_by_key", "first_by_key")
         ins = [self._head(own=False), self._own_keys(), self._own_keys(), *(spec for _, spec in lists)]
         ins += [self._head(own=False), self._per_query(own=False), self._per_query(own=False)]
         outs = [(k.shape, k.dtype, self._own_keys()), (v.shape, v.dtype, self._own_keys())]
@@ -119,7 +119,7 @@ class _Call:
         self,
         kernel: Callable[..., None],
         programs: tuple[int, int],
-        ins: list[pl.BlockSpec],
+        ins: list[pl.BlockSpec | None],
         outs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
         tile: int,
     ) -> Callable[..., Any]:
@@ -177,10 +177,10 @@ class _Call:
         shape = (None, self.meta.block_size, None, _padded(self.shape[3]))
         return pl.BlockSpec(shape, lambda b, h, row: (row, b, h, 0))
 
-    def _lists(self, *names: str) -> list[tuple[jax.Array, pl.BlockSpec]]:
-        """Arrays of the meta, of which a program reads its whole row."""
-        arrays = [jnp.asarray(getattr(self.meta, name)) for name in names]
-        return [(x, pl.BlockSpec((None, x.shape[1]), lambda a, h, row: (row, 0))) for x in arrays]
+    def _lists(self, *names: str) -> list[tuple[jax.Array | None, pl.BlockSpec | None]]:
+        """Arrays of the meta, of which a program reads its whole row; a kernel gets None for one that is None."""
+        arrays = [jax.tree.map(jnp.asarray, getattr(self.meta, name)) for name in names]
+        return [(x, x if x is None else pl.BlockSpec((None, x.shape[1]), lambda a, h, row: (row, 0))) for x in arrays]
 
 
 def _padded(width: int) -> int:
@@ -214,10 +214,21 @@ class _Plan:
     def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.dot(x, y, precision=self.precision, preferred_element_type=jnp.float32)
 
-    def scores(self, q_QC: jax.Array, k_SC: jax.Array, *, i: jax.Array, j: jax.Array, end_S: jax.Array) -> jax.Array:
+    def scores(
+        self,
+        q_QC: jax.Array,
+        k_SC: jax.Array,
+        *,
+        i: jax.Array,
+        j: jax.Array,
+        end_S: jax.Array,
+        first_Q: jax.Array | None,
+    ) -> jax.Array:
         """Scores [Q, S] of queries i and keys j in units of log2, never where the key is not visible."""
         scores = self.dot(q_QC, k_SC.T) * (self.width**-0.5 * _LOG2_E)
         visible = (j[None, :] <= i[:, None]) & (i[:, None] < end_S[None, :])
+        if first_Q is not None:
+            visible &= first_Q[:, None] <= j[None, :]
         return jnp.where(visible, scores, _NEVER)
 
 
@@ -227,16 +238,22 @@ def _key_tile(step: Any, first: Any, key_block: Any, plan: _Plan) -> Any:
     return key_block[first + lax.div(step, per_pair)] * plan.block + lax.rem(step, per_pair) * plan.tile
 
 
+def _first_keys(first_seen: Any, query: Any, count: int) -> jax.Array | None:
+    """The first key that each of ``count`` queries sees, None without a window."""
+    return None if first_seen is None else first_seen[pl.ds(query, count)]
+
+
 def _forward_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, query_at, key_block, first_pair, out, lse = refs
+    q, k, v, end, first_seen, query_at, key_block, first_pair, out, lse = refs
     a, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
     q_QC, i_Q = _load(q, width), query_at[a] * block + jnp.arange(block)
-    first = first_pair[a]
+    first, first_Q = first_pair[a], _first_keys(first_seen, query_at[a] * block, block)
 
     def step(s: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total_out, top, total = carry
         keys = pl.ds(_key_tile(s, first, key_block, plan), tile)
-        scores = plan.scores(q_QC, _load(k.at[keys], width), i=i_Q, j=keys.start + jnp.arange(tile), end_S=end[keys])
+        k_SC, j_S = _load(k.at[keys], width), keys.start + jnp.arange(tile)
+        scores = plan.scores(q_QC, k_SC, i=i_Q, j=j_S, end_S=end[keys], first_Q=first_Q)
         new_top = jnp.maximum(top, scores.max(axis=1))
         # Of a query that has seen no key yet this is garbage, and the next decay is 0: its own key comes last.
         weights = jnp.exp2(scores - new_top[:, None])
@@ -253,16 +270,16 @@ def _forward_kernel(*refs: Any, plan: _Plan) -> None:
 
 
 def _d_query_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, query_at, key_block, first_pair, d_out, lse, delta, d_q = refs
+    q, k, v, end, first_seen, query_at, key_block, first_pair, d_out, lse, delta, d_q = refs
     a, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
     q_QC, d_QC, i_Q = _load(q, width), _load(d_out, width), query_at[a] * block + jnp.arange(block)
     lse_Q, delta_Q = lse[...], delta[...]
-    first = first_pair[a]
+    first, first_Q = first_pair[a], _first_keys(first_seen, query_at[a] * block, block)
 
     def step(s: Any, total: jax.Array) -> jax.Array:
         keys = pl.ds(_key_tile(s, first, key_block, plan), tile)
-        k_SC = _load(k.at[keys], width)
-        scores = plan.scores(q_QC, k_SC, i=i_Q, j=keys.start + jnp.arange(tile), end_S=end[keys])
+        k_SC, j_S = _load(k.at[keys], width), keys.start + jnp.arange(tile)
+        scores = plan.scores(q_QC, k_SC, i=i_Q, j=j_S, end_S=end[keys], first_Q=first_Q)
         weights = jnp.exp2(scores - lse_Q[:, None])
         d_scores = weights * (plan.dot(d_QC, _load(v.at[keys], width).T) - delta_Q[:, None])
         return total + plan.dot(d_scores.astype(k_SC.dtype), k_SC)
@@ -273,7 +290,7 @@ def _d_query_kernel(*refs: Any, plan: _Plan) -> None:
 
 
 def _d_key_value_kernel(*refs: Any, plan: _Plan) -> None:
-    q, k, v, end, query_at, pairs, first_by_key, d_out, lse, delta, d_k, d_v = refs
+    q, k, v, end, first_seen, query_at, pairs, first_by_key, d_out, lse, delta, d_k, d_v = refs
     b, block, tile, width = pl.program_id(0), plan.block, plan.tile, plan.width
     k_SC, v_SC, j_S = _load(k, width), _load(v, width), b * block + jnp.arange(block)
     end_S = end[pl.ds(b * block, block)]
@@ -285,7 +302,9 @@ def _d_key_value_kernel(*refs: Any, plan: _Plan) -> None:
             a, part = pairs[first + lax.div(s, tiles)] >> QUERY_SHIFT, lax.rem(s, tiles) * tile
             queries = pl.ds(a * block + part, tile)
             q_QC, d_QC = _load(q.at[queries, g], width), _load(d_out.at[queries, g], width)
-            scores = plan.scores(q_QC, k_SC, i=query_at[a] * block + part + jnp.arange(tile), j=j_S, end_S=end_S)
+            at = query_at[a] * block + part
+            first_Q = _first_keys(first_seen, at, tile)
+            scores = plan.scores(q_QC, k_SC, i=at + jnp.arange(tile), j=j_S, end_S=end_S, first_Q=first_Q)
             weights = jnp.exp2(scores - lse[g, queries][:, None])
             total_v += plan.dot(weights.astype(d_QC.dtype).T, d_QC)
             d_scores = weights * (plan.dot(d_QC, v_SC.T) - delta[g, queries][:, None])

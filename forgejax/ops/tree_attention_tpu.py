@@ -112,39 +112,39 @@ class _Call:
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         B, K, G, T, _ = self.shape
         outs = [(self.shape, self.dtype, self._queries()), ((B, K, G, T), jnp.float32, self._per_query())]
-        scratch = [self._wide(), self._lanes(), self._lanes()]
-        ins = [self._queries(), self._keys(), self._keys(), self._ends()]
-        return self._run(forward_kernel, False, ins, outs, scratch)(q, k, v, self._end_rows())
+        scratch = [self._wide(), self._lanes(), self._lanes(), self._window_column()]
+        ins = [self._queries(), self._keys(), self._keys(), self._bounds()]
+        return self._run(forward_kernel, False, ins, outs, scratch)(q, k, v, self._bound_rows())
 
     def d_query(self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array) -> jax.Array:
-        ins = [self._queries(), self._keys(), self._keys(), self._ends(), self._queries()]
+        ins = [self._queries(), self._keys(), self._keys(), self._bounds(), self._queries()]
         ins += [self._per_query(), self._per_query()]
         outs = [(self.shape, self.dtype, self._queries())]
-        run = self._run(d_query_kernel, False, ins, outs, [self._wide(), self._lanes(), self._lanes()])
-        return run(q, k, v, self._end_rows(), *of_queries)[0]
+        scratch = [self._wide(), self._lanes(), self._lanes(), self._window_column()]
+        return self._run(d_query_kernel, False, ins, outs, scratch)(q, k, v, self._bound_rows(), *of_queries)[0]
 
     def d_key_value(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *of_queries: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         block, C = self.meta.block_size, self.shape[-1]
-        ins = [self._queries(), self._keys(), self._keys(), self._ends(), self._queries()]
+        ins = [self._queries(), self._keys(), self._keys(), self._bounds(), self._queries()]
         ins += [self._per_query(), self._per_query()]
         outs = [(k.shape, k.dtype, self._keys()), (v.shape, v.dtype, self._keys())]
         scratch = [pltpu.VMEM((block, C), jnp.float32)] * 2 + [pltpu.VMEM((block, LANES), jnp.int32)]
-        return self._run(d_key_value_kernel, True, ins, outs, scratch)(q, k, v, self._end_rows(), *of_queries)
+        return self._run(d_key_value_kernel, True, ins, outs, scratch)(q, k, v, self._bound_rows(), *of_queries)
 
     def _run(
         self,
         kernel: Callable[..., None],
         by_key: bool,
-        ins: list[pl.BlockSpec],
+        ins: list[Any],
         outs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
         scratch: list[Any],
     ) -> Callable[..., Any]:
         meta, (B, K, G, _, C) = self.meta, self.shape
         pairs_BN = meta.pairs_by_key if by_key else meta.q_block << QUERY_SHIFT | meta.kv_block
-        scalars = (meta.n_pairs, meta.full_until, meta.query_at)
-        prefetched = (jnp.ravel(pairs_BN), *(jnp.ravel(x) for x in scalars))
+        scalars = (pairs_BN, meta.n_pairs, meta.full_until, meta.query_at, meta.full_from)
+        prefetched = jax.tree.map(jnp.ravel, scalars)  # a kernel gets None for full_from where that is None
         # The longest row sets the bound; a shorter one idles through its rest without fetching anything.
         grid = (B, K, jnp.maximum(jnp.max(meta.n_pairs), 1))
         call = pl.pallas_call(
@@ -159,7 +159,7 @@ class _Call:
                 scale=C**-0.5,
             ),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(prefetched),
+                num_scalar_prefetch=1,
                 grid=grid,
                 in_specs=ins,
                 out_specs=[spec for _, _, spec in outs],
@@ -173,16 +173,21 @@ class _Call:
             interpret=self.interpret,
             name=f"tree_attention_{kernel.__name__}",
         )
-        return functools.partial(call, *prefetched)
+        return functools.partial(call, prefetched)
 
-    def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """A block whose place depends on row, key head and the pair's query and key block."""
+    def _spec(
+        self, shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]], *, logical: bool = False
+    ) -> pl.BlockSpec:
+        """A block whose place depends on row, key head and the pair's query (as stored, or logical) and key block."""
         size = self.meta.q_block.shape[1]
 
-        def place(row: Any, head: Any, p: Any, *prefetched: Any) -> tuple[Any, ...]:
-            pairs, n_pairs, *_ = prefetched
+        def place(row: Any, head: Any, p: Any, prefetched: tuple[Any, ...]) -> tuple[Any, ...]:
+            pairs, n_pairs, _, query_at, _ = prefetched
             pair = pair_at(pairs, row, p, n_pairs[row], size)
-            return index(row, head, pair >> QUERY_SHIFT, pair & KEY_BITS)
+            a = pair >> QUERY_SHIFT
+            if logical:
+                a = query_at[row * self.meta.query_at.shape[1] + a]
+            return index(row, head, a, pair & KEY_BITS)
 
         return pl.BlockSpec(shape, place)
 
@@ -198,11 +203,24 @@ class _Call:
         shape = (None, None, self.meta.block_size, self.shape[4])
         return self._spec(shape, lambda row, head, a, b: (row, head, b, 0))
 
-    def _ends(self) -> pl.BlockSpec:
-        return self._spec((None, 1, self.meta.block_size), lambda row, head, a, b: (row, 0, b))
+    def _bounds(self) -> tuple[pl.BlockSpec, pl.BlockSpec | None]:
+        """Of ``end`` by key block and, with a window, ``first_seen`` by query block."""
+        shape = (None, 1, self.meta.block_size)
+        end = self._spec(shape, lambda row, head, a, b: (row, 0, b))
+        if self.meta.first_seen is None:
+            return end, None
+        return end, self._spec(shape, lambda row, head, a, b: (row, 0, a), logical=True)
 
-    def _end_rows(self) -> jax.Array:
-        return jnp.asarray(self.meta.end)[:, None, :]  # a dimension of 1 that blocks may cut
+    def _bound_rows(self) -> tuple[jax.Array, jax.Array | None]:
+        bounds = (self.meta.end, self.meta.first_seen)
+        rows: tuple[jax.Array, jax.Array | None] = jax.tree.map(
+            lambda x: jnp.asarray(x)[:, None, :],  # a dimension of 1 that blocks may cut
+            bounds,
+        )
+        return rows
+
+    def _window_column(self) -> Any:
+        return None if self.meta.first_seen is None else pltpu.VMEM((self.meta.block_size, LANES), jnp.int32)
 
     def _wide(self) -> Any:
         return pltpu.VMEM((self.shape[2], self.meta.block_size, self.shape[4]), jnp.float32)

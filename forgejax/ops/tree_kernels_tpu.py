@@ -33,11 +33,12 @@ class Walk:
     query_blocks: int
     by_key: bool
 
-    def step(self, pairs: Any, n_pairs: Any, full_until: Any, query_at: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
+    def step(self, scalars: tuple[Any, ...]) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Whether there is a pair, whether it is its block's first and last, its blocks, whether it needs no mask.
 
         Both blocks are logical.
         """
+        pairs, n_pairs, full_until, query_at, full_from = scalars
         row, p = pl.program_id(0), pl.program_id(2)
         n = n_pairs[row]
         before, here, after = (pair_at(pairs, row, p + offset, n, self.size) for offset in (-1, 0, 1))
@@ -46,6 +47,8 @@ class Walk:
         first = live & ((p == 0) | (self._own(before) != self._own(here)))
         last = live & ((p == n - 1) | (self._own(after) != self._own(here)))
         full = (b < a) & (a < full_until[row * self.key_blocks + b])
+        if full_from is not None:
+            full &= full_from[row * self.key_blocks + a] <= b
         return live, first, last, a, b, full
 
     def _own(self, pair: Any) -> Any:
@@ -75,6 +78,14 @@ def _column(x_1Q: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x_1Q, (LANES, x_1Q.shape[1])).T
 
 
+def _masked(scores: jax.Array, i: Any, j: Any, end_j: jax.Array, first_seen_i: jax.Array | None) -> jax.Array:
+    """Scores, never where query i does not see key j; the others spread to their shape, None without a window."""
+    visible = (j <= i) & (i < end_j)
+    if first_seen_i is not None:
+        visible &= first_seen_i <= j
+    return jnp.where(visible, scores, _NEVER)
+
+
 def _both(live: Any, full: Any, heads: Callable[[bool], None]) -> None:
     """Runs ``heads(masked)`` for a live pair: the mask costs as much as the exponential, and most pairs need none."""
     pl.when(live & full)(lambda: heads(False))
@@ -82,8 +93,8 @@ def _both(live: Any, full: Any, heads: Callable[[bool], None]) -> None:
 
 
 def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
-    pairs, n_pairs, full_until, query_at, q, k, v, end, out, lse, total_out, top, total = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
+    scalars, q, k, v, (end, first_seen), out, lse, total_out, top, total, first_column = refs
+    live, first, last, a, b, full = walk.step(scalars)
     group, block, C = q.shape
 
     @pl.when(first)
@@ -91,6 +102,8 @@ def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
         total_out[...] = jnp.zeros_like(total_out)
         top[...] = jnp.full_like(top, _NEVER)
         total[...] = jnp.zeros_like(total)
+        if first_seen is not None:
+            first_column[...] = _column(first_seen[...])
 
     def heads(masked: bool) -> None:
         def head(g: Any, _: None) -> None:
@@ -98,7 +111,8 @@ def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
             if masked:
                 i = a * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
                 j = b * block + lax.broadcasted_iota(jnp.int32, (block, block), 1)
-                scores = jnp.where((j <= i) & (i < end[...]), scores, _NEVER)
+                first_seen_i = None if first_seen is None else _spread(first_column[...], block)
+                scores = _masked(scores, i, j, end[...], first_seen_i)
             new_top = jnp.maximum(top[g], scores.max(axis=1, keepdims=True))
             # Of a query that has seen no key yet this is garbage, and the next decay is 0: its own key comes last.
             weights = jnp.exp(scores - _spread(new_top, block))
@@ -119,13 +133,16 @@ def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
 
 
 def d_query_kernel(*refs: Any, walk: Walk, scale: float) -> None:
-    pairs, n_pairs, full_until, query_at, q, k, v, end, d_out, lse, delta, d_q, total, lse_column, delta_column = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
+    scalars, q, k, v, bounds, d_out, lse, delta, d_q, total, lse_column, delta_column, first_column = refs
+    end, first_seen = bounds
+    live, first, last, a, b, full = walk.step(scalars)
     group, block, _ = q.shape
 
     @pl.when(first)
     def begin() -> None:
         total[...] = jnp.zeros_like(total)
+        if first_seen is not None:
+            first_column[...] = _column(first_seen[...])
         for g in range(group):
             lse_column[g] = _column(lse[pl.ds(g, 1), :])
             delta_column[g] = _column(delta[pl.ds(g, 1), :])
@@ -136,7 +153,8 @@ def d_query_kernel(*refs: Any, walk: Walk, scale: float) -> None:
             if masked:
                 i = a * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
                 j = b * block + lax.broadcasted_iota(jnp.int32, (block, block), 1)
-                scores = jnp.where((j <= i) & (i < end[...]), scores, _NEVER)
+                first_seen_i = None if first_seen is None else _spread(first_column[...], block)
+                scores = _masked(scores, i, j, end[...], first_seen_i)
             weights = jnp.exp(scores - _spread(lse_column[g], block))
             d_weights = _dot(d_out[g], v[...], _NT)
             d_scores = weights * (d_weights - _spread(delta_column[g], block))
@@ -153,8 +171,8 @@ def d_query_kernel(*refs: Any, walk: Walk, scale: float) -> None:
 
 def d_key_value_kernel(*refs: Any, walk: Walk, scale: float) -> None:
     """Scores stand transposed, keys by queries: both products then read their operands as they lie."""
-    pairs, n_pairs, full_until, query_at, q, k, v, end, d_out, lse, delta, d_k, d_v, total_k, total_v, end_column = refs
-    live, first, last, a, b, full = walk.step(pairs, n_pairs, full_until, query_at)
+    scalars, q, k, v, (end, first_seen), d_out, lse, delta, d_k, d_v, total_k, total_v, end_column = refs
+    live, first, last, a, b, full = walk.step(scalars)
     group, block, _ = q.shape
 
     @pl.when(first)
@@ -169,7 +187,8 @@ def d_key_value_kernel(*refs: Any, walk: Walk, scale: float) -> None:
             if masked:
                 j = b * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
                 i = a * block + lax.broadcasted_iota(jnp.int32, (block, block), 1)
-                scores = jnp.where((j <= i) & (i < _spread(end_column[...], block)), scores, _NEVER)
+                first_seen_i = None if first_seen is None else first_seen[...]
+                scores = _masked(scores, i, j, _spread(end_column[...], block), first_seen_i)
             weights = jnp.exp(scores - lse[pl.ds(g, 1), :])
             total_v[...] += _dot(weights.astype(d_out.dtype), d_out[g], _NN)
             d_weights = _dot(v[...], d_out[g], _NT)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from forgejax.ops.tree_meta import TreeMeta, tree_meta
+from forgejax.ops.tree_meta import TreeMeta, for_queries
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["shards", "stored_at", "logical_at"], meta_fields=[])
@@ -53,9 +53,7 @@ def split_meta(meta: TreeMeta, logical_at_BN: Int[np.ndarray, "B n_blocks"], n_s
         n_shards: divides the number of blocks.
     """
     own_BSN = logical_at_BN.reshape(len(logical_at_BN), n_shards, -1)
-    # Used blocks have a pair at least: they see themselves.
-    lengths_B = (np.diff(meta.first_pair, axis=1) > 0).sum(axis=1) * meta.block_size
-    each = [tree_meta(meta.end, lengths_B, meta.block_size, query_blocks=own_BSN[:, s]) for s in range(n_shards)]
+    each = [for_queries(meta, own_BSN[:, s]) for s in range(n_shards)]
     return SplitMeta(
         shards=jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *each),
         stored_at=np.argsort(logical_at_BN, axis=1).astype(np.int32),

@@ -12,11 +12,10 @@ from jax.sharding import AxisType, Mesh
 from forgejax.ops import TreeMeta, tree_meta
 from forgejax.ops.tree_attention import Kernel, kernel_for
 from forgejax.ops.tree_attention_cpu import CpuKernel
-from forgejax.ops.tree_attention_dense import dense_tree_attention
 from forgejax.ops.tree_attention_gpu import GpuKernel
 from forgejax.ops.tree_attention_tpu import TpuKernel
 
-from .trees import QUICKLY, attention, normal, oracle, out_and_grads, real_tokens, rows
+from .trees import QUICKLY, attention, depths, normal, oracle, out_and_grads, real_tokens, rows
 
 _LENGTHS = [256, 100, 0]  # three, one and no active pair of blocks of 128
 
@@ -52,19 +51,20 @@ def test_every_backend_equals_the_oracle_and_compiles_once_for_all_trees(
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("window", [None, 70, 200])
 @pytest.mark.parametrize("kernel", [CpuKernel(), TpuKernel(interpret=True), GpuKernel(interpret=True)])
-def test_some_of_the_query_blocks_in_any_order_see_what_they_see_among_all(kernel: Kernel) -> None:
+def test_some_of_the_query_blocks_in_any_order_see_what_they_see_among_all(kernel: Kernel, window: int | None) -> None:
     block, at = 128, np.array([[3, 1], [0, 2], [2, 3]])
     lengths = [512, 300, 400]
     q, w, k, v = normal(3, (3, 512, 4, 16), (3, 512, 4, 16), (3, 512, 2, 16), (3, 512, 2, 16))
-    end = rows(4, 512, lengths)
+    end = rows(4, 512, lengths, branching=0.05 if window is None else 0.01)
+    positions = depths(end)
     index_BT = (at[:, :, None] * block + np.arange(block)).reshape(3, 2 * block)
-    meta = tree_meta(end, np.array(lengths), block, query_blocks=at)
+    meta = tree_meta(end, np.array(lengths), block, query_blocks=at, window=window, positions=positions)
     q, weight = (jnp.take_along_axis(x, index_BT[..., None, None], axis=1) for x in (q, w * real_tokens(lengths, 512)))
 
     ours = jax.jit(lambda: out_and_grads(attention(meta, kernel), q, k, v, weight), compiler_options=QUICKLY)()
-    visible = jnp.asarray(end), jnp.asarray(index_BT)
-    expected = out_and_grads(lambda q, k, v: dense_tree_attention(q, k, v, *visible), q, k, v, weight)
+    expected = out_and_grads(oracle(end, window, positions, index_BT), q, k, v, weight)
 
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)

@@ -33,10 +33,22 @@ def forest(rng: np.random.Generator, length: int, used: int, branching: float = 
     return end
 
 
-def rows(seed: int, length: int, lengths: list[int]) -> NDArray[np.int32]:
+def rows(seed: int, length: int, lengths: list[int], branching: float = 0.05) -> NDArray[np.int32]:
     """One forest a row, [B, T]."""
     rng = np.random.default_rng(seed)
-    return np.stack([forest(rng, length, used) for used in lengths])
+    return np.stack([forest(rng, length, used, branching) for used in lengths])
+
+
+def ancestry(end: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[..., i, j]: whether j is i itself or an ancestor of it."""
+    index = np.arange(end.shape[-1])
+    seen: NDArray[np.bool_] = (index[None, :] <= index[:, None]) & (index[:, None] < end[..., None, :])
+    return seen
+
+
+def depths(end: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The position of each token: how many ancestors it has."""
+    return ancestry(end).sum(axis=-1, dtype=np.int32) - np.int32(1)
 
 
 def normal(seed: int, *shapes: tuple[int, ...], dtype: str = "float32") -> tuple[jax.Array, ...]:
@@ -53,8 +65,16 @@ def attention(meta: TreeMeta, kernel: Kernel) -> Attend:
     return lambda q, k, v: tree_attention(q, k, v, meta, kernel=kernel)
 
 
-def oracle(end: NDArray[np.int32] | jax.Array) -> Attend:
-    return lambda q, k, v: dense_tree_attention(q, k, v, jnp.asarray(end))
+def oracle(
+    end: NDArray[np.int32] | jax.Array,
+    window: int | None = None,
+    positions: NDArray[np.int32] | None = None,
+    index: NDArray[np.int64] | jax.Array | None = None,
+) -> Attend:
+    """Positions are those of the keys; ``index`` is the logical one of each query."""
+    at = None if index is None else jnp.asarray(index)
+    of_keys = None if positions is None else jnp.asarray(positions)
+    return lambda q, k, v: dense_tree_attention(q, k, v, jnp.asarray(end), at, window=window, positions_BS=of_keys)
 
 
 def out_and_grads(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array) -> list[jax.Array]:

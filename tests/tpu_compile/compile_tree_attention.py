@@ -29,7 +29,9 @@ def _mesh(topology: str, rows: int, heads: int) -> Mesh:
     return Mesh(grid, ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
 
 
-def _compiled(mesh: Mesh, q: tuple[int, ...], kv_heads: int, dtype: str, block: int) -> jax.stages.Compiled:
+def _compiled(
+    mesh: Mesh, q: tuple[int, ...], kv_heads: int, dtype: str, block: int, *, window: int | None = None
+) -> jax.stages.Compiled:
     """Output and gradients for queries of shape ``q``, compiled for the mesh."""
     B, T, H, C = q
     split_keys = kv_heads % mesh.shape["heads"] == 0
@@ -39,9 +41,10 @@ def _compiled(mesh: Mesh, q: tuple[int, ...], kv_heads: int, dtype: str, block: 
         return jax.ShapeDtypeStruct((B, T, heads, C), dtype, sharding=sharding)
 
     by_row = NamedSharding(mesh, PartitionSpec("rows"))
+    chain, positions = np.full((B, T), T, np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
     meta = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row),
-        tree_meta(np.full((B, T), T, np.int32), np.full(B, T), block),
+        tree_meta(chain, np.full(B, T), block, window=window, positions=positions),
     )
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta, d_out: jax.Array) -> object:
@@ -77,6 +80,16 @@ def test_the_devices_of_a_described_slice_choose_the_tpu_kernels() -> None:
 )
 def test_forward_and_backward_compile_for_v5e(q: tuple[int, ...], kv_heads: int, dtype: str, block: int) -> None:
     compiled = _compiled(_mesh("v5e:2x2", 1, 1), q, kv_heads, dtype, block)
+
+    assert _text(compiled).count(_KERNEL_CALL) == 3
+
+
+@pytest.mark.parametrize(
+    ("q", "kv_heads", "dtype", "block"),
+    [((2, 1024, 9, 64), 3, "float32", 128), ((1, 2048, 6, 128), 1, "bfloat16", 1024)],
+)
+def test_a_window_compiles_for_v5e(q: tuple[int, ...], kv_heads: int, dtype: str, block: int) -> None:
+    compiled = _compiled(_mesh("v5e:2x2", 1, 1), q, kv_heads, dtype, block, window=300)
 
     assert _text(compiled).count(_KERNEL_CALL) == 3
 
