@@ -97,17 +97,25 @@ class TrainConfig:
                 f"sampling {self.sampling}: tokens of a truncated or greedy law cannot be trained; "
                 "set temperature above 0, top_p = 1 and top_k = 0"
             )
-        if not self.packing.fits(self.engine.max_context - 1, 1):
-            raise ConfigError(
-                f"packing.row_length {self.packing.row_length} is too short for engine.max_context "
-                f"{self.engine.max_context}: the longest samples could not be trained; raise it or lower the other"
-            )
+        self._require_rows_for_the_longest()
         if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
             raise ConfigError(
                 f'tokenizer is "{self.tokenizer}" and policy.path is "{self.policy.path}"; set tokenizer to a '
                 "folder that holds tokenizer.json and a chat template, or policy.path to a Hugging Face folder that "
                 "has them"
             )
+
+    def _require_rows_for_the_longest(self) -> None:
+        packing, fed = self.packing, self.engine.max_context - 1
+        if packing.fits(fed, min(fed, self.gateway.max_tokens_limit or fed)):
+            return
+        with_limit = ""
+        if packing.fits(fed, 1):
+            with_limit = f", or set gateway.max_tokens_limit to {packing.row_length} at most"
+        raise ConfigError(
+            f"packing.row_length {packing.row_length} is too short for engine.max_context {self.engine.max_context}: "
+            f"the longest samples could not be trained; raise it, lower the other{with_limit}"
+        )
 
     @property
     def tokenizer_folder(self) -> str:

@@ -128,6 +128,10 @@ def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
         (["--sampling.top-p=0.9"], "cannot be trained; set temperature above 0, top_p = 1 and top_k = 0"),
         (["--sampling.temperature=0"], "cannot be trained"),
         (["--packing.row-length=32", "--engine.max-context=128"], "packing.row_length 32 is too short for"),
+        (
+            ["--packing.row-length=64", "--packing.block-size=32", "--engine.max-context=128"],
+            "raise it, lower the other, or set gateway.max_tokens_limit to 64 at most",
+        ),
         (["--run.group-size=1"], "a group needs at least 2 episodes"),
         (["--run.steps=-1"], "run.steps is -1; expected 0 or more"),
         (["--pool.window.in-flight=2", "--pool.window.groups-per-step=4"], "below groups_per_step 4"),
@@ -139,6 +143,15 @@ def test_values_that_cannot_be_run_are_refused_with_what_to_do(overrides: list[s
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, overrides)
     assert sentence in str(caught.value)
+
+
+def test_a_context_of_two_rows_goes_with_replies_of_one() -> None:
+    """Row 64: a trunk of up to 64 tokens, and behind it what is trained."""
+    options = ["--packing.row-length=64", "--packing.block-size=32", "--engine.max-context=128"]
+
+    assert load_config(QUICKSTART, [*options, "--gateway.max-tokens-limit=64"]).packing.row_length == 64
+    with pytest.raises(ConfigError, match=r"set gateway\.max_tokens_limit to 64 at most"):
+        load_config(QUICKSTART, [*options, "--gateway.max-tokens-limit=65"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ class GatewayConfig:
 
     ``port`` 0 picks a free one, and so does a taken one. ``public_host`` is the name agents reach this machine by,
     where it differs from ``host``. ``max_tokens_default`` holds where an agent asks for no limit; None means the rest
-    of the context. ``body_timeout_s`` is how long an agent may take to send its request or to read a piece of a
+    of the context. ``max_tokens_limit`` bounds every reply, whatever the agent asks for. ``body_timeout_s`` is how long an agent may take to send its request or to read a piece of a
     stream; ``cancel_grace_s`` how long a cancelled request may take to hand back the tokens it has drawn.
     ``tool_format`` is how the policy writes tool calls; ``auto`` takes the format its chat template writes.
     """
@@ -26,6 +26,7 @@ class GatewayConfig:
     model_name: str = "policy"
     tool_format: ToolFormatName = "auto"
     max_tokens_default: int | None = None
+    max_tokens_limit: int | None = None
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
     cancel_grace_s: float = 2.0
@@ -38,10 +39,10 @@ class GatewayConfig:
         if self.tool_format != "auto" and self.tool_format not in TOOL_CALL_FORMATS:
             known = ", ".join(sorted(TOOL_CALL_FORMATS))
             raise ConfigError(f"gateway.tool_format is {self.tool_format!r}; give auto or one of: {known}")
-        if self.max_tokens_default is not None and self.max_tokens_default < 1:
-            raise ConfigError(
-                f"gateway.max_tokens_default is {self.max_tokens_default}; give at least 1, or leave it out"
-            )
+        for name in ("max_tokens_default", "max_tokens_limit"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise ConfigError(f"gateway.{name} is {given}; give at least 1, or leave it out")
         for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "max_body_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")

@@ -160,11 +160,13 @@ class SessionLog:
                 code="context_length_exceeded",
                 param="messages",
             )
-        asked = chat.max_tokens if chat.max_tokens is not None else self._service.config.max_tokens_default
+        config = self._service.config
+        asked = chat.max_tokens if chat.max_tokens is not None else config.max_tokens_default
+        bounds = (room, asked, config.max_tokens_limit)
         return SampleRequest(
             request_id=f"{self.id}-{number}",
             prompt_ids=prompt.ids,
-            max_tokens=room if asked is None else min(asked, room),
+            max_tokens=min(bound for bound in bounds if bound is not None),
             law=chat.law if self._spec.law is None else self._spec.law,
             stop_ids=self._service.chat_format.stop_ids,
             seed=self._seed(chat, number),

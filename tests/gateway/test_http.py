@@ -155,6 +155,17 @@ async def test_the_length_limit_and_the_context_cut_a_reply(chat_format: ChatFor
     assert refused.value.code == "context_length_exceeded" and len(sampler.requests) == 4
 
 
+async def test_no_reply_is_longer_than_the_gateways_limit(chat_format: ChatFormat) -> None:
+    sampler = ScriptedSampler(chat_format, *["x " * 40] * 3)
+    gateway = await started(sampler, max_tokens_default=9, max_tokens_limit=6)
+    async with client(gateway.open(TRAINING)) as agent:
+        limits: Any
+        for limits in ({"max_tokens": 5}, {}, {"max_tokens": 1000}):
+            await agent.chat.completions.create(model="m", messages=[USER], **limits)
+    await gateway.stop()
+    assert [request.max_tokens for request in sampler.requests] == [5, 6, 6]
+
+
 async def test_a_malformed_call_is_text_and_is_counted(chat_format: ChatFormat) -> None:
     text = '<tool_call>{"name": "abacus", "arguments": {}}</tool_call>'
     gateway = await started(ScriptedSampler(chat_format, text + "<|im_end|>"))

@@ -291,6 +291,7 @@ async def test_stopping_closes_every_session_and_opening_needs_a_running_gateway
         {"port": 70000},
         {"tool_format": "xml"},
         {"max_tokens_default": 0},
+        {"max_tokens_limit": 0},
         {"cancel_grace_s": 0},
         {"host": ""},
         {"body_timeout_s": math.nan},
