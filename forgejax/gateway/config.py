@@ -15,9 +15,10 @@ class GatewayConfig:
 
     ``port`` 0 picks a free one, and so does a taken one. ``public_host`` is the name agents reach this machine by,
     where it differs from ``host``. ``max_tokens_default`` holds where an agent asks for no limit; None means the rest
-    of the context. ``max_tokens_limit`` bounds every reply, whatever the agent asks for. ``body_timeout_s`` is how long an agent may take to send its request or to read a piece of a
-    stream; ``cancel_grace_s`` how long a cancelled request may take to hand back the tokens it has drawn.
-    ``tool_format`` is how the policy writes tool calls; ``auto`` takes the format its chat template writes.
+    of the context. ``max_tokens_limit`` bounds every reply, whatever the agent asks for. ``body_timeout_s`` is how long
+    an agent may take to send its request or to read a piece of a stream; ``cancel_grace_s`` how long a cancelled
+    request may take to hand back the tokens it has drawn. ``tool_format`` is how the policy writes tool calls; ``auto``
+    takes the format its chat template writes.
     """
 
     host: str = "127.0.0.1"

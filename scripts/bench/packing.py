@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import statistics
@@ -21,10 +20,14 @@ VOCAB = 32_768
 
 
 class Draw:
-    """An endless stream of groups for each shape of agent; lengths vary by a factor of four around their mean."""
+    """An endless stream of groups for each shape of agent; lengths vary by a factor of four around their mean.
 
-    def __init__(self) -> None:
+    Every prompt begins with the same ``system`` tokens.
+    """
+
+    def __init__(self, system: int) -> None:
         self.rng = np.random.default_rng(0)
+        self.system = self.rng.integers(0, VOCAB, system, dtype=np.int32)
 
     def ids(self, mean: int) -> np.ndarray:
         low, high = max(1, mean * 2 // 5), max(2, mean * 8 // 5)
@@ -43,14 +46,14 @@ class Draw:
         )
 
     def grpo(self, prompt: int, answer: int, members: int = 8) -> list[Sample]:
-        context = self.ids(prompt)
+        context = np.concatenate([self.system, self.ids(prompt)])
         return [self.sample(context, self.ids(answer)) for _ in range(members)]
 
     def turns(self, *, think: int, members: int = 8, turns: int = 8) -> list[Sample]:
         """One sample a turn. Without thinking each prompt extends the last; thinking is stripped from later ones."""
-        system, group = self.ids(256), []
+        prompt, group = np.concatenate([self.system, self.ids(256)]), []
         for _ in range(members):
-            context = system
+            context = prompt
             for _ in range(turns):
                 said = self.ids(48)
                 thought = self.ids(think) if think else said[:0]
@@ -71,12 +74,12 @@ CASES: dict[str, Callable[[Draw], list[Sample]]] = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What to pack. ``tokens`` are at least reached, whole groups at a time, counted before or after merging;
-    ``one_group`` puts all samples into a single tree, which is cut."""
+    ``system`` tokens begin every prompt: all samples are then one tree, which is cut."""
 
     case: Literal["all", "multiturn", "stripped", "grpo", "short", "chain"] = "all"
     tokens: int = 1_000_000
     count: Literal["unmerged", "tree"] = "tree"
-    one_group: bool = False
+    system: int = 0
     packing: PackConfig = dataclasses.field(default_factory=lambda: PackConfig(row_length=8192, rows=1, block_size=128))
     row_shards: int = 4
     repeats: int = 5
@@ -84,13 +87,13 @@ class Options:
 
 
 def groups_of(options: Options, case: str) -> list[list[Sample]]:
-    draw, found, total = Draw(), [], 0
+    draw, found, total = Draw(options.system), [], 0
     while total < options.tokens:
         group = CASES[case](draw)
         found.append(group)
         tree = options.count == "tree"
         total += len(build_tree(group).tokens) if tree else sum(sample.fed_tokens for sample in group)
-    return [list(itertools.chain.from_iterable(found))] if options.one_group else found
+    return found
 
 
 def measured(options: Options, case: str) -> dict[str, Any]:
@@ -111,8 +114,11 @@ def measured(options: Options, case: str) -> dict[str, Any]:
         "pair_ratio": packed.stats.attention_pair_ratio,
         "pair_imbalance": packed.stats.pair_imbalance,
         "row_fill": packed.stats.row_fill,
-        "batches": len(packed.batches),
-        "shapes": len({(batch.tokens.shape, batch.edge_src.shape, batch.term_edge.shape) for batch in packed.batches}),
+        "batches": len(packed.parts),
+        "trunks": len(packed.trunks),
+        "shapes": len(
+            {tuple(x.shape for x in vars(part.batch).values() if hasattr(x, "shape")) for part in packed.parts}
+        ),
         "pack_s": statistics.median(walls[1:]),
         "pack_cpu_s": statistics.median(cpus[1:]),
     }
