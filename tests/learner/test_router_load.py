@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from forgejax.learner import PackConfig, pack
+from forgejax.learner.forest import Forest
+from forgejax.learner.packing import pack_forest
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig, TrainStep, make_train_step
 from forgejax.models import PolicyConfig, abstract_policy, init_params
@@ -18,22 +20,25 @@ _POLICY = PolicyConfig(
     vocab_size=8, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=12, param_dtype="float64",
     compute_dtype="float64", moe=MoEConfig(num_experts=6, experts_per_token=2),
 )  # fmt: skip
-_PACK = PackConfig(row_length=64, rows=2, block_size=16, loss_norm="batch")
+_PACK = PackConfig(row_length=64, rows=2, block_size=16, trunks=False)
 
 
-def _accumulated(step: TrainStep, params: Any, groups: list[list[Sample]]) -> Any:
+def _accumulated(step: TrainStep, params: Any, forests: list[Forest]) -> Any:
     total = step.start(params)
-    for batch in pack(groups, _PACK).batches:
+    for batch in (batch for forest in forests for batch in pack_forest(forest, _PACK).batches):
         total = step.accumulate(params, total, batch, np.int32(0))
     return jax.device_get(total)
 
 
 def test_a_merged_group_routes_and_learns_as_its_samples_do_one_by_one() -> None:
     samples = random_group(np.random.default_rng(3), vocab=2, samples=8, longest=12)
+    weights = np.full(8, 1 / sum(len(one.token_ids) for one in samples))
+    together, alone = Forest.of(samples, weights), [Forest.of([one], weights[:1]) for one in samples]
+    assert len(together.tree.tokens) < sum(len(each.tree.tokens) for each in alone)
     with jax.enable_x64(True):
         params = init_params(_POLICY)
         step = make_train_step(abstract_policy(_POLICY)[0], params, StepConfig(vocab_chunk=16))
-        merged, apart = (_accumulated(step, params, groups) for groups in ([samples], [[one] for one in samples]))
+        merged, apart = (_accumulated(step, params, forests) for forests in ([together], alone))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), merged.grads, apart.grads)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged.tally.router, apart.tally.router)
 
