@@ -44,8 +44,8 @@ def cut(
     def fits(start: int, stop: int) -> bool:
         tokens = fed[start] + grown[stop] - grown[start + 1]
         terms = trained[stop] - trained[start]
-        # An edge leads to a node, or to the last token of a sample, once for each temperature.
-        edges = min(terms, (tokens + 1 + ends[stop] - ends[start + 1]) * temperatures)
+        # An edge leads to a node that is no root, or to the last token of a sample, once for each temperature.
+        edges = min(terms, (tokens + ends[stop] - ends[start + 1]) * temperatures)
         return tokens <= max_tokens and edges <= max_tokens and terms <= max_terms
 
     best = [(0, 0)]  # tokens and ranges of the first samples, in the order in which they count

@@ -35,15 +35,24 @@ class PackConfig:
     trunks: bool = True
 
     def __post_init__(self) -> None:
-        if self.block_size < 0 or self.row_length < 2 or self.row_length % self.block:
+        if self.row_length < 2 or self.block_size < 0:
+            raise ConfigError(
+                f"packing.row_length {self.row_length} and packing.block_size {self.block_size}: expected rows of at "
+                "least 2 tokens, and blocks of any number of them or 0 for the platform's"
+            )
+        if self.row_length % self.block:
             raise ConfigError(
                 f"packing.row_length {self.row_length} is not a multiple of packing.block_size {self.block_size}; "
                 "change one of them"
             )
         if self.rows < 1:
             raise ConfigError(f"packing.rows is {self.rows}; expected at least 1 row a shard")
-        if min(self.token_cost, self.pair_cost) < 0 or self.token_cost + self.pair_cost == 0:
-            raise ConfigError("packing.token_cost and packing.pair_cost: expected a positive cost, none negative")
+        costs = (self.token_cost, self.pair_cost)
+        if not (all(0 <= cost < math.inf for cost in costs) and sum(costs) > 0):
+            raise ConfigError(
+                f"packing.token_cost {self.token_cost} and packing.pair_cost {self.pair_cost}: expected numbers of at "
+                "least 0, and one above"
+            )
 
     @property
     def block(self) -> int:

@@ -1,4 +1,4 @@
-"""Prefix trees: the samples of a group merged, so that every shared token is computed once.
+"""Prefix trees: the samples of a step merged, so that every shared token is computed once.
 
 Nodes lie in DFS pre-order, heaviest child first. A token's log-probability is read at its parent, and the loss lives on
 the edges; each sample keeps its own terms, summed and never averaged, so plain autodiff over the tree gives exactly the

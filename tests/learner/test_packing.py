@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
             object.__setattr__(one, "request_id", f"{number}-{index}")
     by_id = {one.request_id: one for members in batch_of for one in members}
 
-    packed = pack(batch_of, PackConfig(row_length=16, rows=1, block_size=8), row_shards=shards)
+    packed = pack(batch_of, PackConfig(row_length=16, rows=1, block_size=8, trunks=False), row_shards=shards)
 
     assert sorted(place.request_id for place in packed.placements) == sorted(by_id)
     for place in packed.placements:
@@ -67,7 +67,7 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
         terms = sum(len(one.token_ids) for one in tree_samples[start:stop])
         distinct = len({(*one.context_ids, *one.token_ids) for one in tree_samples[start:stop]})
         size = nodes(start, stop)
-        return size <= room and min(terms, size + distinct) <= room
+        return size <= room and min(terms, size - 1 + distinct) <= room
 
     costs = []  # tokens, ranges
     for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, count), n) for n in range(count)):
@@ -104,7 +104,7 @@ def test_cutting_time_follows_the_samples() -> None:
 def test_trees_are_cut_to_fill_rows_only_where_that_saves_rows() -> None:
     groups = [[sample([n, 1, 2, m], [3], name=f"{n}-{m}") for m in range(4)] for n in range(3)]  # 7 nodes
     roomy = PackConfig(row_length=8, rows=1, block_size=8)
-    tight = PackConfig(row_length=12, rows=1, block_size=4)
+    tight = PackConfig(row_length=12, rows=1, block_size=4, trunks=False)
 
     whole, cut_up = pack(groups, roomy), pack(groups, tight)
 
@@ -148,7 +148,7 @@ def test_the_normaliser_counts_unmerged_tokens_of_the_samples_own_group() -> Non
 
 def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
     copies = [sample([1], [2, 3, 4, 5, 6, 7, 8], name=str(n)) for n in range(40)]  # 7 edges, 280 terms
-    config = PackConfig(row_length=8, rows=1, block_size=8)
+    config = PackConfig(row_length=8, rows=1, block_size=8, trunks=False)
 
     packed = pack([copies], config)
 
@@ -156,6 +156,14 @@ def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
     assert len(packed.batches) == 3  # 128 terms are 18 copies
     assert packed.stats.trained_tokens == 280
     assert packed.stats.tree_tokens == 21
+
+
+def test_copies_of_a_sample_as_long_as_a_row_share_rows_up_to_the_term_limit() -> None:
+    copies = [sample(range(6), [6, 7, 8], name=str(n)) for n in range(300)]  # 8 nodes, 3 edges, 900 terms
+
+    packed = pack([copies], PackConfig(row_length=8, rows=1, block_size=8, trunks=False))
+
+    assert len(packed.batches) == 8  # of 128 terms, which are 42 copies
 
 
 def test_padding_counts_no_sample_and_every_fed_token_counts_once_for_its_sample() -> None:
@@ -231,6 +239,21 @@ def test_an_empty_batch_has_the_shapes_of_one_that_trains_half_of_its_tokens() -
 def test_a_row_that_is_no_multiple_of_its_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiple"):
         PackConfig(row_length=100, block_size=64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"row_length": 1}, "rows of at least 2 tokens"),
+        ({"block_size": -1}, "packing.block_size -1"),
+        ({"pair_cost": float("nan")}, "packing.pair_cost nan"),
+        ({"token_cost": -1.0}, "numbers of at least 0"),
+        ({"token_cost": 0.0, "pair_cost": 0.0}, "one above"),
+    ],
+)
+def test_what_no_row_can_be_or_cost_is_refused_with_what_was_given(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        PackConfig(**wrong)
 
 
 @pytest.mark.parametrize(
