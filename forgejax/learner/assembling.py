@@ -13,14 +13,24 @@ from forgejax.ops import tree_meta
 
 
 def shape_of(rows: Sequence[Row], config: PackConfig) -> tuple[int, int]:
-    """E and M: the smallest buckets that hold every row."""
+    """E and M: the smallest buckets that hold every row, of at least one.
+
+    Raises:
+        ValueError: a row has more edges or terms than the largest bucket.
+    """
     edges = max((sum(len(bin.tree.edge_src) for bin in row) for row in rows), default=0)
     terms = max((sum(len(bin.tree.term_edge) for bin in row) for row in rows), default=0)
     T = config.row_length
-    return (
-        next(size for share in EDGE_BUCKETS if edges <= (size := int(share * T))),
-        next(size for share in TERM_BUCKETS if terms <= (size := share * T)),
-    )
+    edge_sizes = [max(1, int(share * T)) for share in EDGE_BUCKETS]
+    term_sizes = [share * T for share in TERM_BUCKETS]
+    return _smallest(edge_sizes, edges, "edges"), _smallest(term_sizes, terms, "terms")
+
+
+def _smallest(sizes: Sequence[int], needed: int, of: str) -> int:
+    enough = [size for size in sizes if size >= needed]
+    if not enough:
+        raise ValueError(f"a row has {needed} {of}; the largest bucket holds {sizes[-1]}: fill it with fewer samples")
+    return enough[0]
 
 
 def assemble(

@@ -63,7 +63,7 @@ def batch_sizes(count: int, per_shard: int, shards: int) -> list[int]:
     full, rest = divmod(count, per_shard * shards)
     sizes = [per_shard] * full
     if rest:
-        sizes.append(next(size for part in (4, 2, 1) if (size := -(-per_shard // part)) * shards >= rest))
+        sizes.append(min(size for part in (4, 2, 1) if (size := -(-per_shard // part)) * shards >= rest))
     return sizes
 
 
@@ -91,7 +91,7 @@ def _whole(forest: Forest, config: PackConfig) -> list[Range]:
     """The samples of each tree, in ranges that fit into a row where the tree does not."""
     ranges = []
     for start, stop in forest.roots:
-        if _fits(forest.size(start, stop), config):
+        if fits(forest.size(start, stop), config):
             ranges.append((start, stop))
             continue
         samples, shared = forest.tree.samples[start:stop], forest.tree.shared[start:stop]
@@ -100,7 +100,8 @@ def _whole(forest: Forest, config: PackConfig) -> list[Range]:
     return ranges
 
 
-def _fits(size: tuple[int, int, int], config: PackConfig) -> bool:
+def fits(size: tuple[int, int, int], config: PackConfig) -> bool:
+    """Whether a row holds so many nodes, edges and terms."""
     nodes, edges, terms = size
     return max(nodes, edges) <= config.row_length and terms <= config.term_limit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from forgejax.learner.assembling import assemble, shape_of
 from forgejax.learner.batch import PackedBatch, PackedTrunk, PackStats, Placement
-from forgejax.learner.filling import Bin, Row, fill, padded_rows
+from forgejax.learner.filling import Bin, Row, fill, fits, padded_rows
 from forgejax.learner.forest import Forest
 from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.trunk_plan import TRUNK_COST, TrunkUnit, plan_trunks
@@ -46,7 +47,7 @@ def in_phases(forest: Forest, config: PackConfig, row_shards: int) -> tuple[list
 
     There are trunks only where they save padded rows, or where a sample is too long for a row.
     """
-    units = plan_trunks(forest, config) if config.trunks else []
+    units = [_trimmed(unit, forest, config) for unit in plan_trunks(forest, config)] if config.trunks else []
     if not units:
         return fill(forest, config, row_shards), []
     batches = _lay_out([_slot(unit, forest, config) for unit in units], row_shards)
@@ -110,9 +111,22 @@ def trunk_stats(batches: Sequence[Sequence[Slot]], config: PackConfig) -> PackSt
     )
 
 
+def _trimmed(unit: TrunkUnit, forest: Forest, config: PackConfig) -> TrunkUnit:
+    """The unit with no more samples that end in its trunk than a row holds; the others are left to ordinary rows."""
+    first = _first_behind(unit, forest)
+    ended = range(unit.start, first)
+    start = unit.start + bisect.bisect_left(ended, True, key=lambda at: fits(forest.size(at, first), config))
+    return dataclasses.replace(unit, start=start)
+
+
+def _first_behind(unit: TrunkUnit, forest: Forest) -> int:
+    """The first sample that goes on behind the trunk; those before it end in it."""
+    return unit.start + int((forest.fed[unit.start : unit.stop] > unit.length).argmax())
+
+
 def _slot(unit: TrunkUnit, forest: Forest, config: PackConfig) -> Slot:
     """A unit in one slot."""
-    first = unit.start + int((forest.fed[unit.start : unit.stop] > unit.length).argmax())
+    first = _first_behind(unit, forest)
     samples, weights = forest.tree.samples, forest.weights
     behind = [
         dataclasses.replace(sample, context_ids=sample.context_ids[unit.length :])

@@ -18,9 +18,10 @@ from forgejax.errors import ConfigError
 from forgejax.learner import assembling
 from forgejax.learner.batch import PackedStep
 from forgejax.learner.drift import drift_tokens, trained_ids
+from forgejax.learner.filling import Bin
 from forgejax.learner.forest import Forest
 from forgejax.learner.learner import Learner
-from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.pack_config import EDGE_BUCKETS, PackConfig
 from forgejax.learner.packing import pack
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig
@@ -299,6 +300,48 @@ def test_trunks_hold_every_sample_that_is_too_long_and_split_none(seed: int, voc
         if one.fed_tokens > unit.length:
             assert unit.length < len(one.context_ids)
             assert one.fed_tokens - unit.length <= room
+
+
+def _ended(kind: str) -> list[Sample]:
+    """Samples that end in a trunk of 128 tokens and are more than a row of it holds, and two that go on behind it."""
+    ids = np.random.default_rng(0).integers(0, 8, 230).tolist()
+    if kind == "terms":  # 40 x 100, where 16 x 128 fit
+        ended = [sample(ids[:20], ids[20:120], name=f"r{n}") for n in range(40)]
+    elif kind == "temperatures":  # 2 x 90 edges
+        ended = [sample(ids[:30], ids[30:120], name=f"r{n}", temperature=(1.0, 0.7)[n % 2]) for n in range(4)]
+    else:  # an edge each
+        ended = [sample(ids[:128], [n], name=f"r{n}") for n in range(150)]
+    return [*ended, *(sample(ids[:200], ids[200 : 220 + n], name=f"last{n}") for n in range(2))]
+
+
+@pytest.mark.parametrize("kind", ["terms", "temperatures", "edges"])
+def test_samples_that_end_in_a_trunk_beyond_what_its_row_holds_go_into_ordinary_rows(kind: str) -> None:
+    group = _ended(kind)
+
+    packed = _pack([group], rows=PackConfig(row_length=128, rows=1, block_size=8))
+
+    assert packed.batches
+    assert sorted(at.request_id for at in packed.placements) == sorted(one.request_id for one in group)
+    assert packed.stats.trained_tokens == sum(len(one.token_ids) for one in group)
+    assert packed.trunks[0].trunk.term_mask.any()
+    assert drift_tokens(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 0
+
+
+def test_a_row_beyond_the_largest_bucket_is_an_error_that_says_so() -> None:
+    forest = _forest([sample([1, 2], [3], temperature=1.0 + n, name=f"r{n}") for n in range(9)])
+    row = [Bin.of(forest.tree, forest.weights, _ROWS)]
+
+    with pytest.raises(ValueError, match="a row has 9 edges; the largest bucket holds 8"):
+        assembling.shape_of([row], PackConfig(row_length=8, block_size=8))
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_rows_of_two_or_three_tokens_have_an_edge_in_every_batch(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembling, "EDGE_BUCKETS", EDGE_BUCKETS)
+
+    packed = _pack([[sample(range(room + 1), [n]) for n in range(2)]], rows=PackConfig(row_length=room, block_size=1))
+
+    assert min(part.batch.edge_src.shape[1] for part in packed.parts) == 1
 
 
 @settings(max_examples=60, deadline=None)
