@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import numpy as np
-from jaxtyping import Int
+from forgejax.learner.forest import Forest, Range
 
-from forgejax.learner.samples import Sample
+_FIRST = 1 << 40  # what the figure that counts first is multiplied by; the other is smaller
 
 
 def cut(
-    samples: Sequence[Sample],
-    shared_S: Int[np.ndarray, " S"],
+    forest: Forest,
+    whole: Range,
     max_tokens: int,
     max_terms: int,
     fewest: Literal["tokens", "ranges"] = "tokens",
-) -> list[tuple[int, int]]:
+) -> list[Range]:
     """The contiguous ranges [start, stop) of samples with the fewest tokens in all, or with the fewest ranges.
 
     The tree of samples a..b-1 has ``L_a + sum(L_i - shared_i, a < i < b)`` nodes: each range repeats the ancestors of
@@ -28,60 +25,44 @@ def cut(
     over the end of the last range looks at the minimum of a sliding window.
 
     Args:
-        samples: in DFS order, of one tree or of trees behind one another; each fits into ``max_tokens`` by itself.
-        shared_S: nodes that sample i shares with sample i - 1; 0 where a tree begins.
+        forest: each of its samples fits into ``max_tokens`` by itself.
+        whole: the samples to cut, of one tree or of trees behind one another.
         max_tokens: bound on the nodes, and on the edges, of a range's trees.
         max_terms: bound on its trained tokens.
         fewest: what is made as small as possible first.
     """
-    count = len(samples)
-    fed = [sample.fed_tokens for sample in samples]
-    grown = _sums(length - int(shared) for length, shared in zip(fed, shared_S, strict=True))
-    trained = _sums(len(sample.token_ids) for sample in samples)
-    ends = _sums(itertools.chain([1], (not _identical(*pair) for pair in itertools.pairwise(samples))))
-    temperatures = len({sample.temperature for sample in samples})
+    first, last = whole
+    grown = forest.nodes[first : last + 1].tolist()
+    trained = forest.terms[first : last + 1].tolist()
+    distinct = forest.distinct[first : last + 1].tolist()
+    begun = (forest.fed[first:last] - forest.nodes[first + 1 : last + 1]).tolist()  # a range's nodes less its growth
+    temperatures = len({sample.temperature for sample in forest.tree.samples[first:last]})
+    per_token, per_range = (_FIRST, 1) if fewest == "tokens" else (1, _FIRST)
 
     def fits(start: int, stop: int) -> bool:
-        tokens = fed[start] + grown[stop] - grown[start + 1]
+        tokens = begun[start] + grown[stop]
         terms = trained[stop] - trained[start]
         # An edge leads to a node that is no root, or to the last token of a sample, once for each temperature.
-        edges = min(terms, (tokens + ends[stop] - ends[start + 1]) * temperatures)
-        return tokens <= max_tokens and edges <= max_tokens and terms <= max_terms
+        edges = (tokens + distinct[stop] - distinct[start + 1]) * temperatures
+        return tokens <= max_tokens and min(terms, edges) <= max_tokens and terms <= max_terms
 
-    best = [(0, 0)]  # tokens and ranges of the first samples, in the order in which they count
+    best = [0]  # what the first samples cost
     start_of = [0]
-    window: deque[tuple[tuple[int, int], int]] = deque()  # ascending: what a range from here costs, less grown[stop]
-    for stop in range(1, count + 1):
+    window: deque[tuple[int, int]] = deque()  # ascending: what a range from here costs, less its growth
+    for stop in range(1, last - first + 1):
         start = stop - 1
-        offset = _figures(fed[start] - grown[start + 1], 1, fewest)
-        cost = (best[start][0] + offset[0], best[start][1] + offset[1])
+        cost = best[start] + begun[start] * per_token + per_range
         while window and window[-1][0] >= cost:
             window.pop()
         window.append((cost, start))
         while not fits(window[0][1], stop):
             window.popleft()
         cost, start = window[0]
-        offset = _figures(grown[stop], 0, fewest)
-        best.append((cost[0] + offset[0], cost[1] + offset[1]))
+        best.append(cost + grown[stop] * per_token)
         start_of.append(start)
     ranges = []
-    stop = count
+    stop = last - first
     while stop:
-        ranges.append((start_of[stop], stop))
+        ranges.append((first + start_of[stop], first + stop))
         stop = start_of[stop]
     return ranges[::-1]
-
-
-def _sums(values: Iterable[int]) -> list[int]:
-    """Running sums: entry i is that of the first i values."""
-    return list(itertools.accumulate(values, initial=0))
-
-
-def _figures(tokens: int, ranges: int, fewest: str) -> tuple[int, int]:
-    return (tokens, ranges) if fewest == "tokens" else (ranges, tokens)
-
-
-def _identical(a: Sample, b: Sample) -> bool:
-    if a.fed_tokens != b.fed_tokens or int(a.token_ids[-1]) != int(b.token_ids[-1]):
-        return False
-    return np.array_equal(a.fed_ids, b.fed_ids)

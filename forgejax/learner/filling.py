@@ -22,23 +22,18 @@ class Bin:
     tree: PrefixTree
     weights: Float[np.ndarray, " S"]
     pairs: int
-    cost: float
 
     @staticmethod
-    def of(tree: PrefixTree, weights: Float[np.ndarray, " S"], config: PackConfig) -> Bin:
-        pairs = tree.attention_pairs
-        return Bin(
-            tree=tree,
-            weights=weights,
-            pairs=pairs,
-            cost=config.token_cost * len(tree.tokens) + config.pair_cost * pairs,
-        )
+    def of(forest: Forest, start: int, stop: int) -> Bin:
+        """The tree of samples start to stop."""
+        tree = forest.part(start, stop)
+        return Bin(tree=tree, weights=forest.weights[start:stop], pairs=tree.attention_pairs)
 
 
 Row = list[Bin]
 
 
-def fill(forest: Forest, config: PackConfig, shards: int) -> list[Row]:
+def fill(forest: Forest, config: PackConfig, shards: int) -> list[list[Range]]:
     """Spreads a forest over rows that hold ``row_length`` tokens, as many edges, and ``term_limit`` terms.
 
     Trees stay whole where they can. Where that leaves so much room that cutting them at the ends of rows, which repeats
@@ -48,9 +43,10 @@ def fill(forest: Forest, config: PackConfig, shards: int) -> list[Row]:
     rows = _best_fit(forest, _whole(forest, config), config)
     needed = -(-len(forest.tree.tokens) // config.row_length)
     if padded_rows(needed, config.rows, shards) < padded_rows(len(rows), config.rows, shards):
-        everything = cut(forest.tree.samples, forest.tree.shared, config.row_length, config.term_limit, fewest="ranges")
+        whole = (0, len(forest.tree.samples))
+        everything = cut(forest, whole, config.row_length, config.term_limit, fewest="ranges")
         rows = min(rows, [[one] for one in everything], key=lambda rows: padded_rows(len(rows), config.rows, shards))
-    return [[Bin.of(forest.part(*one), forest.weights[slice(*one)], config) for one in _joined(row)] for row in rows]
+    return [_joined(row) for row in rows]
 
 
 def padded_rows(count: int, per_shard: int, shards: int) -> int:
@@ -67,16 +63,19 @@ def batch_sizes(count: int, per_shard: int, shards: int) -> list[int]:
     return sizes
 
 
-def balance(rows: Sequence[Row], per_shard: int, shards: int) -> list[list[list[Row]]]:
+def balance(rows: Sequence[Row], config: PackConfig, shards: int) -> list[list[list[Row]]]:
     """The rows of each shard of each micro-batch, such that the shards of a micro-batch cost about the same.
 
     Shards wait for each other at the end of a micro-batch: rows of like cost go into the same one, and within it the
     dearest free row goes to the cheapest shard. Empty rows fill up.
     """
-    cost = {id(row): sum(bin.cost for bin in row) for row in rows}
+    cost = {
+        id(row): sum(config.token_cost * len(bin.tree.tokens) + config.pair_cost * bin.pairs for bin in row)
+        for row in rows
+    }
     queue = iter(sorted(rows, key=lambda row: -cost[id(row)]))
     batches = []
-    for size in batch_sizes(len(rows), per_shard, shards):
+    for size in batch_sizes(len(rows), config.rows, shards):
         slots: list[list[Row]] = [[] for _ in range(shards)]
         loads = [0.0] * shards
         for row in itertools.islice(queue, size * shards):
@@ -94,9 +93,7 @@ def _whole(forest: Forest, config: PackConfig) -> list[Range]:
         if fits(forest.size(start, stop), config):
             ranges.append((start, stop))
             continue
-        samples, shared = forest.tree.samples[start:stop], forest.tree.shared[start:stop]
-        found = cut(samples, shared, config.row_length, config.term_limit)
-        ranges += [(start + low, start + high) for low, high in found]
+        ranges += cut(forest, (start, stop), config.row_length, config.term_limit)
     return ranges
 
 

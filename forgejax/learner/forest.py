@@ -1,4 +1,4 @@
-"""Ranges of a forest's samples as trees of their own, cut out of it: no token is compared again."""
+"""Some of a forest's samples as a forest of their own, cut out of it: no token is compared again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ Range = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Forest:
-    """All samples of a step, merged, in DFS order; ``weights[i]`` is the loss weight of each term of sample i.
+    """Samples, merged, in DFS order; ``weights[i]`` is the loss weight of each term of sample i.
 
     A node lies in exactly one sample's share: the nodes that the sample does not have in common with the one before it.
-    Shares lie behind one another, as samples do.
+    Shares lie behind one another, as samples do. The first ``above`` tokens, with which all samples begin, are no
+    nodes; positions count them.
     """
 
     tree: PrefixTree
     weights: Float[np.ndarray, " S"]
+    above: int = 0
 
     @staticmethod
     def of(samples: Sequence[Sample], weights: Float[np.ndarray, " S"]) -> Forest:
@@ -36,18 +38,26 @@ class Forest:
 
     @functools.cached_property
     def fed(self) -> NDArray[np.int64]:
-        """[S] tokens each sample is fed."""
-        return np.array([sample.fed_tokens for sample in self.tree.samples], np.int64)
+        """[S] the nodes that each sample is fed."""
+        return np.array([sample.fed_tokens for sample in self.tree.samples], np.int64) - self.above
 
     @functools.cached_property
     def nodes(self) -> NDArray[np.int64]:
         """[S + 1] where the share of each sample begins."""
-        return np.concatenate([[0], np.cumsum(self.fed - self.tree.shared)])
+        return _sums(self.fed - self.tree.shared)
 
     @functools.cached_property
     def terms(self) -> NDArray[np.int64]:
         """[S + 1] where the terms of each sample begin."""
-        return np.concatenate([[0], np.cumsum([len(sample.token_ids) for sample in self.tree.samples])])
+        return _sums([len(sample.token_ids) for sample in self.tree.samples])
+
+    @functools.cached_property
+    def distinct(self) -> NDArray[np.int64]:
+        """[S + 1] how many different samples are among the first ones, by their tokens."""
+        last = np.array([sample.token_ids[-1] for sample in self.tree.samples])
+        fed, shared = self.fed, self.tree.shared
+        same = (fed[1:] == fed[:-1]) & (fed[1:] == shared[1:]) & (last[1:] == last[:-1])
+        return _sums(np.concatenate([[1], ~same]))
 
     @property
     def roots(self) -> list[Range]:
@@ -67,41 +77,65 @@ class Forest:
 
     def part(self, start: int, stop: int) -> PrefixTree:
         """The tree of samples start to stop: what ``build_tree`` makes of them, but for the order of equal branches."""
-        tree, low, high = self.tree, int(self.nodes[start]), int(self.nodes[stop])
-        ancestors = self._ancestors(start)
-        above = len(ancestors)
-        kept = np.concatenate([ancestors, np.arange(low, high)])
-        parent, position = tree.parent[kept], tree.positions[kept]
-        end = (np.minimum(tree.end[kept], high) - low + above).astype(np.int32)
-        last = self.nodes[start + 1 : stop + 1] - 1  # where each sample ends
-        edges, term_edge = np.unique(tree.term_edge[self.terms[start] : self.terms[stop]], return_inverse=True)
-        source = tree.edge_src[edges]
+        return self._cut(np.arange(start, stop), 0)
+
+    def only(self, samples: NDArray[np.int64], above: int = 0) -> Forest:
+        """The forest of some samples: at least one, ascending.
+
+        ``above``: how many nodes are left out, on which all of these samples begin and none ends or is trained.
+        """
+        return Forest(tree=self._cut(samples, above), weights=self.weights[samples], above=self.above + above)
+
+    def _cut(self, samples: NDArray[np.int64], above: int) -> PrefixTree:
+        tree, start, stop = self.tree, int(samples[0]), int(samples[-1]) + 1
+        ends = self.nodes[samples + 1] - 1  # the node at which each sample ends
+        nodes = np.concatenate([self._ancestors(start), np.arange(self.nodes[start], self.nodes[stop])])
+        terms = tree.term_edge[self.terms[start] : self.terms[stop]]
         shared = tree.shared[start:stop].copy()
-        shared[0] = 0
+        if len(samples) < stop - start:
+            nodes = nodes[np.searchsorted(ends, tree.end[nodes]) > np.searchsorted(ends, nodes)]
+            terms = terms[np.repeat(_mask(samples - start), np.diff(self.terms[start : stop + 1]))]
+            shared = np.minimum.reduceat(shared, [0, *(samples[:-1] - start + 1)])
+        nodes = nodes[above:]  # the first ones are a chain
+        shared[0] = above
+        edges, term_edge = np.unique(terms, return_inverse=True)
+        end = np.searchsorted(nodes, tree.end[nodes]).astype(np.int32)
         return PrefixTree(
-            samples=tree.samples[start:stop],
-            order=np.arange(stop - start),
-            tokens=tree.tokens[kept],
-            positions=position,
+            samples=tuple([tree.samples[at] for at in samples.tolist()]),
+            order=np.arange(len(samples)),
+            tokens=tree.tokens[nodes],
+            positions=tree.positions[nodes],
             end=end,
-            parent=np.where(parent >= low, parent - low + above, position - 1).astype(np.int32),
-            samples_through=samples_through(last - low + above, end),
-            # A node above is found at its depth: there is one for each.
-            edge_src=np.where(source >= low, source - low + above, tree.positions[source]).astype(np.int32),
+            parent=(np.searchsorted(nodes, tree.parent[nodes], side="right") - 1).astype(np.int32),
+            samples_through=samples_through(np.searchsorted(nodes, ends), end),
+            edge_src=np.searchsorted(nodes, tree.edge_src[edges]).astype(np.int32),
             edge_tgt=tree.edge_tgt[edges],
             edge_temperature=tree.edge_temperature[edges],
             term_edge=term_edge.astype(np.int32),
-            shared=shared,
+            shared=shared - np.int32(above),
         )
 
     def _ancestors(self, start: int) -> NDArray[np.int64]:
         """The nodes that the sample has in common with the one before it."""
-        shared = int(self.tree.shared[start])
-        if not shared:
-            return np.zeros(0, np.int64)
-        last = int(self.nodes[start + 1]) - 1
-        root = int(self._root_nodes[np.searchsorted(self._root_nodes, last, side="right") - 1])
-        return root + np.flatnonzero(self.tree.end[root : last + 1] > last)[:shared]
+        shared = self.tree.shared
+        pieces = []
+        while needed := int(shared[start]):
+            start = self._lender[start]
+            pieces.append(int(self.nodes[start]) + np.arange(needed - int(shared[start])))
+        return np.concatenate([np.zeros(0, np.int64), *pieces[::-1]])
+
+    @functools.cached_property
+    def _lender(self) -> list[int]:
+        """The last sample before each whose share has the deepest node that the two have in common."""
+        shared = self.tree.shared.tolist()
+        lenders: list[int] = []
+        path: list[int] = []  # the samples whose shares make up the one before, each deeper than the last
+        for at, common in enumerate(shared):
+            while path and shared[path[-1]] >= common:
+                path.pop()
+            lenders.append(path[-1] if path else -1)
+            path.append(at)
+        return lenders
 
     @functools.cached_property
     def _edges(self) -> NDArray[np.int64]:
@@ -109,8 +143,16 @@ class Forest:
         term_edge = self.tree.term_edge
         first = np.empty(len(self.tree.edge_src), np.int64)
         first[term_edge[::-1]] = np.arange(len(term_edge))[::-1]  # of several terms the last that is written counts
-        return np.concatenate([[0], np.cumsum(np.bincount(first, minlength=len(term_edge)))])
+        return _sums(np.bincount(first, minlength=len(term_edge)))
 
-    @functools.cached_property
-    def _root_nodes(self) -> NDArray[np.int64]:
-        return np.flatnonzero(self.tree.positions == 0)
+
+def _sums(values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Running sums: entry i is that of the first i values."""
+    return np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
+
+def _mask(true: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """False but at the indices, the last of which is the last entry."""
+    mask = np.zeros(int(true[-1]) + 1, np.bool_)
+    mask[true] = True
+    return mask

@@ -15,8 +15,9 @@ from forgejax.learner.batch import PackedBatch, PackedStep, PackedTrunk, PackSta
 from forgejax.learner.filling import Row, balance
 from forgejax.learner.forest import Forest
 from forgejax.learner.pack_config import EDGE_BUCKETS, TERM_BUCKETS, PackConfig
+from forgejax.learner.phases import in_phases
 from forgejax.learner.samples import Sample
-from forgejax.learner.trunks import assemble_trunk, in_phases, trunk_stats
+from forgejax.learner.trunks import assemble_trunk, trunk_stats
 
 
 def pack(groups: Sequence[Sequence[Sample]], config: PackConfig, *, row_shards: int = 1) -> PackedStep:
@@ -46,7 +47,7 @@ def pack_forest(forest: Forest, config: PackConfig, *, row_shards: int = 1) -> P
     """Packs samples that are merged already; ``forest.weights`` have the normaliser."""
     rows, trunk_slots = in_phases(forest, config, row_shards)
     shape = shape_of(rows, config)
-    balanced = balance(rows, config.rows, row_shards)
+    balanced = balance(rows, config, row_shards)
     batches, placements = [], []
     for index, shards in enumerate(balanced):
         batch, placed = assemble([row for shard in shards for row in shard], index, shape, config)

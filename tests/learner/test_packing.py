@@ -14,6 +14,7 @@ from forgejax.errors import ConfigError
 from forgejax.learner.batch import Part
 from forgejax.learner.cutting import cut
 from forgejax.learner.drift import trained_ids
+from forgejax.learner.forest import Forest
 from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.tree import build_tree
@@ -53,8 +54,8 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**9), count=st.integers(1, 7), room=st.integers(12, 24))
 def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: int) -> None:
-    tree = build_tree(random_group(np.random.default_rng(seed), samples=count, longest=8))
-    tree_samples = tree.samples
+    forest = Forest.of(random_group(np.random.default_rng(seed), samples=count, longest=8), np.ones(count))
+    tree_samples = forest.tree.samples
     if max(one.fed_tokens for one in tree_samples) > room:
         return
 
@@ -80,7 +81,7 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
         ("ranges", min(costs, key=lambda cost: cost[::-1])),
     ]
     for fewest, best in laws:
-        found = cut(tree_samples, tree.shared, room, 10**6, fewest=fewest)
+        found = cut(forest, (0, count), room, 10**6, fewest=fewest)
 
         assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
         assert found[-1][1] == count
@@ -91,10 +92,10 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
 def test_cutting_time_follows_the_samples() -> None:
     rng = np.random.default_rng(0)
     samples = [sample([1, 2, 3, n], [4, 5], name=str(n)) for n in rng.permutation(3000).tolist()]
-    tree = build_tree(samples)
+    forest = Forest.of(samples, np.ones(3000))
 
     start = time.process_time()
-    ranges = cut(tree.samples, tree.shared, 3 + 2 * 2500, 10**6)
+    ranges = cut(forest, (0, 3000), 3 + 2 * 2500, 10**6)
     spent = time.process_time() - start
 
     assert len(ranges) == 2

@@ -329,7 +329,7 @@ def test_samples_that_end_in_a_trunk_beyond_what_its_row_holds_go_into_ordinary_
 
 def test_a_row_beyond_the_largest_bucket_is_an_error_that_says_so() -> None:
     forest = _forest([sample([1, 2], [3], temperature=1.0 + n, name=f"r{n}") for n in range(9)])
-    row = [Bin.of(forest.tree, forest.weights, _ROWS)]
+    row = [Bin.of(forest, 0, 9)]
 
     with pytest.raises(ValueError, match="a row has 9 edges; the largest bucket holds 8"):
         assembling.shape_of([row], PackConfig(row_length=8, block_size=8))
