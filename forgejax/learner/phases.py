@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from forgejax.learner.filling import Bin, Row, fill, fits, padded_rows
 from forgejax.learner.forest import Forest, Range
 from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.trunk_plan import TRUNK_COST, TrunkUnit, plan_trunks
+from forgejax.learner.trunk_plan import TRUNK_COST, WORTHWHILE, TrunkUnit, plan_trunks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,13 +67,15 @@ class _Plan:
 def in_phases(forest: Forest, config: PackConfig, row_shards: int) -> tuple[list[Row], list[list[Slot]]]:
     """Ordinary rows, and the slots of each trunk batch for the samples that a trunk serves better.
 
-    There are trunks only where they save padded rows, or where a sample is too long for a row.
+    There are trunks only where a sample is too long for a row, or where they save ``WORTHWHILE`` of the padded rows.
     """
-    units = plan_trunks(forest, config) if config.trunks else []
-    plan = _planned(units, forest, config, row_shards)
-    if units and forest.fed.max() <= config.row_length:
-        plain = _planned([], forest, config, row_shards)
-        plan = min(plain, plan, key=lambda plan: plan.cost)
+    needed = plan_trunks(forest, config, needed=True) if config.trunks else []
+    plan = _planned(needed, forest, config, row_shards)
+    enough = (1 - WORTHWHILE) * plan.cost
+    # No plan takes fewer rows than the nodes fill: most steps end here.
+    if config.trunks and len(forest.tree.tokens) <= enough * config.row_length:
+        saving = _planned(plan_trunks(forest, config), forest, config, row_shards)
+        plan = saving if saving.cost <= enough else plan
     return [[Bin.of(plan.rest, *one) for one in row] for row in plan.rows], plan.trunks
 
 

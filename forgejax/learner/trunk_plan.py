@@ -1,9 +1,9 @@
 """Which samples are worth a pass of their own for the tokens they begin with: see ``trunk_step``.
 
-Where the samples below a branching point exceed a row, they are cut, and each row repeats their common prefix of P
-tokens: r tokens below it take about ``r / (L - P)`` rows of L tokens. Behind a trunk they take ``r / L`` rows, and the
+Where the samples below a branching point exceed a row, they are cut, and each row repeats their common prefix of p
+tokens: r tokens below it take about ``r / (t - p)`` rows of t tokens. Behind a trunk they take ``r / t`` rows, and the
 trunk itself one, of which the forward pass runs twice: 4 units of work where the rest takes 3. The plan with the fewest
-rows so counted is chosen, over all branching points at once. Samples of more than L tokens have no choice.
+rows so counted is chosen, over all branching points at once. Samples of more than t tokens have no choice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from forgejax.learner.pack_config import PackConfig
 
 TRUNK_COST = 4 / 3
 """Rows that a row of trunk counts for."""
+WORTHWHILE = 0.1
+"""The share of the rows that trunks must save, beyond those of samples too long for a row. Rows behind a trunk run in
+micro-batches of one a shard, ordinary ones in ``PackConfig.rows``: weights are gathered and their gradients added that
+many times as often, by further programs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,11 @@ class TrunkUnit:
     length: int
 
 
-def plan_trunks(forest: Forest, config: PackConfig) -> list[TrunkUnit]:
+def plan_trunks(forest: Forest, config: PackConfig, *, needed: bool = False) -> list[TrunkUnit]:
     """The units that save rows, in order and apart; samples in none of them go into ordinary rows.
 
-    Time is linear in the number of samples. Each sample is one that ``config.fits``.
+    ``needed``: only units that hold a sample too long for a row. Time is linear in the number of samples. Each sample
+    is one that ``config.fits``.
     """
     contexts = [len(sample.context_ids) for sample in forest.tree.samples]
     search = _Search(
@@ -45,10 +50,12 @@ def plan_trunks(forest: Forest, config: PackConfig) -> list[TrunkUnit]:
         shared=forest.tree.shared.tolist(),
         nodes=forest.nodes.tolist(),
         row=config.row_length,
+        needed=needed,
     )
     units = []
     for start, stop in forest.roots:
-        if search.nodes[stop] - search.nodes[start] > config.row_length:
+        held = max(search.fed[start:stop]) if needed else search.nodes[stop] - search.nodes[start]
+        if held > config.row_length:
             units += search.best(start, stop)
     return _with_prefixes(units, forest)
 
@@ -62,16 +69,12 @@ class _Node:
     ends: bool
     children: list[_Node] = dataclasses.field(default_factory=list)
     # Filled in when the node is closed:
-    tokens: int = 0  # nodes from the root to here and below
+    tokens: int = 0  # nodes from the root to here and below it
     longest: int = 0  # tokens that the longest sample is fed
     first_source: int = 0  # the shallowest node at which a sample below is trained
     cut_rows: float = 0.0  # in ordinary rows, without any trunk
     rows: float = 0.0  # at best
     units: list[TrunkUnit] = dataclasses.field(default_factory=list)
-
-    @property
-    def below(self) -> int:
-        return self.tokens - self.depth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class _Search:
     shared: Sequence[int]
     nodes: Sequence[int]
     row: int
+    needed: bool
 
     def best(self, start: int, stop: int) -> list[TrunkUnit]:
         """The units of the tree of samples start to stop."""
@@ -118,11 +122,13 @@ class _Search:
         else:
             node.longest = max(child.longest for child in node.children)
             node.first_source = min(child.first_source for child in node.children)
-            node.cut_rows = self._cut_rows(node)
-            apart = sum(child.rows for child in node.children if not (child.ends and child.longest <= self.row))
-            parted = [unit for child in node.children for unit in child.units]
+            node.cut_rows = self._cut_rows(node.depth, node.children)
+            served = [child for child in node.children if child.units]
+            apart = self._cut_rows(node.depth, [child for child in node.children if not child.units])
+            apart += sum([child.rows for child in served])
+            parted = [unit for child in served for unit in child.units]
             node.rows, node.units = (apart, parted) if parted and apart < node.cut_rows else (node.cut_rows, [])
-        length = self._length(node)
+        length = 0 if self.needed and node.longest <= self.row else self._length(node)
         if length > 0 and node.longest - length <= self.row:
             rows = TRUNK_COST + math.ceil(self._leaf_rows(node, length))
             if rows < node.rows:
@@ -135,20 +141,24 @@ class _Search:
             return node.depth
         return min(node.depth, self.row, node.first_source)
 
-    def _cut_rows(self, node: _Node) -> float:
-        if node.longest > self.row:
+    def _cut_rows(self, depth: int, children: Sequence[_Node]) -> float:
+        """Ordinary rows of some that branch at a depth. What ends there adds none: it goes wherever its path is."""
+        if max([child.longest for child in children], default=0) > self.row:
             return math.inf
-        if node.tokens <= self.row:
-            return node.tokens / self.row
-        return max(node.below / (self.row - node.depth), self._rows_of_large(node, 0))
+        below = sum([child.tokens - depth for child in children])
+        if below == 0:
+            return 0.0
+        if depth + below <= self.row:
+            return (depth + below) / self.row
+        return max(below / (self.row - depth), self._rows_of_large(children, 0))
 
     def _leaf_rows(self, node: _Node, length: int) -> float:
-        return max((node.tokens - length) / self.row, self._rows_of_large(node, length))
+        return max((node.tokens - length) / self.row, self._rows_of_large(node.children, length))
 
-    def _rows_of_large(self, node: _Node, length: int) -> float:
+    def _rows_of_large(self, children: Sequence[_Node], length: int) -> float:
         """Rows of the children that are cut again below a trunk, for they exceed a row."""
-        large = [child for child in node.children if child.tokens - length > self.row]
-        return sum((child.below / (self.row + length - child.depth) for child in large), 0.0)
+        large = [child for child in children if child.tokens - length > self.row]
+        return sum([(child.tokens - child.depth) / (self.row + length - child.depth) for child in large], 0.0)
 
 
 def _with_prefixes(units: Sequence[TrunkUnit], forest: Forest) -> list[TrunkUnit]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from forgejax import sharding
 from forgejax.errors import ConfigError
-from forgejax.learner import assembling
+from forgejax.learner import assembling, phases
 from forgejax.learner.batch import PackedStep
 from forgejax.learner.drift import drift_tokens, trained_ids
 from forgejax.learner.filling import Bin
@@ -25,6 +25,7 @@ from forgejax.learner.pack_config import EDGE_BUCKETS, PackConfig
 from forgejax.learner.packing import pack
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig
+from forgejax.learner.tree import PrefixTree
 from forgejax.learner.trunk_plan import TrunkUnit, plan_trunks
 from forgejax.learner.trunk_step import make_trunk_step
 from forgejax.models import MoEConfig, PolicyConfig, abstract_policy, init_params
@@ -264,6 +265,72 @@ def test_the_deepest_prefix_worth_it_wins_over_what_all_groups_share() -> None:
     )
 
     assert units == [TrunkUnit(start=8 * g, stop=8 * g + 8, length=79) for g in range(3)]
+
+
+def test_lone_samples_beside_a_group_are_rows_that_a_trunk_for_all_saves() -> None:
+    rng = np.random.default_rng(0)
+    system, prompt = (rng.integers(0, 1000, n).tolist() for n in (50, 25))
+    alone = [sample([*system, 1000 + n], rng.integers(0, 1000, 26).tolist(), name=f"a{n}") for n in range(20)]
+    group = [sample([*system, *prompt], rng.integers(0, 1000, 20).tolist(), name=f"g{n}") for n in range(8)]
+    config = PackConfig(row_length=100, rows=1, block_size=10)
+
+    units = plan_trunks(_forest([*alone, *group]), config)
+    packed = _pack([alone, group], rows=config)
+
+    assert units == [TrunkUnit(start=0, stop=28, length=50)]
+    assert not packed.batches
+    assert [len(each.leaves) for each in packed.trunks] == [10]  # a trunk for the group alone leaves the others 20 rows
+
+
+def _sharing(count: int, shared: int, own: int) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    begin = rng.integers(0, 1000, shared).tolist()
+    return [sample([*begin, *range(1000 + n * own, 1000 + (n + 1) * own)], [1], name=f"r{n}") for n in range(count)]
+
+
+def test_a_trunk_that_saves_less_than_a_tenth_of_the_rows_is_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = PackConfig(row_length=64, rows=1, block_size=8)
+    planned: list[bool] = []
+
+    def counted(forest: Forest, config: PackConfig, *, needed: bool = False) -> list[TrunkUnit]:
+        planned.append(needed)
+        return plan_trunks(forest, config, needed=needed)
+
+    monkeypatch.setattr(phases, "plan_trunks", counted)
+
+    few, many = (pack([_sharing(480, shared, 4)], rows) for shared in (4, 16))
+
+    assert (len(few.batches), len(few.trunks)) == (32, 0)  # 30 behind a trunk, which costs 4/3
+    assert (len(many.batches), len(many.trunks)) == (0, 1)  # 30 and a trunk, where rows of their own are 40
+    assert planned == [True, True, False]  # that nothing can save a tenth of 32 shows before
+
+
+def test_a_sample_too_long_for_a_row_brings_no_other_behind_a_trunk() -> None:
+    long = sample(range(2000, 2150), [1], name="long")
+    others = _sharing(40, 10, 40)  # two a row, with or without a trunk of 10 tokens
+
+    packed = pack([[long], others], PackConfig(row_length=100, rows=1, block_size=10))
+
+    assert len(packed.batches) == 20
+    assert [len(each.leaves) for each in packed.trunks] == [1]
+
+
+def test_trees_are_made_for_the_plan_that_wins_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    part = Forest.part
+
+    def counted(self: Forest, start: int, stop: int) -> PrefixTree:
+        made.append((start, stop))
+        return part(self, start, stop)
+
+    monkeypatch.setattr(Forest, "part", counted)
+
+    packed = pack([_sharing(480, 16, 4)], PackConfig(row_length=64, rows=1, block_size=8))
+
+    assert packed.trunks
+    made.sort()
+    assert [start for start, _ in made] == [0, *(stop for _, stop in made[:-1])]  # each sample is in one of them
+    assert made[-1][1] == 480
 
 
 def test_samples_that_end_in_a_trunk_are_trained_in_it() -> None:
