@@ -72,11 +72,20 @@ def in_phases(forest: Forest, config: PackConfig, row_shards: int) -> tuple[list
     needed = plan_trunks(forest, config, needed=True) if config.trunks else []
     plan = _planned(needed, forest, config, row_shards)
     enough = (1 - WORTHWHILE) * plan.cost
-    # No plan takes fewer rows than the nodes fill: most steps end here.
-    if config.trunks and len(forest.tree.tokens) <= enough * config.row_length:
-        saving = _planned(plan_trunks(forest, config), forest, config, row_shards)
-        plan = saving if saving.cost <= enough else plan
+    trunk_of_a_row = TrunkUnit(start=0, stop=0, length=config.row_length)
+    if config.trunks and _least([trunk_of_a_row] * row_shards, forest, config, row_shards) <= enough:
+        units = plan_trunks(forest, config)
+        if _least(units, forest, config, row_shards) <= enough:  # else trees need not be cut to see it
+            saving = _planned(units, forest, config, row_shards)
+            plan = saving if saving.cost <= enough else plan
     return [[Bin.of(plan.rest, *one) for one in row] for row in plan.rows], plan.trunks
+
+
+def _least(units: Sequence[TrunkUnit], forest: Forest, config: PackConfig, row_shards: int) -> float:
+    """What trunks cost at least, in rows: the forest's other nodes fill theirs, and none is repeated."""
+    slots = -(-len(units) // row_shards) * row_shards
+    others = len(forest.tree.tokens) - sum(unit.length for unit in units)
+    return slots * TRUNK_COST + others / config.row_length
 
 
 def _planned(units: Sequence[TrunkUnit], forest: Forest, config: PackConfig, row_shards: int) -> _Plan:

@@ -85,9 +85,10 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
     tokens, positions, end, parent = _nodes(runs, sequences)
 
     ordered = [samples[i] for i in order]
+    fed = [len(sequences[i]) for i in order]
     # A sample's own nodes lie behind those of the one before it.
-    end_of_share = np.cumsum(np.array([sample.fed_tokens for sample in ordered], np.int64) - shared)
-    term_src = _sources(ordered, shared, end_of_share)
+    end_of_share = np.cumsum(np.array(fed, np.int64) - shared)
+    term_src = _sources(ordered, fed, shared, end_of_share)
     term_tgt = np.concatenate([sample.token_ids for sample in ordered])
     term_temperature = np.repeat(
         np.array([sample.temperature for sample in ordered], np.float32), [len(sample.token_ids) for sample in ordered]
@@ -218,12 +219,11 @@ def _last(run: _Run | None) -> int:
     return run.first + run.stop - run.start - 1
 
 
-def _sources(samples: Sequence[Sample], shared: Ints, end_of_share: NDArray[np.int64]) -> Ints:
+def _sources(samples: Sequence[Sample], fed: Sequence[int], shared: Ints, end_of_share: NDArray[np.int64]) -> Ints:
     """The nodes at which the trained tokens of the samples, in DFS order, are predicted."""
-    path = np.empty(max(sample.fed_tokens for sample in samples), np.int32)  # the nodes of one sample
+    path = np.empty(max(fed), np.int32)  # the nodes of one sample
     pieces = []
-    for sample, common, end in zip(samples, shared.tolist(), end_of_share.tolist(), strict=True):
-        fed = sample.fed_tokens
-        path[common:fed] = np.arange(end - fed + common, end, dtype=np.int32)
-        pieces.append(path[len(sample.context_ids) - 1 : fed].copy())
+    for sample, length, common, end in zip(samples, fed, shared.tolist(), end_of_share.tolist(), strict=True):
+        path[common:length] = np.arange(end - length + common, end, dtype=np.int32)
+        pieces.append(path[len(sample.context_ids) - 1 : length].copy())
     return np.concatenate(pieces)
