@@ -21,10 +21,11 @@ def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept) -> int:
     products, once for each expert that a token visits.
 
     Raises:
-        ValueError: for ``all``, which depends on what the compiler makes of a layer.
+        ValueError: for ``all``, which depends on what the compiler makes of a layer, and for ``share``, which depends
+            on the mesh.
     """
-    if keep == "all":
-        raise ValueError("activations are counted for 'products', 'attention' and 'nothing', not for 'all'")
+    if keep not in _LADDER:
+        raise ValueError(f"activations are counted for 'products', 'attention' and 'nothing', not for {keep!r}")
     size = jnp.dtype(config.compute_dtype).itemsize
     wide = max(size, 4)
     width = config.d_model
@@ -43,11 +44,13 @@ def kept_within(
     """The most that layers may keep of ``tokens`` tokens, split over the mesh, within the budget of one device.
 
     Keeping products costs no product again; ``attention`` costs about two of every nine of a layer's forward pass;
-    ``nothing`` all of it, attention included: a third of the step. The last is taken where none fits. Heads and widths
-    are counted whole, as if the mesh had no tensor axis.
+    ``nothing`` all of it, attention included: a third of the step. Heads and widths are counted whole, as if the mesh
+    had no tensor axis. Where none fits it is ``share`` on a mesh with such an axis, else ``nothing``.
     """
+    least = _LADDER[-1]
     if mesh is not None:
-        axes = (axis for name in ("rows", "length") for axis in split_axes(name, mesh, rules or Rules()))
-        tokens = -(-tokens // math.prod(mesh.shape[axis] for axis in axes))
+        rows, length, kept = (split_axes(name, mesh, rules or Rules()) for name in ("rows", "length", "kept"))
+        tokens = -(-tokens // math.prod(mesh.shape[axis] for axis in rows + length))
+        least = "share" if set(kept) > set(length) else least
     fitting = (keep for keep in _LADDER if activation_bytes(config, tokens, keep) <= budget_gib * 2**30)
-    return next(fitting, _LADDER[-1])
+    return next(fitting, least)

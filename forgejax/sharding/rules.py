@@ -40,6 +40,7 @@ class Rules:
     norm: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("data", "fsdp", "expert")  # B of a packed batch, S of a decode state
     length: tuple[str, ...] = ("context",)  # T of a packed batch
+    kept: tuple[str, ...] = ("context", "tensor")  # T of the input that a layer keeps, where devices keep shares of it
 
     def __post_init__(self) -> None:
         for name, axes in dataclasses.asdict(self).items():

@@ -15,7 +15,7 @@ from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import pack
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig
-from forgejax.models import MoEConfig, PolicyConfig, abstract_policy, init_params
+from forgejax.models import Kept, MoEConfig, PolicyConfig, abstract_policy, init_params
 
 from .oracle import relative
 from .samples import random_group, sample
@@ -38,9 +38,9 @@ def _batches(seed: int, rows: int) -> tuple[PackedBatch, ...]:
     return pack(_groups(seed), _CONFIG, row_shards=rows).batches
 
 
-def _learner(policy: PolicyConfig, **axes: int) -> Learner:
+def _learner(policy: PolicyConfig, keep: Kept = "products", /, **axes: int) -> Learner:
     """On a mesh of those axes; of none, on one device. Two chunks of logits or more."""
-    step = StepConfig(vocab_chunk=6)
+    step = StepConfig(keep=keep, vocab_chunk=6)
     if not axes:
         return Learner(abstract_policy(policy)[0], init_params(policy), step)
     sizes = dict.fromkeys(("data", "fsdp", "context", "tensor", "expert"), 1) | axes
@@ -79,6 +79,15 @@ def test_devices_that_share_rows_find_the_loss_and_the_gradient_of_one(experts: 
     scored, expected_scores = (np.asarray(each.score(batches[0])) for each in (shared, alone))
     mask = batches[0].term_mask
     np.testing.assert_allclose(scored[mask], expected_scores[mask], rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"context": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_devices_that_keep_shares_of_a_layers_input_find_the_gradient_of_one(axes: dict[str, int]) -> None:
+    alone, shared = _alone(0), _learner(_policy(), "share", **axes)
+    batches = _batches(0, shared.row_shards)
+    expected, found = (jax.device_get(each.gradient(batches, 0)) for each in (alone, shared))
+
+    assert relative(found.grads, expected.grads) <= 1e-5
 
 
 def test_a_shard_may_have_more_edges_than_tokens() -> None:

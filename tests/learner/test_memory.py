@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from forgejax.learner.memory import activation_bytes, kept_within
 from forgejax.learner.pack_config import PackConfig
@@ -17,14 +18,15 @@ from forgejax.sharding import MeshConfig, build_mesh, resolve
 _POLICY = PolicyConfig(vocab_size=8, num_layers=8, d_model=32, num_heads=4, num_kv_heads=2, d_ff=96)
 
 
-def _temporary_bytes(keep: Kept, layers: int) -> int:
-    """What the gradient of a micro-batch needs besides its inputs and outputs, and the gradient itself."""
+def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None) -> int:
+    """What the gradient of a micro-batch needs on a device besides its inputs and outputs; without a mesh, besides the
+    gradient itself as well."""
     graphdef, params = abstract_policy(dataclasses.replace(_POLICY, num_layers=layers))
-    step: Any = make_train_step(graphdef, params, StepConfig(keep=keep))
+    step: Any = make_train_step(graphdef, params, StepConfig(keep=keep), mesh=mesh)
     accumulated = jax.eval_shape(step.start, params)
     batch = empty_batch(PackConfig(row_length=1024, rows=1, block_size=64))
     compiled = step.accumulate.lower(params, accumulated, batch, np.int32(0)).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes) - 4 * count_params(params)
+    return int(compiled.memory_analysis().temp_size_in_bytes) - (0 if mesh else 4 * count_params(params))
 
 
 @pytest.mark.parametrize("keep", ["products", "attention", "nothing"])
@@ -33,6 +35,13 @@ def test_the_model_of_memory_is_what_the_compiler_allocates(keep: Kept) -> None:
     for_eight = _temporary_bytes(keep, 12) - _temporary_bytes(keep, 4)
 
     assert for_eight == pytest.approx(activation_bytes(_POLICY, 1024, keep), rel=0.03)
+
+
+def test_devices_that_split_heads_keep_a_share_of_the_input_each() -> None:
+    mesh = build_mesh(resolve(MeshConfig(name="cpu-2", tensor=2)))
+    whole, share = (_temporary_bytes(keep, 12, mesh) - _temporary_bytes(keep, 4, mesh) for keep in ("nothing", "share"))
+
+    assert whole - share == pytest.approx(activation_bytes(_POLICY, 1024, "nothing") / 2, rel=0.03)
 
 
 def test_layers_keep_the_most_that_the_budget_holds() -> None:
@@ -50,3 +59,12 @@ def test_a_mesh_holds_as_much_more_as_it_splits_tokens() -> None:
 
     assert kept_within(_POLICY, 1024, products / 4 * 1.01, mesh=mesh) == "products"
     assert kept_within(_POLICY, 1024, products / 4 * 0.99, mesh=mesh) == "attention"
+
+
+def test_where_nothing_fits_devices_that_split_heads_keep_shares() -> None:
+    with_heads, without = (
+        build_mesh(resolve(MeshConfig(name="cpu-2", **split))) for split in ({"tensor": 2}, {"tensor": 1, "fsdp": 2})
+    )
+
+    assert kept_within(_POLICY, 1024, 0.0, mesh=with_heads) == "share"
+    assert kept_within(_POLICY, 1024, 0.0, mesh=without) == kept_within(_POLICY, 1024, 0.0) == "nothing"

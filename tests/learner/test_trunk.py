@@ -23,7 +23,7 @@ from forgejax.learner.packing import pack
 from forgejax.learner.samples import Sample
 from forgejax.learner.step import StepConfig
 from forgejax.learner.trunk_step import make_trunk_step
-from forgejax.models import MoEConfig, PolicyConfig, abstract_policy, init_params
+from forgejax.models import Kept, MoEConfig, PolicyConfig, abstract_policy, init_params
 
 from .oracle import relative, unmerged
 from .samples import random_group, sample
@@ -150,10 +150,10 @@ def test_leaves_may_come_in_any_order() -> None:
     assert relative(other_grads, grads) <= 1e-6
 
 
-@pytest.mark.parametrize("split", [{"fsdp": 2, "tensor": 2}, {"tensor": 4}])
-def test_a_mesh_of_rows_weights_and_heads_gives_the_same_gradient(split: dict[str, int]) -> None:
+@pytest.mark.parametrize(("split", "keep"), [({"fsdp": 2, "tensor": 2}, "products"), ({"tensor": 4}, "share")])
+def test_a_mesh_of_rows_weights_and_heads_gives_the_same_gradient(split: dict[str, int], keep: Kept) -> None:
     mesh = sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4", **split)), jax.devices())
-    learner = Learner(abstract_policy(_policy())[0], init_params(_policy(), mesh), StepConfig(), mesh=mesh)
+    learner = Learner(abstract_policy(_policy())[0], init_params(_policy(), mesh), StepConfig(keep=keep), mesh=mesh)
     groups = _long_groups(5)
 
     loss, grads = _gradient(_learner(), _pack(groups))

@@ -195,7 +195,7 @@ def test_what_layers_keep_changes_no_gradient() -> None:
             return jax.grad(lambda p: jnp.sum(jnp.sin(logits_of(SMALL, p, tokens, keep=keep))))(params)
 
         plain = gradient(params, "all")
-        for keep in ("products", "attention", "nothing"):
+        for keep in ("products", "attention", "nothing", "share"):
             again = gradient(params, keep)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), plain, again)
 
