@@ -107,7 +107,7 @@ def test_the_heads_axis_is_none_where_heads_are_whole() -> None:
     assert kv_heads_axis(mesh_of(tensor=4), Rules(), num_kv_heads=2) is None
     assert kv_heads_axis(mesh_of(tensor=4), Rules(), num_kv_heads=4) == "tensor"
     assert kv_heads_axis(mesh_of(), Rules(kv_heads=()), num_kv_heads=4) is None
-    with pytest.raises(MeshError, match="one axis at most"):
+    with pytest.raises(MeshError, match="takes one at most"):
         heads_axis(mesh_of(), Rules(heads=("fsdp", "tensor")))
 
 
