@@ -25,7 +25,7 @@ help:
 	@echo 'make train    trains the quickstart on this CPU: report and figures land in runs/quickstart-N'
 	@echo 'make test     runs the tests'
 	@echo 'make parity   compares policies with transformers on torch (fetches both, and a model of 100 MB)'
-	@echo 'make tpu-compile  compiles the TPU kernels for v5e, on any machine (fetches 0.5 GB)'
+	@echo 'make tpu-compile  compiles kernels and train steps for v5e TPUs, on any machine (fetches 0.2 GB)'
 	@echo 'make check    formatting, lint, types and tests: what CI runs'
 	@echo 'make format   formats the code and sorts its imports'
 	@echo 'make env      installs .venv (the targets above do it on their own)'
