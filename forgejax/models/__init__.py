@@ -3,9 +3,10 @@
 from forgejax.models.export import export_policy
 from forgejax.models.folder import read_policy_config
 from forgejax.models.init import Params, abstract_policy, count_params, init_params
+from forgejax.models.keeping import Kept
 from forgejax.models.load import load_params
 from forgejax.models.moe import MoEConfig
-from forgejax.models.policy import Attend, Kept, PerLayer, Policy, PolicyConfig
+from forgejax.models.policy import Attend, PerLayer, Policy, PolicyConfig
 from forgejax.models.rope import RopeConfig
 
 __all__ = [

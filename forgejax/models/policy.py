@@ -11,7 +11,6 @@ Weights of all layers are stacked on a leading L axis and the layers run under `
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,28 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from forgejax.errors import ConfigError
 from forgejax.models.dense import embed, linear, rms_norm, silu_gated, unembed
+from forgejax.models.keeping import Kept, remembering
 from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
 from forgejax.models.rope import RopeConfig, Rotation, rotate, rotation_of
 from forgejax.sharding import constrain
 
 DType = Literal["float32", "bfloat16", "float64"]
-
-Kept = Literal["all", "products", "attention", "nothing", "share"]
-"""What a layer keeps for the backward pass; the rest it computes again.
-
-``products``: what its matrix products and its attention gave, so that only norms, rotations and activations are
-computed again. ``attention``: the same without the MLP's, whose two inner products are made twice. ``nothing``: its
-input alone, which every layer keeps in any case. ``share``: of its input the tokens that are the device's share among
-those that split the heads; they gather it from one another, once a layer more in the forward pass and twice in the
-backward pass.
-"""
-
-_NAMES: dict[Kept, tuple[str, ...]] = {
-    "products": ("qkv", "attended", "stream", "gated"),
-    "attention": ("qkv", "attended", "stream"),
-    "nothing": (),
-    "share": (),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,41 +245,6 @@ def _keep_split(weight_of_layer: nnx.Variable) -> nnx.Variable:
     return weight_of_layer.replace(constrain(weight_of_layer.get_value(), *axes))
 
 
-Layer = Callable[[tuple[jax.Array, Any], Any], tuple[tuple[jax.Array, Any], Any]]
-"""One step of the scan over layers; its carry begins with x [B, T, D]."""
-
-
-def _with_input(layer: Layer, tokens: str) -> Layer:
-    """The layer, its input's tokens first split as that logical axis says; what it gives is split as rows are."""
-
-    def run(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        (x_BTD, carried), left = layer((_laid_out(carry[0], tokens), carry[1]), xs)
-        return (constrain(x_BTD, "rows", "length", None), carried), left
-
-    return run
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _laid_out(x_BTD: jax.Array, tokens: str) -> jax.Array:
-    """x, its tokens split as a logical axis says, its gradient as rows are.
-
-    Were the gradient split as x is, the partitioner would split a layer's tokens for the gradients of weights as well,
-    and each device would work on all of a weight's width.
-    """
-    return constrain(x_BTD, "rows", tokens, None)
-
-
-def _laid_out_forward(x_BTD: jax.Array, tokens: str) -> tuple[jax.Array, None]:
-    return constrain(x_BTD, "rows", tokens, None), None
-
-
-def _laid_out_backward(tokens: str, _: None, d_BTD: jax.Array) -> tuple[jax.Array]:
-    return (constrain(d_BTD, "rows", "length", None),)
-
-
-_laid_out.defvjp(_laid_out_forward, _laid_out_backward)
-
-
 class Policy(nnx.Module):
     """The decoder. ``policy(tokens, positions, attend)`` gives hidden states; ``policy.logits(hidden)`` FP32 logits.
 
@@ -381,13 +329,7 @@ class Policy(nnx.Module):
             )
             return ((x_BTD, None), (left, load)) if own else ((x_BTD, left), (None, load))
 
-        body: Layer = one_layer if keep != "share" else _with_input(one_layer, "length")
-        if keep != "all":
-            policy = jax.checkpoint_policies.save_only_these_names(*_NAMES[keep])
-            # Inside a scan the compiler cannot merge the recomputation with the forward pass: no barrier is needed.
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        if keep == "share":
-            body = _with_input(body, "kept")
+        body = remembering(one_layer, keep)
         # Looked up whole along D, else the partitioner replicates the activations; looked up before the cast, so that
         # the gradients of a repeated token add up unrounded.
         x_BTD = embed(constrain(self.embedding[...], "vocab", None), tokens_BT).astype(self.config.compute_dtype)
