@@ -161,7 +161,8 @@ def test_waits_for_data_and_compiled_shapes_are_told_step_by_step_and_in_all(end
         assert figures[share] == pytest.approx(sum(row[name] for row in rows) / seconds)
     shapes, compiles = ([row[name] for row in rows] for name in ("learner/batch_shapes", "process/compiles"))
     assert 1 <= shapes[0] <= shapes[-1] <= 4 < compiles[0] <= compiles[-1]
-    assert (figures["batch_shapes"], figures["compiles"]) >= (shapes[-1], compiles[-1])
+    assert shapes[-1] <= (figures["batch_shapes"] or 0) <= 8
+    assert compiles[-1] <= (figures["compiles"] or 0)
 
 
 def test_the_run_leaves_a_curve_and_one_page_that_needs_nothing_else(ended: Ended) -> None:
