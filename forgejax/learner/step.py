@@ -72,9 +72,28 @@ class Accumulated:
     grads: Any
     tally: Any  # a Tally
 
-    def plus(self, grads: Any, tally: Tally) -> Accumulated:
-        """With those of one more micro-batch."""
-        return Accumulated(grads=jax.tree.map(jnp.add, self.grads, grads), tally=self.tally.merge(tally))
+
+def add_gradients(sums: Any, primals: tuple[Any, ...], pull_back: Any, cotangent: Any) -> Any:
+    """``sums`` with what ``pull_back(cotangent)`` gives added inside the backward pass.
+
+    A layer's gradient goes into its slice of the sum as soon as it is there. Added up afterwards, those of all layers
+    would exist at once beside their sums, and be written and read once more. That is so still for weights narrower than
+    their sum: the backward pass adds to arrays of the gradient's own dtype alone.
+
+    Args:
+        sums: one tree for each of the primals, in FP32 or wider.
+        primals: what the function was differentiated at.
+        pull_back: of ``jax.vjp(function, *primals)``.
+        cotangent: of the function's result.
+    """
+
+    def own(total: jax.Array, x: jax.Array) -> bool:
+        return bool(total.dtype == x.dtype)
+
+    refs = jax.tree.map(lambda total, x: jax.new_ref(total if own(total, x) else jnp.zeros_like(x)), sums, primals)
+    pull_back.with_refs(*refs)(cotangent)
+    added = jax.tree.map(jax.freeze, refs)
+    return jax.tree.map(lambda total, x, new: new if own(total, x) else total + new, sums, primals, added)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +159,9 @@ def make_train_step(
         def loss(params: Any) -> tuple[jax.Array, Tally]:
             return objective(logps(params, batch), batch, version, config.loss)
 
-        grads, counted = jax.grad(loss, has_aux=True)(params)
-        return accumulated.plus(grads, counted)
+        value, pull_back, counted = jax.vjp(loss, params, has_aux=True)
+        (grads,) = add_gradients((accumulated.grads,), (params,), pull_back, jnp.ones_like(value))
+        return Accumulated(grads=grads, tally=accumulated.tally.merge(counted))
 
     def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
         return _apply(optimizer, config.optimizer, state, accumulated)

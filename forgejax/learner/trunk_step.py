@@ -24,7 +24,7 @@ from forgejax.learner.forward import edge_terms, tree_attend
 from forgejax.learner.measure import Tally
 from forgejax.learner.memory import kept_within
 from forgejax.learner.objective import Terms, objective
-from forgejax.learner.step import Accumulated, StepConfig, jitted
+from forgejax.learner.step import Accumulated, StepConfig, add_gradients, jitted
 from forgejax.models import Attend, Kept, PerLayer, PolicyConfig
 from forgejax.sharding import Rules, constrain, kv_heads_axis, param_shardings, rows_axes, split_axes
 
@@ -93,9 +93,10 @@ def make_trunk_step(
         def loss(params: Any, kv: TrunkKV) -> tuple[jax.Array, Tally]:
             return objective(forward.leaves(params, kv, batch), batch, version, config.loss)
 
-        (grads, more), counted = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, kv)
         accumulated, d_kv = sums
-        return accumulated.plus(grads, counted), jax.tree.map(jnp.add, d_kv, more)
+        value, pull_back, counted = jax.vjp(loss, params, kv, has_aux=True)
+        grads, d_kv = add_gradients((accumulated.grads, d_kv), (params, kv), pull_back, jnp.ones_like(value))
+        return Accumulated(grads=grads, tally=accumulated.tally.merge(counted)), d_kv
 
     def pull_back(
         params: Any, accumulated: Accumulated, d_kv: TrunkKV, batch: PackedBatch, version: jax.Array
@@ -105,9 +106,10 @@ def make_trunk_step(
             loss, counted = objective(terms, batch, version, config.loss)
             return (loss, kv), counted
 
-        (loss, kv), pull, counted = jax.vjp(run, params, has_aux=True)
-        (grads,) = pull((jnp.ones_like(loss), jax.tree.map(lambda d, x: d.astype(x.dtype), d_kv, kv)))
-        return accumulated.plus(grads, counted)
+        (loss, kv), back, counted = jax.vjp(run, params, has_aux=True)
+        cotangent = jnp.ones_like(loss), jax.tree.map(lambda d, x: d.astype(x.dtype), d_kv, kv)
+        (grads,) = add_gradients((accumulated.grads,), (params,), back, cotangent)
+        return Accumulated(grads=grads, tally=accumulated.tally.merge(counted))
 
     def score_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> jax.Array:
         return forward.leaves(params, kv, batch)[0]

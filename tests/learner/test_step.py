@@ -19,7 +19,7 @@ from forgejax.learner.optimizer import OptimizerConfig
 from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch, pack
 from forgejax.learner.samples import Sample, supervised_sample
-from forgejax.learner.step import StepConfig, TrainStep, make_train_step
+from forgejax.learner.step import StepConfig, TrainStep, add_gradients, make_train_step
 from forgejax.models import PolicyConfig, abstract_policy, init_params
 from forgejax.ops.tree_attention_dense import dense_tree_attention
 
@@ -263,3 +263,25 @@ def test_log_probabilities_and_entropy_are_those_at_the_edges_temperature() -> N
 
     np.testing.assert_allclose(logp, [expected[0, 4], expected[1, 5]], rtol=1e-5)
     assert float(entropy) == pytest.approx(-(np.exp(expected) * expected).sum(axis=-1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_added_to_what_was_there(dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers, head = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [(3, 4, 4), (4,)], strict=False))
+    before = jax.tree.map(lambda x: jnp.full(x.shape, 0.25, jnp.float32), (layers, {"head": head}))
+    x = jax.random.normal(keys[2], (4,), dtype)
+
+    def function(layers: jax.Array, rest: dict[str, jax.Array]) -> jax.Array:
+        out, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(layer @ x), None), x, layers)
+        return (rest["head"] * out).sum()
+
+    primals = (layers, {"head": head})
+    value, pull_back = jax.vjp(function, *primals)
+
+    added = add_gradients(before, primals, pull_back, 2 * jnp.ones_like(value))
+
+    gradients = jax.grad(function, argnums=(0, 1))(*primals)
+    expected = jax.tree.map(lambda total, new: total + 2 * new.astype(jnp.float32), before, gradients)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype == jnp.float32, added, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), added, expected)
