@@ -1,4 +1,4 @@
-"""Tree attention in plain JAX: a loop over the active block pairs of each row.
+"""Tree attention in plain JAX: a loop over the active block pairs of each row and key head.
 
 The online softmax of FlashAttention (arXiv 2205.14135). The trip count is a runtime value, so the cost follows the
 active pairs of the tree. Queries that share a key head lie in one block, [block, G * block_size, C], so that keys and
@@ -38,7 +38,7 @@ class CpuKernel:
         meta: TreeMeta,
     ) -> tuple[Float[Array, "B T H C"], Any]:
         """The output, and what ``backward`` needs."""
-        block = meta.block_size
+        meta, block = jax.tree.map(jnp.asarray, meta), meta.block_size
         q = _queries_to_blocks(q_BTHC, k_BSKC.shape[2], block)
         out, residuals = _forward(q, _keys_to_blocks(k_BSKC, block), _keys_to_blocks(v_BSKC, block), meta)
         return _blocks_to_queries(out, q_BTHC.shape, block).astype(q_BTHC.dtype), residuals
@@ -74,98 +74,108 @@ def _blocks_to_keys(k_BKNSC: jax.Array) -> jax.Array:
     return k_BKNSC.transpose(0, 2, 3, 1, 4).reshape(B, N * S, K, C)
 
 
-def _by_head(function: Callable[..., tuple[jax.Array, ...]], meta: TreeMeta, *of_heads: jax.Array) -> tuple:
-    """``function(row's meta, *head's arrays)`` of every key head of every row; arrays begin with [B, K].
+_Carry = tuple[jax.Array, ...]
+_Index = tuple[jax.Array, ...]
 
-    One after another: XLA:CPU multiplies single matrices faster than stacks of small ones.
+
+def _each_pair(
+    visit: Callable[[_Index, _Index, jax.Array, _Carry], _Carry], meta: TreeMeta, kv_heads: int, start: _Carry
+) -> _Carry:
+    """``visit(queries, keys, visible, carry)`` of every active pair of every key head of every row, one by one.
+
+    ``queries`` and ``keys`` index arrays that begin with [B, K, N]; ``visible`` is [block, block]. XLA:CPU multiplies
+    single matrices faster than stacks of small ones; and the arrays that pairs read and write stay whole, for those of
+    a row or a head cut out for a loop of their own would be copied.
     """
-    B, K = of_heads[0].shape[:2]
 
-    def one(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        row, *arrays = xs
-        return function(jax.tree.map(lambda x: jnp.asarray(x)[row], meta), *arrays)
+    def row_of_pairs(row: jax.Array, carry: _Carry) -> _Carry:
+        count = _at(meta.n_pairs, row)
 
-    found = lax.map(one, (jnp.arange(B * K) // K, *(x.reshape(B * K, *x.shape[2:]) for x in of_heads)))
-    return tuple(x.reshape(B, K, *x.shape[1:]) for x in found)
+        def pair(step: jax.Array, carry: _Carry) -> _Carry:
+            head, p = lax.div(step, count), lax.rem(step, count)
+            a, b = _at(meta.q_block, row, p), _at(meta.kv_block, row, p)
+            return visit((row, head, a), (row, head, b), _visible(meta, row, a, b), carry)
+
+        return lax.fori_loop(0, kv_heads * count, pair, carry)
+
+    return lax.fori_loop(0, len(meta.n_pairs), row_of_pairs, start)
 
 
-def _at(blocks: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(blocks, index, keepdims=False)
+def _at(x: jax.Array, *index: jax.Array) -> jax.Array:
+    """``x[index]``, which is inside."""
+    rest = x.shape[len(index) :]
+    sizes = (*(1,) * len(index), *rest)
+    return lax.dynamic_slice(x, _first(x, index), sizes, allow_negative_indices=False).reshape(rest)
 
 
-def _put(blocks: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(blocks, value, index, axis=0)
+def _put(x: jax.Array, value: jax.Array, index: _Index) -> jax.Array:
+    value = value.reshape(*(1,) * len(index), *value.shape)
+    return lax.dynamic_update_slice(x, value, _first(x, index), allow_negative_indices=False)
+
+
+def _first(x: jax.Array, index: _Index) -> tuple[jax.Array, ...]:
+    """Of one integer type, whatever the loops count in."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index))))
 
 
 def _real(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _visible(meta: TreeMeta, a: jax.Array, b: jax.Array) -> jax.Array:
-    """[block, block]: which queries of query block a see which keys of block b."""
-    block = meta.block_size
-    i = meta.query_at[a] * block + jnp.arange(block)[:, None]
-    j = b * block + jnp.arange(block)[None, :]
-    visible = (j <= i) & (i < lax.dynamic_slice_in_dim(meta.end, b * block, block)[None, :])
-    if meta.first_seen is None:
-        return visible
-    first_seen = lax.dynamic_slice_in_dim(meta.first_seen, meta.query_at[a] * block, block)
-    return visible & (first_seen[:, None] <= j)
+def _visible(meta: TreeMeta, row: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """[block, block]: which queries of the row's query block a see which keys of its block b."""
+    block, at = meta.block_size, _at(meta.query_at, row, a)
+
+    def of_block(x_BS: jax.Array, at: jax.Array) -> jax.Array:
+        return _at(x_BS.reshape(len(x_BS), -1, block), row, at)
+
+    i, j = (at * block + jnp.arange(block))[:, None], (b * block + jnp.arange(block))[None, :]
+    visible = (j <= i) & (i < of_block(meta.end, b)[None, :])
+    return visible if meta.first_seen is None else visible & (of_block(meta.first_seen, at)[:, None] <= j)
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, tuple]:
     group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
 
-    def head(meta: TreeMeta, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            out, top, total = carry
-            a, b = meta.q_block[p], meta.kv_block[p]
-            scores = jnp.einsum("QC,SC->QS", _at(q, a), _at(k, b), preferred_element_type=real) * scale
-            scores = jnp.where(jnp.tile(_visible(meta, a, b), (group, 1)), scores, _NEVER)
-            old_top = _at(top, a)
-            new_top = jnp.maximum(old_top, scores.max(axis=-1))
-            weights = jnp.exp(scores - new_top[:, None])  # 0 where not visible: new_top is no less than _LOWEST
-            decay = jnp.exp(old_top - new_top)
-            out = _put(out, _at(out, a) * decay[:, None] + weights @ _at(v, b).astype(real), a)
-            total = _put(total, _at(total, a) * decay + weights.sum(axis=-1), a)
-            return out, _put(top, new_top, a), total
+    def visit(queries: _Index, keys: _Index, visible: jax.Array, carry: _Carry) -> _Carry:
+        out, top, total = carry
+        scores = jnp.einsum("QC,SC->QS", _at(q, *queries), _at(k, *keys), preferred_element_type=real) * scale
+        scores = jnp.where(jnp.tile(visible, (group, 1)), scores, _NEVER)
+        old_top = _at(top, *queries)
+        new_top = jnp.maximum(old_top, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_top[:, None])  # 0 where not visible: new_top is no less than _LOWEST
+        decay = jnp.exp(old_top - new_top)
+        out = _put(out, _at(out, *queries) * decay[:, None] + weights @ _at(v, *keys).astype(real), queries)
+        total = _put(total, _at(total, *queries) * decay + weights.sum(axis=-1), queries)
+        return out, _put(top, new_top, queries), total
 
-        start = jnp.zeros(q.shape, real), jnp.full(q.shape[:-1], _LOWEST, real), jnp.zeros(q.shape[:-1], real)
-        out, top, total = lax.fori_loop(0, meta.n_pairs, pair, start)
-        total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
-        return out / total[..., None], top + jnp.log(total)
-
-    out, lse = checkpoint_name(_by_head(head, meta, q, k, v), "attended")
+    start = jnp.zeros(q.shape, real), jnp.full(q.shape[:-1], _LOWEST, real), jnp.zeros(q.shape[:-1], real)
+    out, top, total = _each_pair(visit, meta, k.shape[1], start)
+    total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
+    out, lse = checkpoint_name((out / total[..., None], top + jnp.log(total)), "attended")
     return out, (q, k, v, meta, out, lse)
 
 
-def _backward(residuals: tuple, d_out: jax.Array) -> tuple:
+def _backward(residuals: tuple, d_out: jax.Array) -> _Carry:
     """Scores stand transposed, keys by queries: two of the three products that take them then read them as they lie."""
     q, k, v, meta, out, lse = residuals
     group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
     d_out = d_out.astype(real)
-
-    def head(meta: TreeMeta, *of_head: jax.Array) -> tuple[jax.Array, ...]:
-        q, k, v, d_out, lse, delta = of_head
-
-        def pair(p: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            d_q, d_k, d_v = carry
-            a, b = meta.q_block[p], meta.kv_block[p]
-            q_a, k_b, d_a = _at(q, a), _at(k, b), _at(d_out, a)
-            scores = jnp.einsum("SC,QC->SQ", k_b, q_a, preferred_element_type=real) * scale
-            visible_SQ = jnp.tile(_visible(meta, a, b).T, (1, group))
-            weights = jnp.where(visible_SQ, jnp.exp(scores - _at(lse, a)[None]), 0.0)
-            d_weights = jnp.einsum("SC,QC->SQ", _at(v, b).astype(real), d_a)
-            d_scores = weights * (d_weights - _at(delta, a)[None]) * scale
-            d_q = _put(d_q, _at(d_q, a) + jnp.einsum("SQ,SC->QC", d_scores, k_b.astype(real)), a)
-            d_k = _put(d_k, _at(d_k, b) + d_scores @ q_a.astype(real), b)
-            d_v = _put(d_v, _at(d_v, b) + weights @ d_a, b)
-            return d_q, d_k, d_v
-
-        start = (jnp.zeros(q.shape, real), jnp.zeros(k.shape, real), jnp.zeros(v.shape, real))
-        return lax.fori_loop(0, meta.n_pairs, pair, start)
-
     # Not a product and then its sum: XLA:CPU sums the rows of [1, ...] thirty times slower.
     delta = jnp.einsum("...C,...C->...", d_out, out)
-    d_q, d_k, d_v = _by_head(head, meta, q, k, v, d_out, lse, delta)
+
+    def visit(queries: _Index, keys: _Index, visible: jax.Array, carry: _Carry) -> _Carry:
+        d_q, d_k, d_v = carry
+        q_a, d_a, k_b, v_b = _at(q, *queries), _at(d_out, *queries), _at(k, *keys), _at(v, *keys)
+        scores = jnp.einsum("SC,QC->SQ", k_b, q_a, preferred_element_type=real) * scale
+        weights = jnp.where(jnp.tile(visible.T, (1, group)), jnp.exp(scores - _at(lse, *queries)[None]), 0.0)
+        d_weights = jnp.einsum("SC,QC->SQ", v_b.astype(real), d_a)
+        d_scores = weights * (d_weights - _at(delta, *queries)[None]) * scale
+        d_q = _put(d_q, _at(d_q, *queries) + jnp.einsum("SQ,SC->QC", d_scores, k_b.astype(real)), queries)
+        d_k = _put(d_k, _at(d_k, *keys) + d_scores @ q_a.astype(real), keys)
+        d_v = _put(d_v, _at(d_v, *keys) + weights @ d_a, keys)
+        return d_q, d_k, d_v
+
+    start = (jnp.zeros(q.shape, real), jnp.zeros(k.shape, real), jnp.zeros(v.shape, real))
+    d_q, d_k, d_v = _each_pair(visit, meta, k.shape[1], start)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
