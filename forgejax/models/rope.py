@@ -81,10 +81,10 @@ class RopeConfig:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a batch's positions, for half of the numbers that turn."""
+    """Cosines and sines of a batch's positions, for half of the numbers that turn; the same for every head."""
 
-    cos_BTc: jax.Array
-    sin_BTc: jax.Array
+    cos_BT1c: jax.Array
+    sin_BT1c: jax.Array
 
 
 def rotary_frequencies(config: RopeConfig, head_size: int) -> tuple[NDArray[np.float64], float]:
@@ -132,13 +132,13 @@ def rotation_of(
     """The rotation at each position, in ``dtype`` or FP32, whichever is wider; the same in every layer."""
     real = jnp.promote_types(dtype, jnp.float32)
     frequency_c, factor = rotary_frequencies(config, head_size)
-    angle_BTc = positions_BT[:, :, None].astype(real) * jnp.asarray(frequency_c, real)[None, None, :]
-    return Rotation(cos_BTc=jnp.cos(angle_BTc) * factor, sin_BTc=jnp.sin(angle_BTc) * factor)
+    angle_BT1c = positions_BT[:, :, None, None].astype(real) * jnp.asarray(frequency_c, real)[None, None, None]
+    return Rotation(cos_BT1c=jnp.cos(angle_BT1c) * factor, sin_BT1c=jnp.sin(angle_BT1c) * factor)
 
 
 def rotate(x_BTHC: Float[Array, "B T H C"], rotation: Rotation) -> Float[Array, "B T H C"]:
     """Turns the leading numbers of each head and passes the others through, in x's dtype."""
-    cos, sin = rotation.cos_BTc[:, :, None, :], rotation.sin_BTc[:, :, None, :]
+    cos, sin = rotation.cos_BT1c, rotation.sin_BT1c
     half = cos.shape[-1]
     wide = x_BTHC[..., : 2 * half].astype(cos.dtype)
     first, second = wide[..., :half], wide[..., half:]
