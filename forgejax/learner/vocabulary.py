@@ -122,7 +122,7 @@ class _Split:
 
 
 def _differentiable(split: _Split, chunk: int) -> Callable[..., Any]:
-    kept = "edges edges edges logits"
+    kept = "edges edges edges edges logits"
 
     def forward(*ins: jax.Array) -> tuple:
         return _forward(split, chunk, ins)
@@ -132,12 +132,12 @@ def _differentiable(split: _Split, chunk: int) -> Callable[..., Any]:
 
     def saving(hidden: jax.Array, head: jax.Array, drawn: jax.Array, temperature: jax.Array) -> tuple:
         ins = (hidden, head, drawn, temperature)
-        outs = kept if drawn.shape[-1] <= chunk else "edges edges edges"
+        outs = kept if drawn.shape[-1] <= chunk else "edges edges edges edges"
         logp, entropy, *saved = split.mapped(forward, "edges head edges edges", outs)(*ins)
         return (logp, entropy), (*ins, *saved)
 
     def pull_back(saved: tuple, d_out: tuple[jax.Array, jax.Array]) -> tuple:
-        ins = "edges edges head edges edges edges" + (" logits" if len(saved) == 6 else "")
+        ins = "edges edges head edges edges edges edges" + (" logits" if len(saved) == 7 else "")
         d_hidden, d_head = split.mapped(backward, ins, "edges d_head")(d_out[0], *saved)
         return d_hidden, d_head, None, None
 
@@ -147,36 +147,36 @@ def _differentiable(split: _Split, chunk: int) -> Callable[..., Any]:
 
 
 def _forward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """log p and entropy, the log of the normaliser, and the logits if one chunk holds them all."""
+    """log p and entropy; the top scaled logit; and the sum of the others lifted by it, with all of them if one chunk
+    holds them. The backward pass needs no exponential of its own then."""
     hidden, head, drawn, temperature = ins
     n_edges = drawn.shape[-1]
 
     def one(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, drawn, temperature = xs
         logits = unembed(hidden, head)
-        scaled = logits / temperature[..., None]
-        top = scaled.max(axis=-1, keepdims=True)
+        # The quotient of the largest is the largest quotient: rounding keeps order.
+        top = logits.max(axis=-1) / temperature
         top = lax.pmax(top, split.vocab) if split.vocab else top
-        lifted = jnp.exp(scaled - top)
-        total = split.summed(lifted.sum(axis=-1, keepdims=True))
-        norm = top + jnp.log(total)
-        logp = split.summed(split.at_drawn(scaled, drawn)) - norm[..., 0]
-        entropy = split.summed(jnp.einsum("BSEV,BSEV->BSE", lifted, norm - scaled)) / total[..., 0]
-        kept = (logits,) if drawn.shape[-1] == n_edges else ()
-        return None, (logp, entropy, norm[..., 0], *kept)
+        below = _below(logits, temperature, top)
+        lifted = jnp.exp(-below)
+        total = split.summed(lifted.sum(axis=-1))
+        logp = split.summed(split.at_drawn(logits, drawn) / temperature) - (top + jnp.log(total))
+        entropy = jnp.log(total) + split.summed(jnp.einsum("BSEV,BSEV->BSE", lifted, below)) / total
+        kept = (lifted,) if drawn.shape[-1] == n_edges else ()
+        return None, (logp, entropy, top, total, *kept)
 
     return _by_chunks(one, None, (hidden, drawn, temperature), chunk)[1]
 
 
 def _backward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """The gradients of hidden states and head."""
-    d_logp, hidden, head, *of_edges = ins  # what was drawn, temperatures, norms and perhaps logits
+    d_logp, hidden, head, *of_edges = ins  # what was drawn, temperatures, tops, totals and perhaps what was lifted
 
     def one(d_head: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array]]:
-        d_logp, hidden, drawn, temperature, norm, *logits = xs
-        found = logits[0] if logits else unembed(hidden, head)
-        probability = jnp.exp(found / temperature[..., None] - norm[..., None])
-        d_logits = (d_logp / temperature)[..., None] * (split.is_drawn(found, drawn) - probability)
+        d_logp, hidden, drawn, temperature, top, total, *kept = xs
+        lifted = kept[0] if kept else jnp.exp(-_below(unembed(hidden, head), temperature, top))
+        d_logits = (d_logp / temperature)[..., None] * (split.is_drawn(lifted, drawn) - lifted / total[..., None])
         d_hidden, more = unembed_gradients(hidden, head, d_logits)
         return d_head + more, (split.summed(d_hidden).astype(hidden.dtype),)
 
@@ -184,6 +184,11 @@ def _backward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[ja
     nothing = jnp.zeros(head.shape, d_logp.dtype)
     d_head, (d_hidden,) = _by_chunks(one, nothing, (d_logp, hidden, *of_edges), chunk)
     return d_hidden, split.joined(d_head).astype(head.dtype)
+
+
+def _below(logits: jax.Array, temperature: jax.Array, top: jax.Array) -> jax.Array:
+    """How far each scaled logit lies below the top one."""
+    return top[..., None] - logits / temperature[..., None]
 
 
 def _by_chunks(

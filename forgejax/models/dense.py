@@ -29,13 +29,19 @@ def _linear_forward(x: jax.Array, weight: jax.Array, contracted: int) -> tuple[j
 
 def _linear_backward(contracted: int, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, ...]:
     x, weight = saved
-    shared = tuple(range(x.ndim - contracted))
-    last = range(contracted, weight.ndim)
-    d_x = jnp.tensordot(d_out, weight, axes=(tuple(range(len(shared), d_out.ndim)), tuple(last)))
+    shared = x.ndim - contracted
+    last = tuple(range(shared, d_out.ndim)), tuple(range(contracted, weight.ndim))
+    return jnp.tensordot(d_out, weight, axes=last), _weight_gradient(x, d_out, shared)
+
+
+def _weight_gradient(
+    x: jax.Array, d_out: jax.Array, shared: int, precision: jax.lax.Precision | None = None
+) -> jax.Array:
+    """The product over the leading ``shared`` dimensions, which rows and tokens are."""
     if not _length_is_split():  # else merging rows and tokens would gather the tokens
-        x, d_out = (jnp.reshape(y, (-1, *y.shape[len(shared) :])) for y in (x, d_out))
-        shared = (0,)
-    return d_x, jnp.tensordot(x, d_out, axes=(shared, shared))
+        x, d_out = (jnp.reshape(y, (-1, *y.shape[shared:])) for y in (x, d_out))
+        shared = 1
+    return jnp.tensordot(x, d_out, axes=(tuple(range(shared)),) * 2, precision=precision)
 
 
 def _length_is_split() -> bool:
@@ -87,9 +93,9 @@ unembed.defvjp(_unembed_forward, _unembed_backward)
 
 def unembed_gradients(hidden: jax.Array, head_DV: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of both, in the logits' dtype: those of the head may be summed before they are rounded."""
-    highest, wide, rows = jax.lax.Precision.HIGHEST, d_logits.dtype, tuple(range(hidden.ndim - 1))
+    highest, wide = jax.lax.Precision.HIGHEST, d_logits.dtype
     d_hidden = jnp.tensordot(d_logits, head_DV.astype(wide), axes=((-1,), (1,)), precision=highest)
-    return d_hidden, jnp.tensordot(hidden.astype(wide), d_logits, axes=(rows, rows), precision=highest)
+    return d_hidden, _weight_gradient(hidden.astype(wide), d_logits, hidden.ndim - 1, highest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
