@@ -13,28 +13,38 @@ from forgejax.sharding import Rules, split_axes
 _LADDER: tuple[Kept, ...] = ("products", "attention", "nothing")  # each keeps less than the one before
 
 
-def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept) -> int:
-    """Bytes that all layers keep for the backward pass of ``tokens`` tokens.
+def activation_bytes(
+    config: PolicyConfig, tokens: int, keep: Kept, *, mesh: Mesh | None = None, rules: Rules | None = None
+) -> int:
+    """Bytes that all layers keep on one device for the backward pass of the ``tokens`` tokens it works on.
 
     Counted per token and layer. ``nothing``: the layer's input. ``attention`` adds queries, keys and values, the
     attention's output and each head's log-sum, and the stream after attention. ``products`` adds the MLP's two inner
-    products, once for each expert that a token visits.
+    products, once for each expert that a token visits. Of heads and of the MLP's width a device has its own part.
 
     Raises:
-        ValueError: for ``all``, which depends on what the compiler makes of a layer, and for ``share``, which depends
-            on the mesh.
+        ValueError: for ``all``, which depends on what the compiler makes of a layer, and for ``share``, of which
+            tokens are not the device's own.
     """
     if keep not in _LADDER:
         raise ValueError(f"activations are counted for 'products', 'attention' and 'nothing', not for {keep!r}")
+
+    def part(count: int, logical: str) -> int:
+        """Of heads or widths those of one device, which has all where they are fewer than the shards."""
+        shards = _shards((logical,), mesh, rules)
+        return -(-count // shards) if count >= shards else count
+
     size = jnp.dtype(config.compute_dtype).itemsize
-    wide = max(size, 4)
-    width = config.d_model
+    heads, kv_heads = part(config.num_heads, "heads"), part(config.num_kv_heads, "kv_heads")
+    width, sums = config.d_model, 0
     if keep != "nothing":
-        width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size + config.d_model
+        width += (2 * heads + 2 * kv_heads) * config.head_size + config.d_model
+        sums = heads * max(size, 4)
     if keep == "products":
         moe = config.moe
-        width += 2 * (config.expert_width * moe.experts_per_token if moe.num_experts else config.d_ff)
-    sums = config.num_heads * wide if keep != "nothing" else 0
+        width += 2 * (
+            part(config.expert_width, "mlp") * moe.experts_per_token if moe.num_experts else part(config.d_ff, "mlp")
+        )
     return tokens * config.num_layers * (width * size + sums)
 
 
@@ -44,13 +54,19 @@ def kept_within(
     """The most that layers may keep of ``tokens`` tokens, split over the mesh, within the budget of one device.
 
     Keeping products costs no product again; ``attention`` costs about two of every nine of a layer's forward pass;
-    ``nothing`` all of it, attention included: a third of the step. Heads and widths are counted whole, as if the mesh
-    had no tensor axis. Where none fits it is ``share`` on a mesh with such an axis, else ``nothing``.
+    ``nothing`` all of it, attention included: a third of the step. Where none fits it is ``share`` on a mesh whose
+    devices split heads, else ``nothing``.
     """
-    least = _LADDER[-1]
-    if mesh is not None:
-        rows, length, kept = (split_axes(name, mesh, rules or Rules()) for name in ("rows", "length", "kept"))
-        tokens = -(-tokens // math.prod(mesh.shape[axis] for axis in rows + length))
-        least = "share" if set(kept) > set(length) else least
-    fitting = (keep for keep in _LADDER if activation_bytes(config, tokens, keep) <= budget_gib * 2**30)
-    return next(fitting, least)
+    own = -(-tokens // _shards(("rows", "length"), mesh, rules))
+    least = "share" if _shards(("kept",), mesh, rules) > _shards(("length",), mesh, rules) else _LADDER[-1]
+    room = budget_gib * 2**30
+    return next(
+        (keep for keep in _LADDER if activation_bytes(config, own, keep, mesh=mesh, rules=rules) <= room), least
+    )
+
+
+def _shards(logical: tuple[str, ...], mesh: Mesh | None, rules: Rules | None) -> int:
+    """Into how many parts a mesh splits these axes together; one without a mesh."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for name in logical for axis in split_axes(name, mesh, rules or Rules()))

@@ -28,13 +28,15 @@ def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("keep", ["products", "attention", "nothing"])
-def test_the_model_of_memory_is_what_the_compiler_allocates(keep: Kept) -> None:
+def test_the_model_of_memory_is_what_the_compiler_allocates(keep: Kept, tensor: int) -> None:
+    mesh = build_mesh(resolve(MeshConfig(name=f"cpu-{tensor}", tensor=tensor))) if tensor > 1 else None
     # Eight more layers: what a step needs besides what its layers keep is the same for any number of them, for their
     # gradients are added to the sum where it lies.
-    for_eight = _temporary_bytes(keep, 12) - _temporary_bytes(keep, 4)
+    for_eight = _temporary_bytes(keep, 12, mesh) - _temporary_bytes(keep, 4, mesh)
 
-    assert for_eight == pytest.approx(activation_bytes(_POLICY, 1024, keep), rel=0.03)
+    assert for_eight == pytest.approx(activation_bytes(_POLICY, 1024, keep, mesh=mesh), rel=0.03)
 
 
 def test_devices_that_split_heads_keep_a_share_of_the_input_each() -> None:
@@ -53,12 +55,22 @@ def test_layers_keep_the_most_that_the_budget_holds() -> None:
     assert kept_within(_POLICY, 1024, attention * 0.99) == "nothing"
 
 
-def test_a_mesh_holds_as_much_more_as_it_splits_tokens() -> None:
-    products = activation_bytes(_POLICY, 1024, "products") / 2**30
+def test_a_mesh_holds_as_much_more_as_it_splits_tokens_and_heads() -> None:
     mesh = build_mesh(resolve(MeshConfig(name="cpu-8", data=2, context=2, tensor=2)))
+    products = activation_bytes(_POLICY, 1024 // 4, "products", mesh=mesh) / 2**30
 
-    assert kept_within(_POLICY, 1024, products / 4 * 1.01, mesh=mesh) == "products"
-    assert kept_within(_POLICY, 1024, products / 4 * 0.99, mesh=mesh) == "attention"
+    assert kept_within(_POLICY, 1024, products * 1.01, mesh=mesh) == "products"
+    assert kept_within(_POLICY, 1024, products * 0.99, mesh=mesh) == "attention"
+
+
+def test_a_device_that_has_all_key_heads_keeps_all_of_them() -> None:
+    mesh = build_mesh(resolve(MeshConfig(name="cpu-4", tensor=4)))
+    more_heads = dataclasses.replace(_POLICY, num_kv_heads=4)
+
+    found = [activation_bytes(policy, 1024, "attention", mesh=mesh) for policy in (_POLICY, more_heads)]
+
+    # Two whole heads of keys and values against one of four.
+    assert found[0] - found[1] == 2 * 8 * 4 * 8 * 1024
 
 
 def test_where_nothing_fits_devices_that_split_heads_keep_shares() -> None:
