@@ -6,6 +6,8 @@ projection, which runs in chunks and never sees an untrained token.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,14 +18,14 @@ from jaxtyping import Array, Float
 
 from forgejax.learner.batch import PackedBatch
 from forgejax.learner.memory import kept_within
+from forgejax.learner.objective import Terms
 from forgejax.learner.vocabulary import drawn_logps
-from forgejax.models import Attend, Kept, Policy
-from forgejax.models.moe import RouterLoad
+from forgejax.models import Attend, Kept, PerLayer, Policy
 from forgejax.ops import SplitMeta, TreeMeta, tree_attention
 from forgejax.sharding import Rules, constrain, heads_axis, length_axis, rows_axes
 
 
-def tree_attend(meta: TreeMeta | SplitMeta, mesh: Mesh | None, rules: Rules) -> Attend:
+def _tree_attend(meta: TreeMeta | SplitMeta, mesh: Mesh | None, rules: Rules) -> Attend:
     """Attention over the trees of a batch, keeping no memory."""
     axes = rows_axes(mesh, rules) if mesh is not None else ()
     heads = heads_axis(mesh, rules) if mesh is not None else None
@@ -41,27 +43,12 @@ def tree_attend(meta: TreeMeta | SplitMeta, mesh: Mesh | None, rules: Rules) -> 
     return attend
 
 
-def term_logps(
-    graphdef: Any,
-    params: Any,
-    batch: PackedBatch,
-    *,
-    mesh: Mesh | None,
-    rules: Rules,
-    keep: Literal["auto"] | Kept,
-    activation_gib: float,
-    vocab_chunk: int,
-) -> tuple[Float[Array, "B M"], Float[Array, "B M"], RouterLoad | None]:
-    """log-probability of each term's token, and the entropy of the distribution it was drawn from.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """Log-probabilities of the terms of packed trees, on one mesh, within one budget of memory.
 
-    The third is what the routers of a mixture did, each token counted for all samples through it; None without one.
-    The others are those of ``softmax(logits / temperature)`` with the edge's own temperature, in FP32 (FP64 for an FP64
-    policy). No gradient flows through the entropy. Padding terms hold those of edge 0.
-
-    Args:
+    Attributes:
         graphdef: structure of the policy.
-        params: its weights.
-        batch: packed trees.
         mesh: the mesh the arrays lie on, or None.
         rules: partition rules.
         keep: what each layer keeps for the backward pass; ``auto``: as much as ``activation_gib`` holds.
@@ -69,18 +56,47 @@ def term_logps(
         vocab_chunk: the most edges of a row whose logits exist at a time. Those of a single chunk are kept for the
             backward pass, those of several are computed again.
     """
-    policy = nnx.merge(graphdef, params)
-    attend = tree_attend(batch.attention, mesh, rules)
-    if keep == "auto":
-        keep = kept_within(policy.config, batch.tokens.size, activation_gib, mesh=mesh, rules=rules)
-    through_BT = jnp.asarray(batch.samples_through).astype(jnp.float32)
-    hidden_BTD, _, load = policy.with_router_load(
-        batch.tokens, batch.positions, attend, token_weight_BT=through_BT, keep=keep
-    )
-    return *edge_terms(policy, hidden_BTD, batch, vocab_chunk), load
+
+    graphdef: Any
+    mesh: Mesh | None
+    rules: Rules
+    keep: Literal["auto"] | Kept
+    activation_gib: float
+    vocab_chunk: int
+
+    def terms(self, params: Any, batch: PackedBatch) -> Terms:
+        """The terms under these weights.
+
+        Log-probabilities are those of ``softmax(logits / temperature)`` with the edge's own temperature, in FP32 (FP64
+        for an FP64 policy). No gradient flows through the entropy. Padding terms hold those of edge 0. Routers count
+        each token for all samples through it.
+        """
+        return self.terms_beside(params, batch, lambda attend: attend, None)[0]
+
+    def terms_beside(
+        self, params: Any, batch: PackedBatch, around: Callable[[Attend], Attend], parts: Any
+    ) -> tuple[Terms, Any]:
+        """The same where ``around`` the batch's attention each layer reads its own of ``parts`` or leaves one.
+
+        Returns:
+            The terms, and what the layers left.
+        """
+        policy = nnx.merge(self.graphdef, params)
+        keep = self.keep
+        if keep == "auto":
+            keep = kept_within(policy.config, batch.tokens.size, self.activation_gib, mesh=self.mesh, rules=self.rules)
+        hidden_BTD, left, load = policy.with_router_load(
+            batch.tokens,
+            batch.positions,
+            around(_tree_attend(batch.attention, self.mesh, self.rules)),
+            token_weight_BT=jnp.asarray(batch.samples_through).astype(jnp.float32),
+            memory=PerLayer(parts),
+            keep=keep,
+        )
+        return (*_edge_terms(policy, hidden_BTD, batch, self.vocab_chunk), load), left.parts
 
 
-def edge_terms(
+def _edge_terms(
     policy: Policy, hidden_BTD: Float[Array, "B T D"], batch: PackedBatch, vocab_chunk: int
 ) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
     """The log-probability of each term's token and the entropy there, read off the hidden states of the trees."""

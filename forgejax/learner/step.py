@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from forgejax.errors import ConfigError
 from forgejax.learner.batch import PackedBatch
-from forgejax.learner.forward import term_logps
+from forgejax.learner.forward import ForwardPass
 from forgejax.learner.losses import LossConfig
 from forgejax.learner.measure import Tally, tally
 from forgejax.learner.objective import objective
@@ -52,6 +52,17 @@ class StepConfig:
             raise ConfigError(f"step.vocab_chunk is {self.vocab_chunk}; expected at least 1 edge")
         if not 0 <= self.activation_gib < float("inf"):
             raise ConfigError(f"step.activation_gib is {self.activation_gib}; expected GiB of memory, finite")
+
+    def forward_pass(self, graphdef: Any, mesh: Mesh | None, rules: Rules) -> ForwardPass:
+        """The forward pass of a policy within this memory."""
+        return ForwardPass(
+            graphdef=graphdef,
+            mesh=mesh,
+            rules=rules,
+            keep=self.keep,
+            activation_gib=self.activation_gib,
+            vocab_chunk=self.vocab_chunk,
+        )
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
@@ -136,15 +147,7 @@ def make_train_step(
     """
     rules = rules or Rules()
     optimizer = make_optimizer(config.optimizer)
-    logps = functools.partial(
-        term_logps,
-        graphdef,
-        mesh=mesh,
-        rules=rules,
-        keep=config.keep,
-        activation_gib=config.activation_gib,
-        vocab_chunk=config.vocab_chunk,
-    )
+    forward = config.forward_pass(graphdef, mesh, rules)
 
     def init(params: Any) -> TrainState:
         return TrainState(params=params, opt_state=optimizer.init(_wide(params)), step=jnp.zeros((), jnp.int32))
@@ -157,7 +160,7 @@ def make_train_step(
 
     def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
         def loss(params: Any) -> tuple[jax.Array, Tally]:
-            return objective(logps(params, batch), batch, version, config.loss)
+            return objective(forward.terms(params, batch), batch, version, config.loss)
 
         value, pull_back, counted = jax.vjp(loss, params, has_aux=True)
         (grads,) = add_gradients((accumulated.grads,), (params,), pull_back, jnp.ones_like(value))
@@ -167,7 +170,7 @@ def make_train_step(
         return _apply(optimizer, config.optimizer, state, accumulated)
 
     def score(params: Any, batch: PackedBatch) -> jax.Array:
-        return logps(params, batch)[0]
+        return forward.terms(params, batch)[0]
 
     out = _Layout.of(abstract_params, init, start, mesh, rules)
     return TrainStep(

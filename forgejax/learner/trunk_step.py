@@ -20,12 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from forgejax.errors import ConfigError
 from forgejax.learner.batch import PackedBatch
-from forgejax.learner.forward import edge_terms, tree_attend
 from forgejax.learner.measure import Tally
-from forgejax.learner.memory import kept_within
 from forgejax.learner.objective import Terms, objective
 from forgejax.learner.step import Accumulated, StepConfig, add_gradients, jitted
-from forgejax.models import Attend, Kept, PerLayer, PolicyConfig
+from forgejax.models import Attend
 from forgejax.sharding import Rules, constrain, kv_heads_axis, param_shardings, rows_axes, split_axes
 
 
@@ -83,15 +81,21 @@ def make_trunk_step(
             f"packing.trunks on a mesh that splits rows over {' and '.join(split_axes('length', mesh, rules))}: trunks "
             "stay on the device of their leaves; set packing.trunks = false, or mesh.context = 1"
         )
-    forward = _Forward(graphdef=graphdef, config=config, mesh=mesh, rules=rules)
+    forward = config.forward_pass(graphdef, mesh, rules)
+
+    def of_trunk(params: Any, batch: PackedBatch) -> tuple[Terms, TrunkKV]:
+        return forward.terms_beside(params, batch, _keeping_kv, None)
+
+    def of_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> Terms:
+        return forward.terms_beside(params, batch, _behind_trunk, kv)[0]
 
     def trunk(params: Any, batch: PackedBatch) -> tuple[TrunkKV, TrunkKV]:
-        kv = forward.trunk(params, batch)[1]
+        kv = of_trunk(params, batch)[1]
         return kv, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), kv)
 
     def accumulate_leaves(params: Any, kv: TrunkKV, sums: Sums, batch: PackedBatch, version: jax.Array) -> Sums:
         def loss(params: Any, kv: TrunkKV) -> tuple[jax.Array, Tally]:
-            return objective(forward.leaves(params, kv, batch), batch, version, config.loss)
+            return objective(of_leaves(params, kv, batch), batch, version, config.loss)
 
         accumulated, d_kv = sums
         value, pull_back, counted = jax.vjp(loss, params, kv, has_aux=True)
@@ -102,7 +106,7 @@ def make_trunk_step(
         params: Any, accumulated: Accumulated, d_kv: TrunkKV, batch: PackedBatch, version: jax.Array
     ) -> Accumulated:
         def run(params: Any) -> tuple[tuple[jax.Array, TrunkKV], Tally]:
-            terms, kv = forward.trunk(params, batch)
+            terms, kv = of_trunk(params, batch)
             loss, counted = objective(terms, batch, version, config.loss)
             return (loss, kv), counted
 
@@ -112,9 +116,9 @@ def make_trunk_step(
         return Accumulated(grads=grads, tally=accumulated.tally.merge(counted))
 
     def score_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> jax.Array:
-        return forward.leaves(params, kv, batch)[0]
+        return of_leaves(params, kv, batch)[0]
 
-    accumulated, kv = forward.layouts(abstract_params, start)
+    accumulated, kv = _layouts(graphdef, abstract_params, start, mesh, rules)
     return TrunkStep(
         trunk=jitted(trunk, mesh, rules, (kv, kv)),
         accumulate_leaves=jitted(accumulate_leaves, mesh, rules, (accumulated, kv), donate=(2,)),
@@ -123,50 +127,15 @@ def make_trunk_step(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Forward:
-    """The forward passes of both phases."""
-
-    graphdef: Any
-    config: StepConfig
-    mesh: Mesh | None
-    rules: Rules
-
-    def trunk(self, params: Any, batch: PackedBatch) -> tuple[Terms, TrunkKV]:
-        """The trunk's own terms, and what its leaves attend over."""
-        return self._run(params, batch, _keeping_kv(tree_attend(batch.attention, self.mesh, self.rules)), None)
-
-    def leaves(self, params: Any, kv: TrunkKV, batch: PackedBatch) -> Terms:
-        """The terms of leaves behind a trunk."""
-        return self._run(params, batch, _behind_trunk(tree_attend(batch.attention, self.mesh, self.rules)), kv)[0]
-
-    def _run(self, params: Any, batch: PackedBatch, attend: Attend, parts: Any) -> tuple[Terms, Any]:
-        policy = nnx.merge(self.graphdef, params)
-        hidden_BTD, memory, load = policy.with_router_load(
-            batch.tokens,
-            batch.positions,
-            attend,
-            token_weight_BT=jnp.asarray(batch.samples_through).astype(jnp.float32),
-            memory=PerLayer(parts),
-            keep=self._keep(policy.config, batch),
-        )
-        return (*edge_terms(policy, hidden_BTD, batch, self.config.vocab_chunk), load), memory.parts
-
-    def _keep(self, policy: PolicyConfig, batch: PackedBatch) -> Kept:
-        if self.config.keep != "auto":
-            return self.config.keep
-        budget = self.config.activation_gib
-        return kept_within(policy, batch.tokens.size, budget, mesh=self.mesh, rules=self.rules)
-
-    def layouts(self, params: Any, start: Callable[[Any], Accumulated]) -> tuple[Any, Any]:
-        """Shardings of an Accumulated and of a TrunkKV; None without a mesh."""
-        if self.mesh is None:
-            return None, None
-        heads = kv_heads_axis(self.mesh, self.rules, nnx.merge(self.graphdef, params).config.num_kv_heads)
-        split = NamedSharding(
-            self.mesh, PartitionSpec(None, rows_axes(self.mesh, self.rules) or None, None, heads, None)
-        )
-        return param_shardings(jax.eval_shape(start, params), self.mesh, self.rules), TrunkKV(k=split, v=split)
+def _layouts(
+    graphdef: Any, params: Any, start: Callable[[Any], Accumulated], mesh: Mesh | None, rules: Rules
+) -> tuple[Any, Any]:
+    """Shardings of an Accumulated and of a TrunkKV; None without a mesh."""
+    if mesh is None:
+        return None, None
+    heads = kv_heads_axis(mesh, rules, nnx.merge(graphdef, params).config.num_kv_heads)
+    split = NamedSharding(mesh, PartitionSpec(None, rows_axes(mesh, rules) or None, None, heads, None))
+    return param_shardings(jax.eval_shape(start, params), mesh, rules), TrunkKV(k=split, v=split)
 
 
 def _keeping_kv(attend: Attend) -> Attend:
