@@ -20,7 +20,8 @@ def activation_bytes(
 
     Counted per token and layer. ``nothing``: the layer's input. ``attention`` adds queries, keys and values, the
     attention's output and each head's log-sum, and the stream after attention. ``products`` adds the MLP's two inner
-    products, once for each expert that a token visits. Of heads and of the MLP's width a device has its own part.
+    products, once for each expert that a token visits; a mixture on a mesh makes them again, whatever layers keep. Of
+    heads and of the MLP's width a device has its own part.
 
     Raises:
         ValueError: for ``all``, which depends on what the compiler makes of a layer, and for ``share``, of which
@@ -40,11 +41,10 @@ def activation_bytes(
     if keep != "nothing":
         width += (2 * heads + 2 * kv_heads) * config.head_size + config.d_model
         sums = heads * max(size, 4)
-    if keep == "products":
-        moe = config.moe
-        width += 2 * (
-            part(config.expert_width, "mlp") * moe.experts_per_token if moe.num_experts else part(config.d_ff, "mlp")
-        )
+    if keep == "products" and not config.moe.num_experts:
+        width += 2 * part(config.d_ff, "mlp")
+    elif keep == "products" and mesh is None:
+        width += 2 * config.expert_width * config.moe.experts_per_token
     return tokens * config.num_layers * (width * size + sums)
 
 

@@ -147,8 +147,10 @@ def _differentiable(split: _Split, chunk: int) -> Callable[..., Any]:
 
 
 def _forward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """log p and entropy; the top scaled logit; and the sum of the others lifted by it, with all of them if one chunk
-    holds them. The backward pass needs no exponential of its own then."""
+    """log p and entropy; and for the backward pass the largest scaled logit and the sum of ``exp(logit - largest)``.
+
+    If one chunk holds them all, the exponentials as well: the backward pass then needs no logits.
+    """
     hidden, head, drawn, temperature = ins
     n_edges = drawn.shape[-1]
 
@@ -171,7 +173,7 @@ def _forward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax
 
 def _backward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """The gradients of hidden states and head."""
-    d_logp, hidden, head, *of_edges = ins  # what was drawn, temperatures, tops, totals and perhaps what was lifted
+    d_logp, hidden, head, *of_edges = ins  # what was drawn, temperatures, tops, totals and perhaps exponentials
 
     def one(d_head: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array]]:
         d_logp, hidden, drawn, temperature, top, total, *kept = xs
@@ -187,7 +189,7 @@ def _backward(split: _Split, chunk: int, ins: tuple[jax.Array, ...]) -> tuple[ja
 
 
 def _below(logits: jax.Array, temperature: jax.Array, top: jax.Array) -> jax.Array:
-    """How far each scaled logit lies below the top one."""
+    """How far each scaled logit lies below the largest."""
     return top[..., None] - logits / temperature[..., None]
 
 

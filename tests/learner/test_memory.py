@@ -13,14 +13,18 @@ from forgejax.learner.pack_config import PackConfig
 from forgejax.learner.packing import empty_batch
 from forgejax.learner.step import StepConfig, make_train_step
 from forgejax.models import Kept, PolicyConfig, abstract_policy
+from forgejax.models.moe import MoEConfig
 from forgejax.sharding import MeshConfig, build_mesh, resolve
 
 _POLICY = PolicyConfig(vocab_size=8, num_layers=8, d_model=32, num_heads=4, num_kv_heads=2, d_ff=96)
 
 
-def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None) -> int:
+_MIXTURE = dataclasses.replace(_POLICY, moe=MoEConfig(num_experts=4, experts_per_token=2))
+
+
+def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None, policy: PolicyConfig = _POLICY) -> int:
     """What the gradient of a micro-batch needs on a device besides its inputs and outputs."""
-    graphdef, params = abstract_policy(dataclasses.replace(_POLICY, num_layers=layers))
+    graphdef, params = abstract_policy(dataclasses.replace(policy, num_layers=layers))
     step: Any = make_train_step(graphdef, params, StepConfig(keep=keep), mesh=mesh)
     accumulated = jax.eval_shape(step.start, params)
     batch = empty_batch(PackConfig(row_length=1024, rows=1, block_size=64))
@@ -28,15 +32,20 @@ def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("keep", ["products", "attention", "nothing"])
-def test_the_model_of_memory_is_what_the_compiler_allocates(keep: Kept, tensor: int) -> None:
+@pytest.mark.parametrize(
+    ("policy", "tensor", "keep"),
+    [
+        *((_POLICY, tensor, keep) for tensor in (1, 2) for keep in ("products", "attention", "nothing")),
+        *((_MIXTURE, tensor, "products") for tensor in (1, 2)),
+    ],
+)
+def test_the_model_of_memory_is_what_the_compiler_allocates(policy: PolicyConfig, tensor: int, keep: Kept) -> None:
     mesh = build_mesh(resolve(MeshConfig(name=f"cpu-{tensor}", tensor=tensor))) if tensor > 1 else None
     # Eight more layers: what a step needs besides what its layers keep is the same for any number of them, for their
     # gradients are added to the sum where it lies.
-    for_eight = _temporary_bytes(keep, 12, mesh) - _temporary_bytes(keep, 4, mesh)
+    for_eight = _temporary_bytes(keep, 12, mesh, policy) - _temporary_bytes(keep, 4, mesh, policy)
 
-    assert for_eight == pytest.approx(activation_bytes(_POLICY, 1024, keep, mesh=mesh), rel=0.03)
+    assert for_eight == pytest.approx(activation_bytes(policy, 1024, keep, mesh=mesh), rel=0.03)
 
 
 def test_devices_that_split_heads_keep_a_share_of_the_input_each() -> None:
