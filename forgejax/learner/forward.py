@@ -53,8 +53,8 @@ class ForwardPass:
         rules: partition rules.
         keep: what each layer keeps for the backward pass; ``auto``: as much as ``activation_gib`` holds.
         activation_gib: what a device may keep of the layers' activations, in GiB.
-        vocab_chunk: the most edges of a row whose logits exist at a time. Those of a single chunk are kept for the
-            backward pass, those of several are computed again.
+        vocab_chunk: the most edges of a row whose logits exist at a time. The exponentials of a single chunk are
+            kept for the backward pass, those of several are computed again.
     """
 
     graphdef: Any

@@ -38,7 +38,7 @@ class StepConfig:
 
     ``keep``: what each layer keeps for the backward pass, the rest being computed again (``learner/memory.py`` tells
     what each costs); ``auto``: as much as ``activation_gib`` GiB a device hold. ``vocab_chunk``: the most edges of a
-    row whose logits exist at a time; where one chunk holds them all they are kept, else computed twice.
+    row whose logits exist at a time; where one chunk holds them all their exponentials are kept, else computed twice.
     """
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)

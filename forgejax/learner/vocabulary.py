@@ -39,8 +39,8 @@ def drawn_logps(
         head_DV: the unembedding.
         drawn_BSE: tokens.
         temperature_BSE: by which the logits are divided.
-        chunk: the most edges of a row on one device whose logits exist at a time. Those of a single chunk are kept for
-            the backward pass, those of several are computed again.
+        chunk: the most edges of a row on one device whose logits exist at a time. The exponentials of a
+            single chunk are kept for the backward pass, those of several are computed again.
     """
     operand = jnp.promote_types(hidden_BSED.dtype, head_DV.dtype)
     run = _differentiable(_Split.of_scope(), chunk)

@@ -17,8 +17,6 @@ from forgejax.models.moe import MoEConfig
 from forgejax.sharding import MeshConfig, build_mesh, resolve
 
 _POLICY = PolicyConfig(vocab_size=8, num_layers=8, d_model=32, num_heads=4, num_kv_heads=2, d_ff=96)
-
-
 _MIXTURE = dataclasses.replace(_POLICY, moe=MoEConfig(num_experts=4, experts_per_token=2))
 
 
