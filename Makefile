@@ -131,7 +131,7 @@ echo "installing $(3) into $(1), about 1 minute ..."; \
 $(VENV)/bin/python -m venv $(1); \
 below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 own=$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-printf '%s\n' "import site; site.addsitedir('$$below')" "$(CURDIR)/tests" > "$$own/below.pth"; \
+printf '%s\n' "import site; site.addsitedir('$$below')" "$(CURDIR)" > "$$own/below.pth"; \
 $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r $(2) \
     > $(1)/install.log 2>&1 || { tail -n 15 $(1)/install.log >&2; \
         echo "make: the installation failed, see above; all of it is in $(1)/install.log" >&2; exit 1; }; \

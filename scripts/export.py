@@ -15,12 +15,12 @@ from typing import Any
 
 import tyro
 
-from forgejax import rundir
-from forgejax.checkpoint import load_params
-from forgejax.config import TrainConfig, load_saved
+from forgejax.chat import ChatFormat
 from forgejax.errors import ForgejaxError
-from forgejax.gateway import ChatFormat
 from forgejax.models import abstract_policy, export_policy
+from forgejax.run import rundir
+from forgejax.run.checkpoint import load_params
+from forgejax.run.config import TrainConfig, load_saved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from forgejax.errors import ConfigError, ForgejaxError
 from forgejax.models import PolicyConfig, export_policy, load_params, read_policy_config
-from forgejax.models.gguf_file import gguf_metadata
+from forgejax.models.weights.gguf_file import gguf_metadata
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _DOWNLOAD_TIMEOUT_S = 600

@@ -10,9 +10,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from models.recipe import groups, tokens
-from models.recorded import Recorded, digest, write
-from parity.transformers_side import FAMILIES, figures, make_folder
+from tests.models.recipe import groups, tokens
+from tests.models.recorded import Recorded, digest, write
+from tests.parity.transformers_side import FAMILIES, figures, make_folder
 
 
 def main() -> None:

@@ -18,16 +18,16 @@ import jax
 import tyro
 from aiohttp import web
 
-from forgejax import rundir
-from forgejax.checkpoint import load_params, load_tree
-from forgejax.config import load_saved
 from forgejax.errors import ConfigError, ForgejaxError
 from forgejax.models import Params, PolicyConfig, abstract_policy, init_params, read_policy_config
 from forgejax.models import load_params as load_pretrained
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog
-from forgejax.rollout._jetstream import jetstream_pb2_grpc
-from forgejax.rollout.grpc_service import OrchestratorService
-from forgejax.rollout.server import Publishing, RolloutServer
+from forgejax.rollout.engine._jetstream import jetstream_pb2_grpc
+from forgejax.rollout.server.grpc_service import OrchestratorService
+from forgejax.rollout.server.http import Publishing, RolloutServer
+from forgejax.run import rundir
+from forgejax.run.checkpoint import load_params, load_tree
+from forgejax.run.config import load_saved
 from forgejax.types import SamplingLaw
 
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 from forgejax.errors import ForgejaxError
 
 if TYPE_CHECKING:
-    from forgejax.build import Outcome
-    from forgejax.config import TrainConfig
-    from forgejax.report.progress import Progress
-    from forgejax.rundir import RunDir
-    from forgejax.train import Trainer
+    from forgejax.report.live.progress import Progress
+    from forgejax.run.build import Outcome
+    from forgejax.run.config import TrainConfig
+    from forgejax.run.loop import Trainer
+    from forgejax.run.rundir import RunDir
 
 INTERRUPTED = 130
 FAILED = 1
@@ -57,8 +57,8 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # The rest takes seconds to import: a typo in the command line is answered first.
-    from forgejax import rundir  # noqa: PLC0415
-    from forgejax.config import check_mesh, load_config, load_saved, to_mapping  # noqa: PLC0415
+    from forgejax.run import rundir  # noqa: PLC0415
+    from forgejax.run.config import check_mesh, load_config, load_saved, to_mapping  # noqa: PLC0415
 
     config = load_config(own.config, overrides)
     if own.resume is not None:
@@ -76,9 +76,9 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
 
 
 def _train(config: TrainConfig, place: RunDir) -> int:
-    from forgejax.build import run  # noqa: PLC0415
-    from forgejax.conclude import conclude  # noqa: PLC0415
-    from forgejax.report.progress import open_progress  # noqa: PLC0415
+    from forgejax.report.live.progress import open_progress  # noqa: PLC0415
+    from forgejax.run.build import run  # noqa: PLC0415
+    from forgejax.run.conclude import conclude  # noqa: PLC0415
 
     progress = open_progress(steps=config.run.steps)
     try:

@@ -14,8 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from forgejax.agents import EpisodeSpec, ProcessScaffold
-from forgejax.config import load_config, load_saved
-from forgejax.gateway import ChatFormat, Gateway, GatewayConfig
+from forgejax.chat import ChatFormat
+from forgejax.gateway import Gateway, GatewayConfig
+from forgejax.run.config import load_config, load_saved
 from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec
 

@@ -18,8 +18,10 @@ import asyncio
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from worker_loop import TIMEOUT_S, work
 
 if TYPE_CHECKING:

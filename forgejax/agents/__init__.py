@@ -1,29 +1,22 @@
 """Agents: scaffolds that run unmodified agent programs, tasks and rewards, and the runner of episodes and groups."""
 
-from forgejax.agents.coroutine import CoroutineScaffold, load_function
 from forgejax.agents.episode import EpisodeRunner, StopPolicy
-from forgejax.agents.process import ProcessScaffold
-from forgejax.agents.rewards import RewardConfig, SpeedBaseline
-from forgejax.agents.runner import GroupRunner, run_tasks
-from forgejax.agents.scaffold import AgentConfig, AgentResult, EpisodeSpec, Scaffold
-from forgejax.agents.tasks import DatasetConfig, ReasoningGymTasks, TasksConfig
-from forgejax.agents.worker import WorkerScaffold
+from forgejax.agents.groups import GroupRunner, run_tasks
+from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.agents.scaffolds.coroutine import CoroutineScaffold, load_function
+from forgejax.agents.scaffolds.process import ProcessScaffold
+from forgejax.agents.scaffolds.worker import WorkerScaffold
 
 __all__ = [
     "AgentConfig",
     "AgentResult",
     "CoroutineScaffold",
-    "DatasetConfig",
     "EpisodeRunner",
     "EpisodeSpec",
     "GroupRunner",
     "ProcessScaffold",
-    "ReasoningGymTasks",
-    "RewardConfig",
     "Scaffold",
-    "SpeedBaseline",
     "StopPolicy",
-    "TasksConfig",
     "WorkerScaffold",
     "make_scaffold",
     "run_tasks",

@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from forgejax.agents.rewards import RewardConfig, rewards
-from forgejax.agents.scaffold import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.environments.rewards import RewardConfig, rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
     FinishReason,

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from forgejax.gateway.chat import ChatRequest, ReplyHead
-from forgejax.gateway.dialects.base import Dialect, Event
+from forgejax.chat.messages import ChatRequest
+from forgejax.gateway.dialects.base import Dialect, Event, ReplyHead
 from forgejax.gateway.dialects.chat_completions import ChatCompletions
-from forgejax.gateway.flight import Flight
+from forgejax.gateway.pending import Flight
 from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.sessions import Service, SessionTable, session_closed
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 from forgejax.errors import ConfigError
-from forgejax.gateway.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from forgejax.gateway.chat import ChatRequest, Message, Tool
-from forgejax.gateway.chat_format import ChatFormat, RenderedPrompt, SpokenTurn, TextMark
+from forgejax.chat.format import ChatFormat, RenderedPrompt, SpokenTurn, TextMark
+from forgejax.chat.messages import ChatRequest, Message, Tool
 from forgejax.types import Completion, TokenIds
 
 Branch = Literal["history", "template"]

@@ -7,13 +7,13 @@ import logging
 
 from aiohttp import web
 
+from forgejax.chat.format import ChatFormat
+from forgejax.chat.tool_format import choose_tool_format
 from forgejax.errors import GatewayError
 from forgejax.gateway.app import build_app
-from forgejax.gateway.chat_format import ChatFormat
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.sessions import Service, SessionTable
-from forgejax.gateway.tool_format import choose_tool_format
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)

@@ -9,17 +9,18 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
+from forgejax.chat.format import ChatFormat
+from forgejax.chat.messages import ChatRequest
+from forgejax.chat.reply import Reply
+from forgejax.chat.reply_builder import ReplyBuilder
+from forgejax.chat.template import TemplateError
+from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.errors import GatewayError
-from forgejax.gateway.chat import ChatRequest, Reply
-from forgejax.gateway.chat_format import ChatFormat
-from forgejax.gateway.chat_template import TemplateError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.conversation import Conversation, Prompt
-from forgejax.gateway.flight import Flight
 from forgejax.gateway.metrics import GatewayMetrics
+from forgejax.gateway.pending import Flight
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.reply_builder import ReplyBuilder
-from forgejax.gateway.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.types import Completion, Sampler, SampleRequest, SessionSpec, Turn
 
 _CLOSED_KEPT = 64  # sessions that can be closed again; their turns take memory

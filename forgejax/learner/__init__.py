@@ -1,17 +1,17 @@
 """Credit, prefix trees, packing and one pure jitted step."""
 
-from forgejax.learner.batch import PackedBatch, PackedStep, PackStats, Placement
-from forgejax.learner.corrections import CorrectionConfig
-from forgejax.learner.credit import CreditConfig, credit, judge
-from forgejax.learner.drift import drift_tokens
+from forgejax.learner.credit.credit import CreditConfig, credit, judge
 from forgejax.learner.learner import Learner
-from forgejax.learner.losses import LossConfig
-from forgejax.learner.optimizer import OptimizerConfig
-from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.packing import empty_batch, pack
+from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
+from forgejax.learner.packing.config import PackConfig
+from forgejax.learner.packing.drift import drift_tokens
+from forgejax.learner.packing.pack import empty_batch, pack
+from forgejax.learner.packing.samples import Sample, supervised_sample
 from forgejax.learner.pipeline import PackGroups, TrainingBatch
-from forgejax.learner.samples import Sample, supervised_sample
-from forgejax.learner.step import Metrics, StepConfig, TrainState, TrainStep, make_train_step
+from forgejax.learner.step.corrections import CorrectionConfig
+from forgejax.learner.step.losses import LossConfig
+from forgejax.learner.step.optimizer import OptimizerConfig
+from forgejax.learner.step.train_step import Metrics, StepConfig, TrainState, TrainStep, make_train_step
 
 __all__ = [
     "CorrectionConfig",

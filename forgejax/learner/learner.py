@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from forgejax.learner.batch import PackedBatch, PackedStep, PackedTrunk
-from forgejax.learner.context import batch_shardings, spread
-from forgejax.learner.step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
-from forgejax.learner.trunk_step import TrunkStep, make_trunk_step
+from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackedTrunk
+from forgejax.learner.packing.deal import batch_shardings, spread
+from forgejax.learner.step.train_step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
+from forgejax.learner.step.trunk_step import TrunkStep, make_trunk_step
 from forgejax.sharding import Rules, length_shards, rows_shards
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from forgejax.errors import TrainingError
-from forgejax.learner.batch import PackedStep
-from forgejax.learner.credit import CreditConfig, credit
-from forgejax.learner.pack_config import PackConfig
-from forgejax.learner.packing import pack
+from forgejax.learner.credit.credit import CreditConfig, credit
+from forgejax.learner.packing.batch import PackedStep
+from forgejax.learner.packing.config import PackConfig
+from forgejax.learner.packing.pack import pack
 from forgejax.types import Group
 
 

@@ -1,13 +1,13 @@
 """One Flax policy, the same code for training and for sampling, and the open-weight families it can be."""
 
-from forgejax.models.export import export_policy
-from forgejax.models.folder import read_policy_config
 from forgejax.models.init import Params, abstract_policy, count_params, init_params
 from forgejax.models.keeping import Kept
-from forgejax.models.load import load_params
 from forgejax.models.moe import MoEConfig
 from forgejax.models.policy import Attend, PerLayer, Policy, PolicyConfig
 from forgejax.models.rope import RopeConfig
+from forgejax.models.weights.export import export_policy
+from forgejax.models.weights.folder import read_policy_config
+from forgejax.models.weights.load import load_params
 
 __all__ = [
     "Attend",

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from forgejax.errors import ConfigError, PoolError, TrainingError
-from forgejax.pool.account import Ledger, PoolSnapshot, TokenAccount
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.pool.journal import LOST_ATTEMPT, Consumption, Journal, Kind
+from forgejax.pool.ledger import Ledger, PoolSnapshot, TokenAccount
 from forgejax.pool.window import Live, State, Taken, Window, WindowConfig
 from forgejax.types import Dispatch, Group
 

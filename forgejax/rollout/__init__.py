@@ -1,12 +1,12 @@
 """The inference side: every request gets its tokens, their exact log-probs and the policy version that drew each."""
 
-from forgejax.rollout.config import EngineConfig
-from forgejax.rollout.counters import DriverMetrics
-from forgejax.rollout.driver import Driver
-from forgejax.rollout.engine import PolicyEngine
-from forgejax.rollout.local import LocalSampler
-from forgejax.rollout.remote import RemoteSampler
-from forgejax.rollout.request_log import LoggedRequest, RequestLog
+from forgejax.rollout.driver.counters import DriverMetrics
+from forgejax.rollout.driver.driver import Driver
+from forgejax.rollout.driver.request_log import LoggedRequest, RequestLog
+from forgejax.rollout.engine.config import EngineConfig
+from forgejax.rollout.engine.engine import PolicyEngine
+from forgejax.rollout.fleet.local import LocalSampler
+from forgejax.rollout.fleet.remote import RemoteSampler
 
 __all__ = [
     "Driver",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from forgejax.learner import Sample
-from forgejax.learner.forest import Forest
-from forgejax.learner.tree import PrefixTree, build_tree
+from forgejax.learner.packing.forest import Forest
+from forgejax.learner.packing.tree import PrefixTree, build_tree
 
 
 def unmerged_forest(samples: Sequence[Sample]) -> Forest:

@@ -14,9 +14,9 @@ from _harness import matmul_flops, seconds, show
 
 from forgejax.models import PolicyConfig, count_params, init_params
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
-from forgejax.rollout.programs import DecodeState
-from forgejax.rollout.settings import SlotSettings
-from forgejax.rollout.weights import WeightBox
+from forgejax.rollout.engine.programs import DecodeState
+from forgejax.rollout.engine.settings import SlotSettings
+from forgejax.rollout.engine.weights import WeightBox
 from forgejax.types import SampleRequest
 
 MODELS = {

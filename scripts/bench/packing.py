@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from forgejax.learner import PackConfig, PackedStep, Sample, pack
-from forgejax.learner.tree import build_tree
+from forgejax.learner.packing.tree import build_tree
 
 VOCAB = 32_768
 

@@ -22,11 +22,11 @@ from _profile import profile
 from _step_cases import CASES, MODELS, Draw, Groups
 from _unmerged import unmerged_forest
 
-from forgejax.compiles import Compiles
 from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepConfig, make_train_step
-from forgejax.learner.forest import Forest
-from forgejax.learner.packing import pack_forest
+from forgejax.learner.packing.forest import Forest
+from forgejax.learner.packing.pack import pack_forest
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
+from forgejax.run.compiles import Compiles
 
 _PEAK_SIZE = 2048  # of the square product that utilisation is measured against
 _ROW_LIMIT = 2048  # tokens of a row, unless one tree is larger

@@ -26,7 +26,7 @@ from forgejax.types import (
     Turn,
 )
 
-CALCULATOR = Path(__file__).parents[2] / "examples" / "agents" / "calculator_agent.py"
+CALCULATOR = Path(__file__).parents[2] / "examples" / "quickstart" / "agent.py"
 
 
 def make_turn(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, RewardConfig, StopPolicy
+from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, StopPolicy
 from forgejax.agents import episode as episode_module
+from forgejax.environments import RewardConfig
 from forgejax.errors import GatewayError
 from forgejax.types import FinishReason, Session, SessionSpec, StopReason, Task, Trajectory, Turn
-
-from .fakes import FakeScaffold, FakeSessions, SumTasks, make_task, make_turn
+from tests.agents.fakes import FakeScaffold, FakeSessions, SumTasks, make_task, make_turn
 
 AGENT = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.1)
 

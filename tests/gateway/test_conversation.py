@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forgejax.gateway import ChatFormat
-from forgejax.gateway.chat import ChatRequest, Message, ReplyHead
+from forgejax.chat import ChatFormat
+from forgejax.chat.messages import ChatRequest, Message
+from forgejax.chat.reply_builder import ReplyBuilder
+from forgejax.chat.tool_calls import HermesFormat
 from forgejax.gateway.conversation import Conversation, Prompt
+from forgejax.gateway.dialects.base import ReplyHead
 from forgejax.gateway.dialects.chat_completions import ChatCompletions
-from forgejax.gateway.reply_builder import ReplyBuilder
-from forgejax.gateway.tool_calls import HermesFormat
 from forgejax.types import Completion, FinishReason, SampleRequest
-
-from .fakes import CALCULATOR, completion
+from tests.chat.tokenizers import CALCULATOR
+from tests.gateway.fakes import completion
 
 USER = {"role": "user", "content": "What is 2+3?"}
 AGAIN = {"role": "user", "content": "And 3+4?"}

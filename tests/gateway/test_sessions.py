@@ -17,12 +17,12 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from forgejax.chat import ChatFormat
 from forgejax.errors import ConfigError, GatewayError
-from forgejax.gateway import ChatFormat, Gateway, GatewayConfig
+from forgejax.gateway import Gateway, GatewayConfig
 from forgejax.gateway.sessions import turn_seed
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, Session, Sessions, SessionSpec
-
-from .fakes import TRAINING, ScriptedSampler, completion, started
+from tests.gateway.fakes import TRAINING, ScriptedSampler, completion, started
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
 LONG = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from forgejax.learner.samples import Sample
-from forgejax.ops.tree_attention_dense import dense_tree_attention
+from forgejax.learner.packing.samples import Sample
+from forgejax.ops.tree.dense import dense_tree_attention
 
 
 def unmerged(graphdef: Any, room: int) -> Callable[[Any, Sequence[Sequence[Sample]]], tuple[Any, Any]]:

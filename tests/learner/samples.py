@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forgejax.learner.samples import Sample
+from forgejax.learner.packing.samples import Sample
 from forgejax.types import (
     Completion,
     Dispatch,

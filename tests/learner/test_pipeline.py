@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from forgejax.errors import TrainingError
-from forgejax.learner.credit import CreditConfig
-from forgejax.learner.drift import drift_tokens
-from forgejax.learner.pack_config import PackConfig
+from forgejax.learner.credit.credit import CreditConfig
+from forgejax.learner.packing.config import PackConfig
+from forgejax.learner.packing.drift import drift_tokens
 from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.types import Group
-
-from .samples import group, trajectory, turn
+from tests.learner.samples import group, trajectory, turn
 
 _PACKING = PackConfig(row_length=32, rows=1, block_size=8)
 

@@ -16,9 +16,8 @@ from safetensors.numpy import load_file
 
 from forgejax.learner import PackConfig, Sample, StepConfig, make_train_step, pack
 from forgejax.models import PolicyConfig, abstract_policy, export_policy, load_params, read_policy_config
-
-from .recipe import Tensors
-from .reference import causal
+from tests.models.recipe import Tensors
+from tests.models.reference import causal
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options of a program that runs once on next to nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .recipe import Tensors, generator
+from tests.models.recipe import Tensors, generator
 
 _FOLDER = Path(__file__).parent / "references"
 _SMALL = 1e-3

@@ -12,8 +12,7 @@ import pytest
 from forgejax.errors import ConfigError
 from forgejax.models import MoEConfig, PolicyConfig, RopeConfig, read_policy_config
 from forgejax.models.families import FAMILIES, family_for, family_of
-
-from .folders import SETTINGS
+from tests.models.folders import SETTINGS
 
 NAMES = sorted(SETTINGS)
 

@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from forgejax.errors import MeshError
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
 from forgejax.sharding import MeshConfig, Rules, batch_sharding, build_mesh, param_shardings, resolve, scope
-
-from .reference import causal
+from tests.models.reference import causal
 
 MILLION = PolicyConfig(num_layers=5)
 SMALL = PolicyConfig(num_layers=2, d_model=32, d_ff=64, vocab_size=64)

@@ -17,8 +17,7 @@ from forgejax.models import PolicyConfig, abstract_policy, init_params, ragged
 from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
 from forgejax.models.ragged import ragged_matmul
 from forgejax.sharding import MeshConfig, Rules, batch_sharding, build_mesh, resolve, scope
-
-from .reference import causal, mixture
+from tests.models.reference import causal, mixture
 
 
 @pytest.fixture(autouse=True)

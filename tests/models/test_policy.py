@@ -15,8 +15,7 @@ from forgejax.models import Kept, Policy, PolicyConfig, abstract_policy, count_p
 from forgejax.models.dense import rms_norm
 from forgejax.models.moe import MoEConfig
 from forgejax.models.rope import RopeConfig, rotate, rotation_of
-
-from .reference import causal, decoder_logits, weights_of
+from tests.models.reference import causal, decoder_logits, weights_of
 
 SMALL = PolicyConfig(
     vocab_size=23, num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, param_dtype="float64"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import ours, recorded
-from .recipe import groups, tokens, write_folder
+from tests.models import ours, recorded
+from tests.models.recipe import groups, tokens, write_folder
 
 LOGITS = 3e-5
 GRADIENT = 1e-4

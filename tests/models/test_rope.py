@@ -9,8 +9,7 @@ import pytest
 
 from forgejax.errors import ConfigError
 from forgejax.models.rope import RopeConfig, rotary_frequencies, rotate, rotation_of
-
-from . import reference
+from tests.models import reference
 
 LLAMA31 = RopeConfig(theta=500_000.0, scaling="llama3", factor=8.0, original_positions=8192)
 YARN = RopeConfig(theta=1e6, scaling="yarn", factor=4.0, original_positions=32_768)

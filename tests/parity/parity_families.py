@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from models.ours import exported, gradients, load, logits, relative, stored
-from models.recipe import groups, tokens
-from models.recorded import apart, digest, read
-from models.test_references import LOGITS
 
 from forgejax.models import PolicyConfig
-
-from .transformers_side import FAMILIES, Figures, figures, load_model, make_folder
-from .transformers_side import logits as torch_logits
+from tests.models.ours import exported, gradients, load, logits, relative, stored
+from tests.models.recipe import groups, tokens
+from tests.models.recorded import apart, digest, read
+from tests.models.test_references import LOGITS
+from tests.parity.transformers_side import FAMILIES, Figures, figures, load_model, make_folder
+from tests.parity.transformers_side import logits as torch_logits
 
 WHOLE, TENSOR = 2e-5, 1e-4
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from models.ours import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from forgejax.gateway import ChatFormat
+from forgejax.chat import ChatFormat
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
 from forgejax.types import SampleRequest, SamplingLaw, TokenIds
+from tests.models.ours import load
 
 FOLDER = Path(__file__).parents[2] / ".cache/smollm2-135m-instruct"
 DRAWN = 64

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from models.ours import stored
-from models.recipe import VOCABULARY, Tensors, write_folder
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from forgejax.learner import Sample
+from tests.models.ours import stored
+from tests.models.recipe import VOCABULARY, Tensors, write_folder
 
 torch.set_num_threads(1)  # sums in one order on every machine
 logging.disable_progress_bar()

@@ -7,8 +7,7 @@ import pytest
 from forgejax.errors import PoolError
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.types import Dispatch, Group, StopReason
-
-from .samples import group_of
+from tests.pool.samples import group_of
 
 DISPATCH = Dispatch(index=7, attempt=2, version=5)
 

@@ -13,8 +13,7 @@ from forgejax.errors import PoolError, TrainingError
 from forgejax.pool.dataset import GroupBatch, GroupDataset
 from forgejax.pool.pool import Pool
 from forgejax.types import Dispatch, Group, Verdict
-
-from .samples import group_of, open_pool
+from tests.pool.samples import group_of, open_pool
 
 
 def keep_all(_group: Group) -> Verdict:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from forgejax.errors import ConfigError, PoolError, StorageFullError, TrainingError
 from forgejax.pool.pool import Pool, PoolConfig
 from forgejax.types import Dispatch, GroupSink
-
-from .samples import group_of, open_pool
+from tests.pool.samples import group_of, open_pool
 
 
 async def dispatch_all(pool: Pool) -> list[Dispatch]:

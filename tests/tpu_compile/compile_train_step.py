@@ -25,8 +25,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from forgejax.learner import PackConfig, PackedBatch, PackedStep, StepConfig, make_train_step, pack, supervised_sample
-from forgejax.learner.context import batch_shardings, spread
-from forgejax.learner.trunk_step import make_trunk_step
+from forgejax.learner.packing.deal import batch_shardings, spread
+from forgejax.learner.step.trunk_step import make_trunk_step
 from forgejax.models import PolicyConfig, abstract_policy
 from forgejax.sharding import (
     MeshConfig,

@@ -17,8 +17,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from forgejax.ops import TreeMeta, tree_attention, tree_meta
-from forgejax.ops.tree_attention import kernel_for
-from forgejax.ops.tree_attention_tpu import TpuKernel
+from forgejax.ops.tree.attention import kernel_for
+from forgejax.ops.tree.tpu import TpuKernel
 
 _KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forgejax.gateway.chat import ChatRequest, Reply, ReplyHead
+from forgejax.chat.messages import ChatRequest
+from forgejax.chat.reply import Reply
+from forgejax.chat.reply_builder import Delta
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.reply_builder import Delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyHead:
+    """What is known of an answer before its first token."""
+
+    id: str
+    created: int
+    model: str
+
 
 Event = tuple[str | None, str]
 """A server-sent event: its name (or None) and its data, which holds no line break."""

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.gateway.chat import ChatRequest, Reply, ReplyHead, ToolCall, Usage
-from forgejax.gateway.dialects.base import Event
+from forgejax.chat.messages import ChatRequest
+from forgejax.chat.reply import Reply, ToolCall, Usage
+from forgejax.chat.reply_builder import Delta, TextDelta
+from forgejax.gateway.dialects.base import Event, ReplyHead
 from forgejax.gateway.dialects.chat_messages import read_messages, read_tools
 from forgejax.gateway.dialects.fields import array, boolean, integer, mapping, number, text
 from forgejax.gateway.refusals import RefusedError, bad_field
-from forgejax.gateway.reply_builder import Delta, TextDelta
 from forgejax.types import SamplingLaw
 
 _DONE: Event = (None, "[DONE]")

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from forgejax.gateway.chat import Message, Tool
+from forgejax.chat.messages import Message, Tool
 from forgejax.gateway.dialects.fields import array, mapping, text
 from forgejax.gateway.refusals import bad_field
 

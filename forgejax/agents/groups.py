@@ -1,0 +1,213 @@
+"""Groups of episodes: as many in flight as the pool allows, each ending in one finish or one fail."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from forgejax.agents.episode import EpisodeRunner
+from forgejax.environments.rewards import SpeedBaseline
+from forgejax.errors import AgentError, ConfigError
+from forgejax.types import (
+    Dispatch,
+    Group,
+    GroupSink,
+    SessionSpec,
+    StopReason,
+    Task,
+    TaskSource,
+    Trajectory,
+)
+
+IN_FLIGHT = "in_flight_at_end"
+FAILURES_IN_A_ROW = 16
+
+
+NO_CALL = (StopReason.COMPLETED, StopReason.AGENT_FAILED, StopReason.ENVIRONMENT_FAILED)
+
+
+class FailureStreak:
+    """Stops a run whose episodes end, again and again, without one call to the model: it will not get better."""
+
+    def __init__(self, limit: int = FAILURES_IN_A_ROW) -> None:
+        self._limit = limit
+        self._count = 0
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Raises AgentError at the limit."""
+        no_call = not trajectory.turns and trajectory.stop_reason in NO_CALL
+        self._count = self._count + 1 if no_call else 0
+        if self._count >= self._limit:
+            how = trajectory.error or f"it answered {trajectory.answer!r} without asking the model"
+            raise AgentError(
+                f"{self._count} episodes in a row ended without a call to the model; expected the agent to call "
+                f"OPENAI_BASE_URL. The last one: {how}\nRun the agent command by hand; correct it or its configuration"
+            )
+
+
+class GroupRunner:
+    """Runs the groups that ``sink`` dispatches, ``group_size`` episodes of ``tasks.task(index)`` each, all at once.
+
+    The same index always is the same task, so a group lost in a crash is run again as it was. ``session`` is what each
+    episode's session is opened with; if it has a seed, every episode gets one of its own, derived from it.
+    """
+
+    def __init__(
+        self,
+        *,
+        sink: GroupSink,
+        tasks: TaskSource,
+        episodes: EpisodeRunner,
+        group_size: int,
+        baseline: SpeedBaseline,
+        session: SessionSpec | None = None,
+        failures_in_a_row: int = FAILURES_IN_A_ROW,
+    ) -> None:
+        if group_size < 2:
+            raise ConfigError(f"group_size is {group_size}; expected at least 2 episodes to compare with each other")
+        self._sink = sink
+        self._tasks = tasks
+        self._episodes = episodes
+        self._group_size = group_size
+        self._baseline = baseline
+        self._session = session or SessionSpec()
+        self._streak = FailureStreak(failures_in_a_row)
+
+    async def run(self) -> None:
+        """Runs until the sink has no further dispatch, or until it is cancelled; then ends the groups in flight.
+
+        Each dispatch is finished or failed exactly once before this returns. Raises what the sink and the tasks raise,
+        and AgentError once the agent cannot run at all.
+        """
+        groups: dict[asyncio.Task[None], Dispatch] = {}
+        waiting = asyncio.create_task(self._sink.next_dispatch())
+        try:
+            while True:
+                done, _ = await asyncio.wait({waiting, *groups}, return_when=asyncio.FIRST_COMPLETED)
+                for group in done - {waiting}:
+                    del groups[group]  # type: ignore[arg-type]
+                    group.result()
+                if waiting in done:
+                    dispatch = waiting.result()
+                    if dispatch is None:
+                        return
+                    groups[asyncio.create_task(self._run_group(dispatch))] = dispatch
+                    waiting = asyncio.create_task(self._sink.next_dispatch())
+        finally:
+            await self._end(waiting, groups)
+
+    async def _end(self, waiting: asyncio.Task[Dispatch | None], groups: dict[asyncio.Task[None], Dispatch]) -> None:
+        """Cancels what is in flight and sees each dispatch reported, the ones that had not yet begun too."""
+        waiting.cancel()
+        for group in groups:
+            group.cancel()
+        await asyncio.wait({waiting, *groups})
+        unbegun = [dispatch for group, dispatch in groups.items() if group.cancelled()]
+        if not waiting.cancelled() and waiting.exception() is None:
+            last = waiting.result()
+            if last is not None and last not in groups.values():
+                unbegun.append(last)
+        for dispatch in unbegun:
+            self._sink.fail(dispatch, IN_FLIGHT, 0)
+        for group in groups:
+            if not group.cancelled():
+                group.result()
+
+    async def _run_group(self, dispatch: Dispatch) -> None:
+        task = self._tasks.task(dispatch.index)
+        baseline_s = self._baseline.read(task.family)
+        members = [
+            asyncio.create_task(
+                self._episodes.run(
+                    task,
+                    member=member,
+                    session=_seeded(self._session, dispatch.index, dispatch.attempt, member),
+                    baseline_s=baseline_s,
+                )
+            )
+            for member in range(self._group_size)
+        ]
+        try:
+            await asyncio.wait(members)
+        except asyncio.CancelledError:
+            ended = await _cancel(members)
+            self._sink.fail(dispatch, IN_FLIGHT, _sampled(ended))
+            return
+        self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
+
+    def _report(
+        self, dispatch: Dispatch, task: Task, trajectories: tuple[Trajectory, ...], baseline_s: float | None
+    ) -> None:
+        try:
+            for trajectory in trajectories:
+                self._streak.observe(trajectory)
+            self._episodes.scaffold.check()
+        except AgentError:
+            self._sink.fail(dispatch, StopReason.AGENT_FAILED.value, _sampled(trajectories))
+            raise
+        dropped = [
+            trajectory.stop_reason.value
+            for trajectory in trajectories
+            if self._episodes.policy.of(trajectory.stop_reason) == "drop_group"
+        ]
+        if dropped:
+            self._sink.fail(dispatch, dropped[0], _sampled(trajectories))
+            return
+        group = Group(dispatch=dispatch, task=task, trajectories=trajectories, baseline_s=baseline_s)
+        self._sink.finish(group)
+        self._baseline.observe(group)
+
+
+async def run_tasks(
+    episodes: EpisodeRunner,
+    tasks: Sequence[Task],
+    *,
+    samples: int = 1,
+    session: SessionSpec,
+    concurrency: int = 16,
+) -> list[Trajectory]:
+    """Plays ``samples`` episodes of each task, at most ``concurrency`` at once; task by task, in order.
+
+    Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
+    """
+    slots = asyncio.Semaphore(concurrency)
+    streak = FailureStreak()
+
+    async def play(number: int, member: int) -> Trajectory:
+        async with slots:
+            seeded = _seeded(session, number, 0, member)
+            trajectory = await episodes.run(tasks[number], member=member, session=seeded)
+        streak.observe(trajectory)
+        episodes.scaffold.check()
+        return trajectory
+
+    running = [asyncio.create_task(play(number, member)) for number in range(len(tasks)) for member in range(samples)]
+    if not running:
+        return []
+    try:
+        await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+        return [task.result() for task in running if task.done()]
+    finally:
+        await _cancel(running)
+
+
+async def _cancel(running: Sequence[asyncio.Task[Trajectory]]) -> list[Trajectory]:
+    """Cancels the episodes and gives the trajectories of those that had begun."""
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    return [task.result() for task in running if not task.cancelled() and task.exception() is None]
+
+
+def _sampled(trajectories: Sequence[Trajectory]) -> int:
+    return sum(trajectory.sampled_tokens for trajectory in trajectories)
+
+
+def _seeded(session: SessionSpec, *key: int) -> SessionSpec:
+    """The session's spec with a seed of its own, derived from the run's."""
+    if session.seed is None:
+        return session
+    digest = hashlib.blake2b(repr((session.seed, *key)).encode(), digest_size=4).digest()
+    return replace(session, seed=int.from_bytes(digest) >> 1)

@@ -1,0 +1,1 @@
+"""Ways to run an agent program, all behind ``forgejax.agents.scaffolds.base.Scaffold``."""

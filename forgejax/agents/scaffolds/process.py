@@ -1,0 +1,97 @@
+"""Any command line as an agent: one process per episode, its last line is the answer."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
+from forgejax.agents.scaffolds.children import Child, Guard, environment, find_program, shown, spawn
+from forgejax.errors import AgentError
+from forgejax.types import StopReason
+
+ANSWER_BYTES = 64 * 1024  # the end of stdout in which the answer is looked for
+
+
+class ProcessScaffold:
+    """Runs ``config.command`` once per episode.
+
+    The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY (or where ``config.env`` puts ``{base_url}``,
+    ``{origin}`` and ``{api_key}``). Exit status 0 and the last line of stdout that is not blank are its answer; any
+    other status is a failed agent.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._guard: Guard | None = None
+
+    async def start(self) -> None:
+        find_program(self._config.command)
+        self._guard = Guard()
+
+    def check(self) -> None:
+        """Each episode has a process of its own: one that fails says nothing of the next."""
+
+    async def run(self, episode: EpisodeSpec) -> AgentResult:
+        if self._guard is None:
+            raise AgentError("the agent scaffold is not started; await start() first")
+        filled = [_fill(word, episode) for word in self._config.command]
+        in_command = any("{question}" in word for word in self._config.command)
+        via_stdin = not in_command and self._config.question_via == "stdin"
+        command = filled if in_command or via_stdin else [*filled, episode.question]
+        env = {
+            "OPENAI_BASE_URL": episode.base_url,
+            "OPENAI_API_KEY": episode.api_key,
+            **{name: _fill(value, episode) for name, value in self._config.env.items()},
+        }
+        output = bytearray()
+
+        def keep_end(data: bytes) -> None:
+            output.extend(data)
+            del output[:-ANSWER_BYTES]
+
+        try:
+            process = await spawn(command, environment(env, self._guard.marker), stdin=via_stdin, on_output=keep_end)
+        except AgentError as error:
+            return AgentResult(error=str(error), stop_reason=StopReason.AGENT_FAILED)
+        failed = await self._watch(process, episode, episode.question if via_stdin else None)
+        if failed is not None:
+            return failed
+        lines = [line.strip() for line in output.decode("utf-8", errors="replace").splitlines() if line.strip()]
+        return AgentResult(answer=lines[-1] if lines else None)
+
+    async def _watch(self, process: Child, episode: EpisodeSpec, question: str | None) -> AgentResult | None:
+        """Sees the process to its end; a result where it failed."""
+        in_time = True
+        try:
+            async with asyncio.timeout(episode.deadline_s):
+                if question is not None:
+                    await process.write(question.encode())
+                    process.close_stdin()
+                await process.exited.wait()
+        except TimeoutError:
+            in_time = False
+        finally:
+            await process.stop()
+        if not in_time:
+            error = f"no answer within {episode.deadline_s:g} s; {process.stderr_note}"
+            return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
+        if process.status != 0:
+            how = f"ended with status {process.status}; {process.stderr_note}"
+            error = f"agent command {shown(self._config.command)} {how}"
+            return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
+        return None
+
+    async def close(self) -> None:
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.close)
+            self._guard = None
+
+
+def _fill(text: str, episode: EpisodeSpec) -> str:
+    """Puts the episode's values into a word of the configuration; other braces are left as they are."""
+    parts = urlsplit(episode.base_url)
+    text = text.replace("{origin}", f"{parts.scheme}://{parts.netloc}")
+    for name in ("base_url", "api_key", "question"):
+        text = text.replace(f"{{{name}}}", getattr(episode, name))
+    return text

@@ -1,0 +1,87 @@
+"""A chat template as a function from neutral messages to text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from forgejax.chat.messages import Message, Tool
+from forgejax.errors import GatewayError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TemplateError(GatewayError):
+    """The chat template refuses these messages, or has no place for them."""
+
+
+class ChatTemplate:
+    """Renders with transformers. Words that spell control tokens pass through ``quote`` first.
+
+    ``quote`` is for what users, tools and schemas say, ``quote_spoken`` for what the policy said: that may hold the
+    tokens an agent is shown (tags of calls and of thinking), and no others.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        quote: Callable[[str], str],
+        quote_spoken: Callable[[str], str],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._quote = quote
+        self._quote_spoken = quote_spoken
+
+    def text(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
+        """The rendered chat; with ``prompt`` up to where the assistant begins to speak. Raises TemplateError."""
+        quoted = [
+            _quoted(_with_object_arguments(message), self._quote_spoken)
+            if message["role"] == "assistant"
+            else _quoted(message, self._quote)
+            for message in messages
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                quoted,
+                tools=[_quoted(tool, self._quote) for tool in tools] or None,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        # The template is a program from outside: besides its own errors it may trip over whatever a message holds.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise TemplateError(
+                f"the chat template does not accept these messages: {error}; change their roles, order or content"
+            ) from error
+        if not isinstance(text, str):
+            raise TemplateError(f"the chat template rendered {type(text).__name__}; expected text")
+        return text
+
+
+def _quoted(value: Any, quote: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, Mapping):
+        return {_quoted(key, quote): _quoted(item, quote) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_quoted(item, quote) for item in value]
+    return value
+
+
+def _with_object_arguments(message: Message) -> Message:
+    """``message`` with tool-call arguments that are JSON text as the objects they spell."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        if isinstance(function["arguments"], str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError as error:
+                raise TemplateError(f"tool-call arguments {function['arguments']!r} are not JSON: {error}") from error
+        calls.append({**call, "function": function})
+    return {**message, "content": message.get("content") or "", "tool_calls": calls}

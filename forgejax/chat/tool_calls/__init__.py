@@ -1,0 +1,42 @@
+"""Tool calls in sampled text, found while it streams. A malformed call is a result of its own, never repaired."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from forgejax.chat.tool_calls.base import (
+    CallPart,
+    MalformedPart,
+    Part,
+    PlainTextFormat,
+    TextPart,
+    ToolCallFormat,
+    ToolCallParser,
+    overlap,
+)
+from forgejax.chat.tool_calls.hermes import HermesFormat
+from forgejax.chat.tool_calls.llama3 import Llama3Format
+from forgejax.chat.tool_calls.minimax import MiniMaxFormat
+from forgejax.chat.tool_calls.qwen3_coder import Qwen3CoderFormat
+
+ToolFormatName = Literal["auto", "hermes", "qwen3_coder", "llama3", "minimax"]
+
+TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
+    "hermes": HermesFormat(),
+    "qwen3_coder": Qwen3CoderFormat(),
+    "llama3": Llama3Format(),
+    "minimax": MiniMaxFormat(),
+}
+
+__all__ = [
+    "TOOL_CALL_FORMATS",
+    "CallPart",
+    "HermesFormat",
+    "MalformedPart",
+    "Part",
+    "PlainTextFormat",
+    "TextPart",
+    "ToolCallFormat",
+    "ToolCallParser",
+    "ToolFormatName",
+    "overlap",
+]

@@ -1,0 +1,117 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from forgejax.chat.reply import Reply
+from forgejax.chat.reply_builder import Delta, ReplyBuilder
+from forgejax.errors import EngineError
+from forgejax.gateway.refusals import RefusedError
+from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
+
+Landed = Callable[[Completion, Reply, bool], None]
+"""Told of every completion the engine returned: the completion, the reply, and whether the request was abandoned."""
+
+
+class Flight:
+    """One request, sampled in a task of its own, so that an agent that goes away does not lose the tokens drawn for it.
+
+    Belongs to the event loop it was made on; only ``_on_tokens`` may run on another thread (the engine's). With
+    ``live`` the reply is built while it is drawn (to stream it, or to see a stop string), else when it is complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: Sampler,
+        request: SampleRequest,
+        builder: ReplyBuilder,
+        live: bool,
+        grace_s: float,
+        landed: Landed,
+    ) -> None:
+        self._sampler = sampler
+        self._request = request
+        self._builder = builder
+        self._live = live
+        self._grace_s = grace_s
+        self._landed = landed
+        self._loop = asyncio.get_running_loop()
+        self._deltas: deque[Delta] = deque()
+        self._news = asyncio.Event()
+        self.id = request.request_id
+        self._drawn = False
+        self._abandoned: RefusedError | None = None
+        self.task = asyncio.create_task(self._fly())
+        self.task.add_done_callback(self._ended)
+
+    @property
+    def abandoned(self) -> bool:
+        return self._abandoned is not None
+
+    def abandon(self, why: RefusedError) -> None:
+        """Ends the request; whoever waits for it gets ``why``.
+
+        An engine that has begun to draw is asked to stop at its next token and hands back what it drew; one that has
+        not, or does not stop within the grace, is cancelled.
+        """
+        if self._abandoned is None and not self.task.done():
+            self._abandoned = why
+            if self._drawn:
+                self._loop.call_later(self._grace_s, self.task.cancel)
+            else:
+                self.task.cancel()
+
+    async def reply(self) -> Reply:
+        """Waits for the whole reply. Raises RefusedError if there is none."""
+        await asyncio.wait({self.task})
+        return self._outcome()
+
+    async def deltas(self) -> list[Delta]:
+        """Waits for more of the reply; an empty list is the end. Raises RefusedError if the request fails."""
+        while not self._deltas:
+            if self.task.done():
+                self._outcome()
+                return []
+            await self._news.wait()
+            self._news.clear()
+        return [self._deltas.popleft() for _ in range(len(self._deltas))]
+
+    async def _fly(self) -> Reply:
+        completion = await self._sampler.sample(self._request, self._on_tokens)
+        deltas, reply = self._builder.finish(completion)
+        self._deltas.extend(deltas)
+        if completion.finish_reason is FinishReason.CANCELLED and self._abandoned is None:
+            self._abandoned = RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
+        self._landed(completion, reply, self._abandoned is not None)
+        return reply
+
+    def _on_tokens(self, ids: Sequence[int]) -> bool:
+        self._drawn = True
+        if self._abandoned is not None:
+            return True
+        if not self._live:
+            return False
+        deltas = self._builder.feed(ids)
+        if deltas:
+            self._deltas.extend(deltas)
+            self._loop.call_soon_threadsafe(self._news.set)
+        return self._builder.stopped
+
+    def _ended(self, task: asyncio.Task[Reply]) -> None:
+        self._news.set()
+        if self.abandoned and not task.cancelled():
+            task.exception()  # nobody may be left to ask for it
+
+    def _outcome(self) -> Reply:
+        if self._abandoned is not None:
+            raise self._abandoned
+        if self.task.cancelled():
+            raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
+        error = self.task.exception()
+        if isinstance(error, EngineError):
+            raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
+        return self.task.result()

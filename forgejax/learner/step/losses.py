@@ -1,0 +1,84 @@
+"""Policy losses over single terms, one function each, of one signature.
+
+A term is one trained token of one sample. Each loss takes the trainer's log-probability (differentiated), the one the
+sampler recorded and the advantage, all [B, M], and gives the loss of each term and whether its ratio was clipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from forgejax.errors import ConfigError
+from forgejax.learner.step.corrections import CORRECTIONS, CorrectionConfig
+
+_LOG_RATIO_BOUND = 20.0
+Terms = Float[Array, "B M"]
+LossName = Literal["cispo", "reinforce", "ppo_clip", "sft"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which loss, and its clip range. ``eps_high`` bounds the ratio of CISPO at ``1 + eps_high``."""
+
+    name: LossName = "cispo"
+    eps_high: float = 4.0
+    ppo_low: float = 0.2
+    ppo_high: float = 0.2
+    correction: CorrectionConfig = dataclasses.field(default_factory=CorrectionConfig)
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise ConfigError(f"loss.name {self.name!r}: expected one of {', '.join(LOSSES)}")
+        if not (self.eps_high > 0 and 0 < self.ppo_low < 1 and self.ppo_high > 0):
+            raise ConfigError("loss.eps_high, loss.ppo_low and loss.ppo_high: expected positive, ppo_low below 1")
+        if self.name in ("cispo", "ppo_clip") and CORRECTIONS[self.correction.name].weighs:
+            raise ConfigError(
+                f"loss.correction {self.correction.name!r} multiplies by the ratio; loss {self.name!r} already does: "
+                "use it with loss 'reinforce'"
+            )
+        if self.name == "sft" and self.correction.name != "none":
+            raise ConfigError(f"loss.correction {self.correction.name!r}: loss 'sft' has no ratio to correct")
+
+
+Loss = Callable[[Terms, Terms, Terms, LossConfig], tuple[Terms, Bool[Array, "B M"]]]
+
+
+def log_ratio(logp: Terms, old_logp: Terms) -> Terms:
+    """log of policy over behaviour probability, clamped to ±20 so that its exponential stays finite."""
+    return jnp.clip(logp - old_logp, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+
+
+def cispo(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+    """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(min(r, 1 + eps_high)) * A * log pi``.
+
+    The weight is clipped and never the gradient: every term keeps one. No lower clip, no KL term.
+    """
+    ratio = jax.lax.stop_gradient(jnp.exp(log_ratio(logp, old_logp)))
+    return -jnp.minimum(ratio, 1.0 + config.eps_high) * advantage * logp, ratio > 1.0 + config.eps_high
+
+
+def reinforce(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+    """``-A * log pi``, as if the samples were on-policy."""
+    return -advantage * logp, jnp.zeros(logp.shape, jnp.bool_)
+
+
+def ppo_clip(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+    """``-min(r * A, clip(r, 1 - ppo_low, 1 + ppo_high) * A)`` (PPO, arXiv 1707.06347 eq. 7); clipped terms lose their
+    gradient."""
+    ratio = jnp.exp(log_ratio(logp, old_logp))
+    bounded = jnp.clip(ratio, 1.0 - config.ppo_low, 1.0 + config.ppo_high)
+    return -jnp.minimum(ratio * advantage, bounded * advantage), bounded * advantage < ratio * advantage
+
+
+def sft(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+    """Cross-entropy of the given tokens, scaled by the advantage (1 for supervised samples)."""
+    return -advantage * logp, jnp.zeros(logp.shape, jnp.bool_)
+
+
+LOSSES: dict[str, Loss] = {"cispo": cispo, "reinforce": reinforce, "ppo_clip": ppo_clip, "sft": sft}

@@ -1,0 +1,262 @@
+"""The optimizer step as pure functions: gradients of micro-batches are summed, then applied once.
+
+``start`` and ``accumulate`` and ``apply`` are pure and jitted; between two calls of ``accumulate`` the devices are
+free for other programs. The loss is the sum over terms of ``weight * correction * loss(term)``, and the weights carry
+the normaliser of the whole step, so that the split into micro-batches changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from forgejax.errors import ConfigError
+from forgejax.learner.packing.batch import PackedBatch
+from forgejax.learner.step.forward import ForwardPass
+from forgejax.learner.step.losses import LossConfig
+from forgejax.learner.step.measure import Tally, tally
+from forgejax.learner.step.objective import objective
+from forgejax.learner.step.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
+from forgejax.models import Kept
+from forgejax.models.moe import RouterLoad
+from forgejax.sharding import Rules, param_shardings, replicated, scope
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Loss, optimizer and memory of the train step.
+
+    ``keep``: what each layer keeps for the backward pass, the rest being computed again (``learner/memory.py`` tells
+    what each costs); ``auto``: as much as ``activation_gib`` GiB a device hold. ``vocab_chunk``: the most edges of a
+    row whose logits exist at a time; where one chunk holds them all their exponentials are kept, else computed twice.
+    """
+
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    keep: Literal["auto"] | Kept = "auto"
+    activation_gib: float = 4.0
+    vocab_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.vocab_chunk < 1:
+            raise ConfigError(f"step.vocab_chunk is {self.vocab_chunk}; expected at least 1 edge")
+        if not 0 <= self.activation_gib < float("inf"):
+            raise ConfigError(f"step.activation_gib is {self.activation_gib}; expected GiB of memory, finite")
+
+    def forward_pass(self, graphdef: Any, mesh: Mesh | None, rules: Rules) -> ForwardPass:
+        """The forward pass of a policy within this memory."""
+        return ForwardPass(
+            graphdef=graphdef,
+            mesh=mesh,
+            rules=rules,
+            keep=self.keep,
+            activation_gib=self.activation_gib,
+            vocab_chunk=self.vocab_chunk,
+        )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Weights, optimizer state and the number of updates applied (skipped steps do not count)."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["grads", "tally"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accumulated:
+    """Gradients, in FP32 (FP64 for FP64 weights), and figures summed over micro-batches."""
+
+    grads: Any
+    tally: Any  # a Tally
+
+
+def add_gradients(sums: Any, primals: tuple[Any, ...], pull_back: Any, cotangent: Any) -> Any:
+    """``sums`` with what ``pull_back(cotangent)`` gives added inside the backward pass.
+
+    A layer's gradient goes into its slice of the sum as soon as it is there. Added up afterwards, those of all layers
+    would exist at once beside their sums, and be written and read once more. That is so still for weights narrower than
+    their sum: the backward pass adds to arrays of the gradient's own dtype alone.
+
+    Args:
+        sums: one tree for each of the primals, in FP32 or wider.
+        primals: what the function was differentiated at.
+        pull_back: of ``jax.vjp(function, *primals)``.
+        cotangent: of the function's result.
+    """
+
+    def own(total: jax.Array, x: jax.Array) -> bool:
+        return bool(total.dtype == x.dtype)
+
+    refs = jax.tree.map(lambda total, x: jax.new_ref(total if own(total, x) else jnp.zeros_like(x)), sums, primals)
+    pull_back.with_refs(*refs)(cotangent)
+    added = jax.tree.map(jax.freeze, refs)
+    return jax.tree.map(lambda total, x, new: new if own(total, x) else total + new, sums, primals, added)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """The jitted functions of one policy, loss, optimizer and mesh.
+
+    Attributes:
+        init: ``params -> TrainState``, on a copy of the params.
+        start: ``params -> Accumulated`` of nothing.
+        accumulate: ``(params, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version``
+            is the policy version of ``params``: log-probability gaps are measured on the terms it drew.
+        apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient
+            norm is not finite the state comes back as it was, and the metric ``skipped`` is 1.
+        score: ``(params, batch) -> [B, M]`` log-probabilities of the terms.
+    """
+
+    init: Callable[[Any], TrainState]
+    start: Callable[[Any], Accumulated]
+    accumulate: Callable[[Any, Accumulated, PackedBatch, Any], Accumulated]
+    apply: Callable[[TrainState, Accumulated], tuple[TrainState, Metrics]]
+    score: Callable[[Any, PackedBatch], jax.Array]
+
+
+def make_train_step(
+    graphdef: Any,
+    abstract_params: Any,
+    config: StepConfig,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> TrainStep:
+    """Builds the jitted functions; nothing compiles before the first call with a new shape.
+
+    Args:
+        graphdef: structure of the policy, from ``nnx.split``.
+        abstract_params: its weights, or their shapes alone.
+        config: loss, optimizer, memory.
+        mesh: where given, weights and optimizer state are laid out on it by ``rules``, and so are batches.
+        rules: partition rules; the default ones if None.
+    """
+    rules = rules or Rules()
+    optimizer = make_optimizer(config.optimizer)
+    forward = config.forward_pass(graphdef, mesh, rules)
+
+    def init(params: Any) -> TrainState:
+        return TrainState(params=params, opt_state=optimizer.init(_wide(params)), step=jnp.zeros((), jnp.int32))
+
+    def start(params: Any) -> Accumulated:
+        zeros = jax.tree.map(jnp.zeros_like, _wide(params))
+        return Accumulated(
+            grads=zeros, tally=_nothing(jax.tree.leaves(zeros)[0].dtype, nnx.merge(graphdef, params).no_router_load())
+        )
+
+    def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
+        def loss(params: Any) -> tuple[jax.Array, Tally]:
+            return objective(forward.terms(params, batch), batch, version, config.loss)
+
+        value, pull_back, counted = jax.vjp(loss, params, has_aux=True)
+        (grads,) = add_gradients((accumulated.grads,), (params,), pull_back, jnp.ones_like(value))
+        return Accumulated(grads=grads, tally=accumulated.tally.merge(counted))
+
+    def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
+        return _apply(optimizer, config.optimizer, state, accumulated)
+
+    def score(params: Any, batch: PackedBatch) -> jax.Array:
+        return forward.terms(params, batch)[0]
+
+    out = _Layout.of(abstract_params, init, start, mesh, rules)
+    return TrainStep(
+        init=jitted(init, mesh, rules, out.state),
+        start=jitted(start, mesh, rules, out.accumulated),
+        accumulate=jitted(accumulate, mesh, rules, out.accumulated, donate=(1,)),
+        apply=jitted(apply, mesh, rules, (out.state, out.scalar), donate=(0,)),
+        score=jitted(score, mesh, rules, None),
+    )
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, state: TrainState, accumulated: Accumulated
+) -> tuple[TrainState, Metrics]:
+    norm = optax.tree.norm(accumulated.grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
+
+    def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(clipped(grads, norm, config), opt_state, _wide(params))
+        return optax.apply_updates(params, updates), opt_state
+
+    def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        return params, opt_state
+
+    # A branch, not a choice between two results for every weight: that would move half as many bytes again.
+    params, opt_state = jax.lax.cond(sound, updated, left_alone, state.params, state.opt_state, accumulated.grads)
+    metrics = accumulated.tally.metrics()
+    metrics |= {
+        "grad_norm": norm,
+        "skipped": 1 - sound.astype(jnp.int32),
+        "learning_rate": learning_rate(config)(state.step),
+    }
+    return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
+
+
+def _wide(params: Any) -> Any:
+    """The weights in FP32 (FP64 stays): the dtype of gradients and moments."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def _nothing(real: Any, router: RouterLoad | None) -> Tally:
+    none = jnp.zeros((1, 1), jnp.bool_)
+    zero = jnp.zeros((1, 1), real)
+    return tally(
+        loss=jnp.zeros((), real),
+        logp=zero,
+        old_logp=zero,
+        ratio=zero,
+        entropy=zero,
+        clipped=none,
+        mask=none,
+        fresh=none,
+        router=router,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Shardings of what the functions give; all None without a mesh."""
+
+    state: Any = None
+    accumulated: Any = None
+    scalar: Any = None
+
+    @staticmethod
+    def of(params: Any, init: Callable, start: Callable, mesh: Mesh | None, rules: Rules) -> _Layout:
+        if mesh is None:
+            return _Layout()
+        return _Layout(
+            state=param_shardings(jax.eval_shape(init, params), mesh, rules),
+            accumulated=param_shardings(jax.eval_shape(start, params), mesh, rules),
+            scalar=replicated(mesh),
+        )
+
+
+def jitted(
+    function: Callable[..., Any], mesh: Mesh | None, rules: Rules, out: Any, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """jit, traced inside the sharding scope of the mesh."""
+    if mesh is None:
+        return jax.jit(function, donate_argnums=donate)
+    place = mesh
+
+    @functools.wraps(function)
+    def scoped(*args: Any) -> Any:
+        with scope(place, rules):
+            return function(*args)
+
+    return jax.jit(scoped, donate_argnums=donate, out_shardings=out)

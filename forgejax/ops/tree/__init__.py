@@ -1,0 +1,1 @@
+"""Tree attention: one public function, one file a backend, one oracle."""

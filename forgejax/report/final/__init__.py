@@ -1,0 +1,1 @@
+"""What a run ends with: summary, curve and page."""

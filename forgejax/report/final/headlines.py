@@ -1,0 +1,99 @@
+"""The figures a reader looks for first, before and after training, in plain words."""
+
+import math
+from dataclasses import dataclass
+
+from forgejax.report.final.summary import Summary
+from forgejax.report.names import duration
+
+_NOISE = 2.0  # standard errors below which a difference is called noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """One figure before and after, as text; ``words`` says what it means and what it does not show."""
+
+    label: str
+    before: str
+    after: str
+    words: str
+
+
+def headlines(summary: Summary) -> tuple[Headline, ...]:
+    """Outcome overall and per level, then tool use and episode time per level, as far as they were measured."""
+    found = [_outcome(summary, level) for level in ("", "easy", "hard")]
+    for level in ("easy", "hard"):
+        found.append(_tool_use(summary, level))
+    for level in ("easy", "hard"):
+        found.append(_episode_time(summary, level))
+    return tuple(headline for headline in found if headline is not None)
+
+
+def _outcome(summary: Summary, level: str) -> Headline | None:
+    suffix = f"_{level}" if level else ""
+    before, after, before_se, after_se = (
+        getattr(summary, f"eval_reward_{when}{suffix}{tail}") for tail in ("", "_se") for when in ("before", "after")
+    )
+    if before is None and after is None:
+        return None
+    paired = None if level else _paired_words(summary)
+    words = paired or _outcome_words(before, after, before_se, after_se)
+    return Headline(
+        label=f"Outcome reward, {level or 'all'} tasks",
+        before=_with_error(before, before_se),
+        after=_with_error(after, after_se),
+        words=words,
+    )
+
+
+def _paired_words(summary: Summary) -> str | None:
+    gain, low, high = summary.eval_gain, summary.eval_gain_low, summary.eval_gain_high
+    if gain is None or low is None or high is None:
+        return None
+    verdict = "within the noise" if low <= 0 <= high else "better" if gain > 0 else "worse"
+    return f"Task by task the outcome changed by {gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: {verdict}."
+
+
+def _outcome_words(before: float | None, after: float | None, before_se: float | None, after_se: float | None) -> str:
+    if before is None or after is None:
+        return "It was measured on one side only, so nothing can be said of the change."
+    change = after - before
+    moved = f"The mean outcome changed by {change:+.3f}"
+    if before_se is None or after_se is None:
+        return f"{moved}; too few tasks for an error bar."
+    error = math.hypot(before_se, after_se)
+    if abs(change) <= _NOISE * error or change == 0:
+        return f"{moved}, which is within the noise (one standard error of the difference is {error:.3f})."
+    direction = "better" if change > 0 else "worse"
+    size = f"{abs(change) / error:.1f} standard errors" if error > 0 else "with no spread between tasks"
+    return f"{moved}: {direction}, {size}."
+
+
+def _tool_use(summary: Summary, level: str) -> Headline | None:
+    before, after = getattr(summary, f"tool_use_before_{level}"), getattr(summary, f"tool_use_after_{level}")
+    if before is None and after is None:
+        return None
+    return Headline(
+        label=f"Tool use, {level} tasks",
+        before="—" if before is None else f"{before:.0%}",
+        after="—" if after is None else f"{after:.0%}",
+        words="Share of episodes in which the agent called at least one tool.",
+    )
+
+
+def _episode_time(summary: Summary, level: str) -> Headline | None:
+    before, after = getattr(summary, f"episode_s_before_{level}"), getattr(summary, f"episode_s_after_{level}")
+    if before is None and after is None:
+        return None
+    return Headline(
+        label=f"Episode time, {level} tasks",
+        before="—" if before is None else duration(before),
+        after="—" if after is None else duration(after),
+        words="Median wall clock of an episode, tools included, without the time queued in our own engine.",
+    )
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

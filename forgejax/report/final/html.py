@@ -1,0 +1,124 @@
+"""The report of a run as one HTML file that needs nothing else: no network, no script, no second file."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from forgejax.report.final.headlines import headlines
+from forgejax.report.final.invariants import Bounds, checks
+from forgejax.report.final.summary import Summary
+from forgejax.report.names import duration
+from forgejax.report.storage import write_atomic
+
+REPORT_FILE = "report.html"
+_TRANSCRIPT_CHARS = 20_000
+
+
+class Example(TypedDict):
+    """One evaluation episode as a reader sees it. All text is untrusted: it is escaped."""
+
+    question: str
+    answer: str | None
+    tool_calls: int
+    reward: float
+    transcript: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the page shows. ``curve_png`` is None when nothing could be drawn; ``config`` is the resolved TOML."""
+
+    title: str
+    summary: Summary
+    bounds: Bounds
+    curve_png: bytes | None = None
+    examples_before: Sequence[Example] = ()
+    examples_after: Sequence[Example] = ()
+    config: str = ""
+    command_line: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One entry of an account: its name, its count and its share of the whole."""
+
+    name: str
+    count: int
+    share: float
+
+
+def slices(trained: int, not_trained: Mapping[str, int], *, unaccounted: int) -> tuple[Slice, ...]:
+    """The account of tokens or groups, trained first, then the reasons by size, then what nothing accounts for."""
+    entries = [("trained", trained), *sorted(not_trained.items(), key=lambda entry: (-entry[1], entry[0]))]
+    if unaccounted:
+        entries.append(("unaccounted", unaccounted))
+    whole = sum(max(0, count) for _, count in entries) or 1
+    return tuple(Slice(name=name, count=count, share=max(0, count) / whole) for name, count in entries)
+
+
+def render_html(report: Report) -> str:
+    """The page. Every text in it is escaped, and its content policy forbids any script or outside resource."""
+    # Imported here: only the end of a run needs it.
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
+    environment = Environment(
+        loader=PackageLoader("forgejax.report.final", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    summary = report.summary
+    found = checks(summary, report.bounds)
+    return environment.get_template(REPORT_FILE).render(
+        report=report,
+        summary=summary,
+        headlines=headlines(summary),
+        checks=found,
+        broken=sum(check.holds is False for check in found),
+        tokens=slices(summary.tokens_trained, summary.tokens_not_trained, unaccounted=summary.account_open_tokens),
+        groups=slices(summary.groups_trained, summary.groups_not_trained, unaccounted=summary.groups_open),
+        figures=_figures(summary),
+        examples=(
+            ("Before training", [_cut(example) for example in report.examples_before]),
+            ("After training", [_cut(example) for example in report.examples_after]),
+        ),
+        curve=base64.b64encode(report.curve_png).decode() if report.curve_png else None,
+    )
+
+
+def write_html(run_dir: Path, report: Report) -> Path:
+    """Writes ``run_dir/report.html``, whole or not at all; gives its path. Raises StorageFullError or ConfigError."""
+    path = run_dir / REPORT_FILE
+    # An agent's text can hold lone surrogates, which no file can.
+    write_atomic(path, render_html(report).encode("utf-8", "replace"))
+    return path
+
+
+def _figures(summary: Summary) -> list[tuple[str, str]]:
+    known = [
+        ("Training steps", f"{summary.steps:,}"),
+        ("Steps skipped (not finite)", f"{summary.skipped_steps:,}"),
+        ("Wall clock", duration(summary.wall_s)),
+        ("Evaluation tasks", f"{summary.eval_tasks:,}"),
+        ("Seed", str(summary.seed)),
+        ("Unmerged tokens per tree token", _optional(summary.tree_token_ratio, ".2f")),
+        ("Prefix-cache hit rate", _optional(summary.prefix_cache_hit_rate, ".1%")),
+        ("Mean log-prob gap", _optional(summary.logprob_gap_mean, ".2e")),
+    ]
+    return known + [(name, _optional(value, ",.6g")) for name, value in sorted(summary.figures.items())]
+
+
+def _optional(value: float | None, spec: str) -> str:
+    return "not measured" if value is None else format(value, spec)
+
+
+def _cut(example: Example) -> Example:
+    transcript = example["transcript"]
+    left_out = len(transcript) - _TRANSCRIPT_CHARS
+    if left_out <= 0:
+        return example
+    return {**example, "transcript": f"{transcript[:_TRANSCRIPT_CHARS]}\n[{left_out:,} more characters]"}

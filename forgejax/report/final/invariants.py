@@ -1,0 +1,102 @@
+"""What must hold in a sound run, each with the figure measured and the bound it is held to."""
+
+from dataclasses import dataclass
+
+from forgejax.errors import ConfigError
+from forgejax.report.final.account import account_sentence
+from forgejax.report.final.summary import Summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The bounds of a run. None: no bound is claimed (the greedy window).
+
+    For a window W, N groups in flight, P groups a step and a publication delay of d versions the disorder is at most
+    W - 1 and the staleness at most floor((N + W - 2) / P) + d. ``gap_tokens`` is how many tokens the log-prob gap must
+    have been measured on for it to count.
+    """
+
+    disorder: int | None
+    staleness_steps: int | None
+    logprob_gap: float = 1e-4
+    gap_tokens: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("disorder", "staleness_steps", "logprob_gap", "gap_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"bound {name} is {value}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One invariant. ``holds`` is None where no bound is claimed."""
+
+    name: str
+    measured: str
+    bound: str
+    holds: bool | None
+    meaning: str
+
+
+def checks(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
+    """The invariants of a run, in the order of the report."""
+    return (
+        Check(
+            name="Token drift",
+            measured=f"{summary.drift_tokens:,} tokens",
+            bound="0",
+            holds=summary.drift_tokens == 0,
+            meaning="The ids trained on are the ids the sampler saw and drew, position by position.",
+        ),
+        Check(
+            name="Token account",
+            measured=f"{summary.account_open_tokens:,} tokens open",
+            bound="0",
+            holds=summary.account_open_tokens == 0,
+            meaning=account_sentence(
+                sampled=summary.tokens_sampled, trained=summary.tokens_trained, not_trained=summary.tokens_not_trained
+            ),
+        ),
+        Check(
+            name="Group account",
+            measured=f"{summary.groups_open:,} groups open",
+            bound="0",
+            holds=summary.groups_open == 0,
+            meaning="Each group that was started was trained or is counted under the reason it was not.",
+        ),
+        _gap(summary, bounds),
+        _bounded(
+            "Window disorder", summary.window_disorder_max, bounds.disorder, "groups", "How far a group overtook."
+        ),
+        _bounded(
+            "Staleness",
+            summary.staleness_steps_max,
+            bounds.staleness_steps,
+            "steps",
+            "How many updates old the policy was on which a trained group began.",
+        ),
+    )
+
+
+def _gap(summary: Summary, bounds: Bounds) -> Check:
+    gap, tokens = summary.logprob_gap_max, summary.logprob_gap_tokens
+    enough = tokens > bounds.gap_tokens
+    meaning = "The largest difference between the log-probability the sampler recorded and the trainer's own."
+    return Check(
+        name="Log-prob gap",
+        measured=f"{'none' if gap is None else f'{gap:.2e}'} over {tokens:,} tokens",
+        bound=f"≤ {bounds.logprob_gap:.0e} over more than {bounds.gap_tokens:,} tokens",
+        holds=gap is not None and enough and gap <= bounds.logprob_gap,
+        meaning=meaning if enough else f"{meaning} It was measured on too few tokens to say anything.",
+    )
+
+
+def _bounded(name: str, value: int | None, bound: int | None, unit: str, meaning: str) -> Check:
+    return Check(
+        name=name,
+        measured="not measured" if value is None else f"{value:,} {unit}",
+        bound="none claimed" if bound is None else f"≤ {bound:,}",
+        holds=None if bound is None else value is not None and value <= bound,
+        meaning=meaning,
+    )

@@ -1,0 +1,61 @@
+"""Progress as plain lines: for pipes, files and logs. Never a control character but the line feed."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import SupportsFloat, TextIO
+
+from forgejax.report.live.board import Board, View, printable
+from forgejax.report.live.outlet import Outlet
+from forgejax.report.names import SHOWN, duration, written
+
+
+class LinesProgress:
+    """One line a step, at most one in ``interval_s`` seconds (the last step always has its own); see Progress."""
+
+    def __init__(
+        self, stream: TextIO, *, steps: int, interval_s: float = 2.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._outlet = Outlet(stream)
+        self._board = Board(steps, clock=clock)
+        self._interval_s = interval_s
+        self._next_line_s = 0.0
+
+    @contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        self._board.begin(name, detail)
+        self._say(f"{name}: {detail} ..." if detail else f"{name} ...")
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            self._say(f"{name} {outcome} in {duration(self._board.end())}")
+
+    def step(self, row: Mapping[str, SupportsFloat]) -> None:
+        self._board.add_step(row)
+        view = self._board.view()
+        if view.elapsed_s >= self._next_line_s or view.step >= view.steps:
+            self._next_line_s = view.elapsed_s + self._interval_s
+            self._say(step_line(view))
+
+    def note(self, text: str) -> None:
+        for line in text.splitlines():
+            self._say(f"note: {line}")
+
+    def close(self) -> None:
+        self._outlet.close()
+
+    def _say(self, text: str) -> None:
+        self._outlet.write(f"[{duration(self._board.view().elapsed_s):>7}] {printable(text)}\n")
+
+
+def step_line(view: View) -> str:
+    """The line of the last step: number, the known figures that are there, time left."""
+    parts = [f"step {view.step}/{view.steps}"]
+    parts += [
+        f"{shown.label} {written(view.row[shown.name], shown.style)}" for shown in SHOWN if shown.name in view.row
+    ]
+    if view.eta_s is not None:
+        parts.append(f"eta {duration(view.eta_s)}")
+    return " | ".join(parts)

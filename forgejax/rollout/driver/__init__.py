@@ -1,0 +1,1 @@
+"""The engine's own thread: who waits, who decodes, what was drawn."""

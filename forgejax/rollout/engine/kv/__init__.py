@@ -1,0 +1,1 @@
+"""Keys and values: where they lie, and which of them are kept."""

@@ -1,0 +1,1 @@
+"""The inference side as the rest of a run sees it."""

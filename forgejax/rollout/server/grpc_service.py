@@ -1,0 +1,90 @@
+"""JetStream's gRPC ``Orchestrator`` service over our driver: a stock JetStream client needs no change.
+
+Token content only. The protocol has no field for a sampling law, stop ids, seeds or log-probs: one law and one set of
+stop ids hold for all its requests. As in JetStream, every response carries the ids drawn since the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+
+from forgejax.errors import EngineError
+from forgejax.rollout.driver.driver import Driver
+from forgejax.rollout.driver.scheduler import Draw
+from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
+from forgejax.types import Completion, Purpose, SampleRequest, SamplingLaw
+
+
+class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
+    """Decode and HealthCheck."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        law: SamplingLaw | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        purpose: Purpose = "evaluation",
+    ):
+        self._driver, self._stop_ids, self._purpose = driver, stop_ids, purpose
+        self._law = law if law is not None else SamplingLaw()
+
+    async def Decode(  # noqa: N802
+        self, request: jetstream_pb2.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[jetstream_pb2.DecodeResponse]:
+        """Streams the ids drawn for a prompt; a client that goes away cancels its request."""
+        if request.WhichOneof("content") != "token_content":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this engine takes token_content, not text_content")
+        try:
+            sample = SampleRequest(
+                request_id=f"grpc-{uuid.uuid4().hex}",
+                prompt_ids=np.array(request.token_content.token_ids, np.int32),
+                max_tokens=request.max_tokens,
+                law=self._law,
+                stop_ids=self._stop_ids,
+                purpose=self._purpose,
+            )
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        loop = asyncio.get_running_loop()
+        drawn: asyncio.Queue[list[int] | None] = asyncio.Queue()
+
+        def on_draw(draw: Draw) -> None:
+            loop.call_soon_threadsafe(drawn.put_nowait, draw.token_ids.tolist())
+
+        try:
+            future = asyncio.wrap_future(self._driver.submit(sample, on_draw))
+        except EngineError as error:
+            await context.abort(_status(self._driver), str(error))
+        future.add_done_callback(lambda _: drawn.put_nowait(None))
+        try:
+            while (token_ids := await drawn.get()) is not None:
+                yield _response(token_ids)
+            await self._confirm(future, context)
+        finally:
+            future.cancel()
+
+    async def HealthCheck(  # noqa: N802
+        self, request: jetstream_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> jetstream_pb2.HealthCheckResponse:
+        return jetstream_pb2.HealthCheckResponse(is_live=self._driver.healthy)
+
+    async def _confirm(self, future: asyncio.Future[Completion], context: grpc.aio.ServicerContext) -> None:
+        try:
+            await future
+        except EngineError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+def _status(driver: Driver) -> grpc.StatusCode:
+    return grpc.StatusCode.FAILED_PRECONDITION if driver.healthy else grpc.StatusCode.UNAVAILABLE
+
+
+def _response(token_ids: list[int]) -> jetstream_pb2.DecodeResponse:
+    stream = jetstream_pb2.DecodeResponse.StreamContent
+    return jetstream_pb2.DecodeResponse(stream_content=stream(samples=[stream.Sample(token_ids=token_ids)]))

@@ -1,0 +1,132 @@
+"""Requests and completions as JSON: what ``remote`` and ``server`` send each other.
+
+``POST /generate`` takes one ``GenerateBody`` and answers with JSON lines: any number of ``{"draw": ...}`` as tokens are
+drawn, ``{}`` now and then while nothing is, and at the end one ``{"end": ...}`` or ``{"error": "..."}``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from forgejax.rollout.driver.scheduler import Draw
+from forgejax.types import Completion, FinishReason, Purpose, SampleRequest, SamplingLaw
+
+
+class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``types.SamplingLaw``."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``types.SampleRequest``; an id left out is made up by the server."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    request_id: str | None = None
+    law: LawBody = LawBody()
+    stop_ids: list[int] = []
+    seed: int | None = None
+    purpose: Purpose = "train"
+
+
+class DrawBody(msgspec.Struct, frozen=True):
+    """``scheduler.Draw``: parallel lists."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    oldest_versions: list[int]
+
+
+class EndBody(msgspec.Struct, frozen=True):
+    """What a Completion holds beyond its request and its draws."""
+
+    finish_reason: FinishReason
+    cached_tokens: int
+    queued_s: float
+    generate_s: float
+
+
+class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of an answer; all fields empty is a sign of life."""
+
+    draw: DrawBody | None = None
+    end: EndBody | None = None
+    error: str | None = None
+
+
+def request_body(request: SampleRequest) -> bytes:
+    law = request.law
+    body = GenerateBody(
+        request_id=request.request_id,
+        prompt_ids=np.asarray(request.prompt_ids).tolist(),
+        max_tokens=request.max_tokens,
+        law=LawBody(temperature=law.temperature, top_p=law.top_p, top_k=law.top_k),
+        stop_ids=sorted(request.stop_ids),
+        seed=request.seed,
+        purpose=request.purpose,
+    )
+    return msgspec.json.encode(body)
+
+
+def parse_request(body: bytes, made_up_id: str) -> SampleRequest:
+    """The request in a body. Raises ValueError saying what is wrong with it."""
+    given = msgspec.json.decode(body, type=GenerateBody)  # its errors are ValueErrors that name the field
+    if any(not 0 <= token < 2**31 for token in given.prompt_ids):
+        raise ValueError("prompt_ids: expected token ids from 0 to 2^31 - 1")
+    return SampleRequest(
+        request_id=given.request_id or made_up_id,
+        prompt_ids=np.array(given.prompt_ids, np.int32),
+        max_tokens=given.max_tokens,
+        law=SamplingLaw(temperature=given.law.temperature, top_p=given.law.top_p, top_k=given.law.top_k),
+        stop_ids=frozenset(given.stop_ids),
+        seed=given.seed,
+        purpose=given.purpose,
+    )
+
+
+def draw_line(draw: Draw) -> Line:
+    return Line(
+        draw=DrawBody(
+            token_ids=draw.token_ids.tolist(),
+            logprobs=draw.logprobs.tolist(),
+            versions=draw.versions.tolist(),
+            oldest_versions=draw.oldest_versions.tolist(),
+        )
+    )
+
+
+def end_line(completion: Completion) -> Line:
+    return Line(
+        end=EndBody(
+            finish_reason=completion.finish_reason,
+            cached_tokens=completion.cached_tokens,
+            queued_s=completion.queued_s,
+            generate_s=completion.generate_s,
+        )
+    )
+
+
+def completion_of(request: SampleRequest, draws: list[DrawBody], end: EndBody) -> Completion:
+    def joined(name: str, dtype: Any) -> Any:
+        return np.array([value for draw in draws for value in getattr(draw, name)], dtype)
+
+    return Completion(
+        request_id=request.request_id,
+        prompt_ids=np.asarray(request.prompt_ids, np.int32),
+        token_ids=joined("token_ids", np.int32),
+        logprobs=joined("logprobs", np.float32),
+        versions=joined("versions", np.int32),
+        oldest_versions=joined("oldest_versions", np.int32),
+        finish_reason=end.finish_reason,
+        law=request.law,
+        cached_tokens=end.cached_tokens,
+        queued_s=end.queued_s,
+        generate_s=end.generate_s,
+    )

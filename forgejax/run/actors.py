@@ -1,0 +1,219 @@
+"""Everything that makes trajectories while the learner learns: the engine, the gateway and the agents.
+
+The engine's driver has a thread of its own; gateway and agents share one event loop in another. The training thread
+calls the methods here; each of them has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from forgejax.agents import EpisodeRunner, GroupRunner, Scaffold
+from forgejax.environments import SpeedBaseline
+from forgejax.errors import EngineError, ForgejaxError, TrainingError
+from forgejax.gateway import Gateway
+from forgejax.pool.pool import Pool
+from forgejax.rollout import Driver, LocalSampler, RequestLog
+from forgejax.run.config import TrainConfig
+from forgejax.run.evaluate import Evaluation, evaluate
+from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task, TaskSource
+
+_START_S = 120.0
+_STOP_S = 60.0
+_PROBE_S = 120.0
+_WARM_TOKENS = 8
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the service runs. It starts and stops the driver, the gateway and the scaffold."""
+
+    config: TrainConfig
+    driver: Driver
+    gateway: Gateway
+    scaffold: Scaffold
+    tasks: TaskSource
+    pool: Pool
+    requests: RequestLog
+    baseline: SpeedBaseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedFirst:
+    """The pool as a ``GroupSink`` that accepts a group once the engine's log has its requests on the disk.
+
+    Ids are compared with that log when the group is trained, which may be after a crash.
+    """
+
+    pool: GroupSink
+    requests: RequestLog
+
+    async def next_dispatch(self) -> Dispatch | None:
+        return await self.pool.next_dispatch()
+
+    def finish(self, group: Group) -> None:
+        self.requests.flush()
+        self.pool.finish(group)
+
+    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+        self.pool.fail(dispatch, reason, sampled_tokens)
+
+
+class RolloutService:
+    """Use as a context manager: inside, the gateway listens and agents can be run."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        config = parts.config
+        self._episodes = EpisodeRunner(
+            sessions=parts.gateway,
+            scaffold=parts.scaffold,
+            tasks=parts.tasks,
+            agent=config.agent,
+            reward=config.reward,
+            policy=config.stop_policy,
+        )
+        self._sampler = LocalSampler(parts.driver)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)
+        self._groups: Future[None] | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> RolloutService:
+        self._thread.start()
+        try:
+            self._parts.driver.start()
+            self._call(self._start(), _START_S, "the gateway and the agents did not start")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops everything; what cannot be stopped in time is left to die with the process."""
+        with contextlib.suppress(ForgejaxError):
+            self.stop_groups()
+        with contextlib.suppress(ForgejaxError):
+            self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
+        with contextlib.suppress(EngineError):
+            self._parts.driver.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    @property
+    def url(self) -> str:
+        return self._parts.gateway.url
+
+    def start_groups(self) -> None:
+        """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
+        runner = GroupRunner(
+            sink=LoggedFirst(pool=self._parts.pool, requests=self._parts.requests),
+            tasks=self._parts.tasks,
+            episodes=self._episodes,
+            group_size=self._parts.config.run.group_size,
+            baseline=self._parts.baseline,
+            session=SessionSpec(law=self._parts.config.sampling, seed=self._parts.config.run.seed),
+        )
+        self._groups = asyncio.run_coroutine_threadsafe(self._run_groups(runner), self._loop)
+        # Nothing will come any more: wakes a trainer that waits for groups, who by then can be told why.
+        self._groups.add_done_callback(lambda _: self._parts.pool.close())
+
+    def stop_groups(self) -> None:
+        """Cancels the groups in flight; each is reported to the pool. Raises what a report raises. Idempotent."""
+        if self._groups is None:
+            return
+        groups, self._groups = self._groups, None
+        groups.cancel()
+        self._call(self._settled(), _STOP_S, "the episodes in flight did not end")
+
+    def check(self) -> None:
+        """Raises what ended the groups or the engine, if something did."""
+        if self._groups is not None and self._groups.done():
+            with contextlib.suppress(CancelledError):
+                error = self._groups.exception()
+                if error is not None:
+                    raise error
+        if not self._parts.driver.healthy:
+            raise TrainingError("the inference engine has stopped; the log above says why")
+
+    def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
+        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile."""
+        run = self._parts.config.run
+        work = evaluate(
+            self._episodes,
+            tasks,
+            law=self._parts.config.sampling,
+            samples=run.eval_samples,
+            concurrency=run.eval_concurrency,
+            seed=run.seed,
+        )
+        waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
+        deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
+        return self._call(work, deadline_s, "the evaluation did not end")
+
+    def warm_up(self) -> list[Completion]:
+        """Has the engine compile its programs by use: every prefill length, every number of busy slots.
+
+        The first episodes would else wait for it, and their times would say nothing of the policy.
+        """
+        engine, drawn = self._parts.config.engine, []
+        for busy in engine.decode_rows:
+            lengths = [min(bucket + 1, engine.max_context - _WARM_TOKENS) for bucket in engine.prefill_buckets]
+            drawn += self.probe(
+                [
+                    SampleRequest(
+                        request_id=f"warm-up-{self._parts.pool.attempt}-{busy}-{number}",
+                        prompt_ids=np.zeros(max(1, lengths[number % len(lengths)]), np.int32),
+                        max_tokens=_WARM_TOKENS,
+                        purpose="probe",
+                    )
+                    for number in range(busy)
+                ]
+            )
+        return drawn
+
+    def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        """Draws completions for prompts given as ids, past the gateway."""
+
+        async def draw() -> list[Completion]:
+            return await asyncio.gather(*(self._sampler.sample(request) for request in requests))
+
+        return self._call(draw(), _PROBE_S, "the engine did not answer a probe")
+
+    async def _start(self) -> None:
+        await self._parts.gateway.start()
+        await self._parts.scaffold.start()
+
+    async def _end(self) -> None:
+        await self._parts.scaffold.close()
+        await self._parts.gateway.stop()
+
+    async def _run_groups(self, runner: GroupRunner) -> None:
+        self._running = asyncio.current_task()
+        await runner.run()
+
+    async def _settled(self) -> None:
+        """Until the cancelled runner has reported its groups. It has no task where it was cancelled before it began."""
+        if self._running is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(self._running)
+
+    def _call(self, work: Coroutine[Any, Any, T], deadline_s: float, failure: str) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(deadline_s)
+        except FutureTimeoutError as error:
+            future.cancel()
+            raise TrainingError(f"{failure} within {deadline_s:g} s") from error

@@ -1,0 +1,101 @@
+"""The end of a run: summary.json, the reward curve and the one-file report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+
+from forgejax.pool.journal import LOST_ATTEMPT
+from forgejax.pool.ledger import UNUSED_AT_END
+from forgejax.report.evaluation import NOT_MEASURED
+from forgejax.report.final.html import Report, write_html
+from forgejax.report.final.invariants import Bounds
+from forgejax.report.final.plots import reward_curve
+from forgejax.report.final.summary import Summary, evaluation_fields, gain_fields, level_outcomes, write_summary
+from forgejax.report.sinks.jsonl import read_metrics
+from forgejax.report.storage import write_atomic
+from forgejax.run.build import Outcome
+from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.run.rundir import RunDir
+
+CURVE_FILE = "curve.png"
+_PACKAGES = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "google-jetstream",
+    "aiohttp",
+    "openai",
+    "reasoning-gym",
+)
+
+
+def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line: str) -> tuple[Summary, Path]:
+    """Writes the run's results and gives the summary and the path of the report."""
+    summary = summarise(outcome, config)
+    write_summary(place.path, summary)
+    curve = reward_curve(read_metrics(place.path))
+    write_atomic(place.path / CURVE_FILE, curve)
+    report = Report(
+        title=place.name,
+        summary=summary,
+        bounds=bounds(config),
+        curve_png=curve,
+        examples_before=outcome.before.examples if outcome.before else (),
+        examples_after=outcome.after.examples if outcome.after else (),
+        config=json.dumps(to_mapping(config), indent=2),
+        command_line=command_line,
+        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+    return summary, write_html(place.path, report)
+
+
+def bounds(config: TrainConfig) -> Bounds:
+    """What the window promises for this configuration."""
+    window = config.pool.window
+    return Bounds(disorder=window.max_disorder, staleness_steps=window.max_staleness)
+
+
+def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
+    trainer = outcome.trainer
+    tally, groups = trainer.books.tally, trainer.pool.snapshot()
+    groups_not_trained = Counter(groups.groups_not_trained)
+    groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
+    groups_not_trained[LOST_ATTEMPT] += groups.waiting
+    before, after = (each.result if each else NOT_MEASURED for each in (outcome.before, outcome.after))
+    return Summary(
+        **evaluation_fields("before", before),
+        **evaluation_fields("after", after),
+        **gain_fields(before, after),
+        eval_tasks=len(trainer.tasks.eval_tasks),
+        seed=config.run.seed,
+        steps=trainer.step,
+        wall_s=tally.wall_s,
+        skipped_steps=tally.skipped_steps,
+        drift_tokens=tally.drift_tokens,
+        logprob_gap_max=tally.gap_max if tally.gap_tokens else None,
+        logprob_gap_mean=tally.gap_mean,
+        logprob_gap_tokens=tally.gap_tokens,
+        tree_token_ratio=tally.tree_token_ratio,
+        prefix_cache_hit_rate=outcome.cache_hit_rate,
+        staleness_steps_max=groups.staleness_max,
+        window_disorder_max=groups.disorder_max,
+        tokens_sampled=outcome.tokens_sampled,
+        tokens_trained=tally.trained_tokens,
+        tokens_not_trained=dict(outcome.tokens_not_trained),
+        groups_dispatched=groups.groups_dispatched,
+        groups_trained=groups.groups_trained,
+        groups_not_trained={reason: count for reason, count in sorted(groups_not_trained.items()) if count},
+        figures={
+            **level_outcomes(before, after),
+            "compiles": trainer.books.compiles.count,
+            "batch_shapes": len(trainer.learner.batch_shapes),
+            "wait_share": tally.wait_s / tally.train_s if tally.train_s else None,
+            "packing_wait_share": tally.packing_wait_s / tally.train_s if tally.train_s else None,
+        },
+    )

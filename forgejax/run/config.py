@@ -1,0 +1,223 @@
+"""The configuration of a run: frozen dataclasses kept near their users, one TOML file, dotted overrides on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import jax.numpy as jnp
+import msgspec
+import tyro
+
+from forgejax.agents import AgentConfig, StopPolicy
+from forgejax.environments import RewardConfig, TasksConfig
+from forgejax.errors import ConfigError
+from forgejax.gateway import GatewayConfig
+from forgejax.learner import CreditConfig, PackConfig, StepConfig, empty_batch
+from forgejax.models import PolicyConfig, read_policy_config
+from forgejax.ops import Kernel, kernel_for
+from forgejax.pool.pool import PoolConfig
+from forgejax.rollout import EngineConfig
+from forgejax.run.warm_start import WarmStartConfig
+from forgejax.sharding import MeshConfig, build_mesh, prepare_platform, resolve
+from forgejax.types import SamplingLaw
+
+T = TypeVar("T")
+ENGINE_DEVICES = 1
+"""Devices beside the learner's mesh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What one run does and when.
+
+    A run lives in ``root/name``; an empty name takes the configuration file's, numbered. ``eval_every`` and
+    ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
+    sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
+    """
+
+    name: str = ""
+    root: str = "runs"
+    steps: int = 100
+    seed: int = 0
+    group_size: int = 8
+    eval_every: int = 0
+    eval_samples: int = 1
+    eval_concurrency: int = 32
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 3
+    probe_every: int = 5
+    max_skipped: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "checkpoint_every", "probe_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("group_size", "eval_samples", "eval_concurrency", "keep_checkpoints", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}; expected at least 1")
+        if self.group_size < 2:
+            raise ConfigError("run.group_size is 1; a group needs at least 2 episodes to compare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything ``scripts/train.py`` needs. Field names are the sections of the TOML file.
+
+    ``tokenizer`` is a folder with the tokenizer and its chat template; empty: the one in ``policy.path``. ``sampling``
+    is the law training and evaluation tokens are drawn from, whatever the agent asks for.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tokenizer: str = ""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    packing: PackConfig = field(default_factory=PackConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingLaw = field(default_factory=SamplingLaw)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    stop_policy: StopPolicy = field(default_factory=StopPolicy)
+
+    def __post_init__(self) -> None:
+        if self.sampling.truncated:
+            raise ConfigError(
+                f"sampling {self.sampling}: tokens of a truncated or greedy law cannot be trained; "
+                "set temperature above 0, top_p = 1 and top_k = 0"
+            )
+        self._require_rows_for_the_longest()
+        if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
+            raise ConfigError(
+                f'tokenizer is "{self.tokenizer}" and policy.path is "{self.policy.path}"; set tokenizer to a '
+                "folder that holds tokenizer.json and a chat template, or policy.path to a Hugging Face folder that "
+                "has them"
+            )
+
+    def _require_rows_for_the_longest(self) -> None:
+        packing, fed = self.packing, self.engine.max_context - 1
+        if packing.fits(fed, min(fed, self.gateway.max_tokens_limit or fed)):
+            return
+        with_limit = ""
+        if packing.fits(fed, 1):
+            with_limit = f", or set gateway.max_tokens_limit to {packing.row_length} at most"
+        raise ConfigError(
+            f"packing.row_length {packing.row_length} is too short for engine.max_context {self.engine.max_context}: "
+            f"the longest samples could not be trained; raise it, lower the other{with_limit}"
+        )
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where the tokenizer is read from."""
+        return self.tokenizer or self.policy.path
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a TOML file with command-line overrides (``--run.steps 200``, ``--mesh=cpu-8``) on top.
+
+    Where ``policy.path`` is set, the shape of the policy is the one found there.
+
+    Raises:
+        ConfigError: the file is missing or malformed, a key is unknown, a value has the wrong type or cannot be run.
+        MeshError: there is no such mesh.
+    """
+    config = load_saved(_read_toml(path), str(path), overrides)
+    if config.policy.path:
+        return dataclasses.replace(config, policy=read_policy_config(config.policy.path, base=config.policy))
+    return config
+
+
+def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Like ``load_config``, from plain data that is complete; ``source`` names it in errors."""
+    config = tyro.cli(
+        TrainConfig,
+        default=from_mapping(TrainConfig, saved, source),
+        args=[_mesh_shorthand(argument) for argument in overrides],
+        prog="train.py",
+        description=f"Trains as {source} says; every option overrides a key of it.",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    plan = resolve(config.mesh)
+    return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+
+
+def check_mesh(config: TrainConfig) -> None:
+    """Raises MeshError for a mesh this machine cannot give, and ConfigError for rows or heads that the attention kernel
+    of its devices cannot work with: at once, before anything is created for the run."""
+    plan = resolve(config.mesh)
+    prepare_platform(plan, extra_devices=ENGINE_DEVICES)
+    check_kernel(kernel_for(build_mesh(plan)), config)
+
+
+def check_kernel(kernel: Kernel, config: TrainConfig) -> None:
+    """Raises ConfigError, with what to set, where the learner could not attend with this kernel."""
+    rows_of_a_device = empty_batch(config.packing).attention
+    try:
+        kernel.check(rows_of_a_device, jnp.dtype(config.policy.compute_dtype), config.policy.head_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def from_mapping(cls: type[T], given: Mapping[str, Any], source: str) -> T:
+    """A dataclass from plain data; unknown keys and wrong types are errors that name their place."""
+    _refuse_unknown(cls, given, source, "")
+    try:
+        return msgspec.convert(given, cls, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain data, to be saved with a run."""
+    built: dict[str, Any] = msgspec.to_builtins(config)
+    return built
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        there = ", ".join(sorted(str(file) for file in path.parent.glob("*.toml"))) or "none"
+        raise ConfigError(f"there is no configuration file {path}; TOML files in that folder: {there}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+
+
+def _mesh_shorthand(argument: str) -> str:
+    """``--mesh NAME`` is what one types; the section also has sizes, so the name is its field ``name``."""
+    if argument == "--mesh" or argument.startswith("--mesh="):
+        return "--mesh.name" + argument.removeprefix("--mesh")
+    return argument
+
+
+def _refuse_unknown(cls: Any, given: Any, source: str, place: str) -> None:
+    """Walks the nested dataclasses beside the data."""
+    for argument in typing.get_args(cls):
+        if isinstance(given, list | tuple):
+            for number, item in enumerate(given):
+                _refuse_unknown(argument, item, source, f"{place}[{number}]")
+        elif typing.get_origin(cls) in (typing.Union, types.UnionType, Annotated):
+            _refuse_unknown(argument, given, source, place)
+    if not (dataclasses.is_dataclass(cls) and isinstance(given, Mapping)):
+        return
+    hints = typing.get_type_hints(cls)
+    known = {each.name: hints[each.name] for each in dataclasses.fields(cls)}
+    for key, value in given.items():
+        where = f"{place}.{key}".lstrip(".")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {where!r}; {hint}")
+        _refuse_unknown(known[key], value, source, where)

@@ -1,0 +1,94 @@
+"""Evaluation: held-out tasks, played by the same agents through the same gateway as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from forgejax.agents import EpisodeRunner, run_tasks
+from forgejax.chat import ChatFormat
+from forgejax.errors import CheckpointError
+from forgejax.report.evaluation import EvaluationResult, evaluation_table
+from forgejax.report.final.html import Example
+from forgejax.report.storage import write_atomic
+from forgejax.types import SamplingLaw, SessionSpec, Task, Trajectory, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found, and the episodes it found it in."""
+
+    result: EvaluationResult
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def turns(self) -> Iterator[Turn]:
+        return (turn for trajectory in self.trajectories for turn in trajectory.turns)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(trajectory.sampled_tokens for trajectory in self.trajectories)
+
+
+async def evaluate(
+    episodes: EpisodeRunner,
+    tasks: Sequence[Task],
+    *,
+    law: SamplingLaw,
+    samples: int,
+    concurrency: int,
+    seed: int,
+) -> Evaluation:
+    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request."""
+    session = SessionSpec(purpose="evaluation", law=law, seed=seed)
+    trajectories = await run_tasks(episodes, tasks, samples=samples, session=session, concurrency=concurrency)
+    return Evaluation(result=evaluation_table(trajectories, tasks), trajectories=tuple(trajectories))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What is kept of an evaluation, with the run: its figures and a few episodes for a reader."""
+
+    result: EvaluationResult
+    examples: list[Example]
+
+
+def keep(path: Path, evaluated: Evaluated) -> None:
+    """Writes it, whole or not at all. Raises StorageFullError."""
+    write_atomic(path, msgspec.json.encode(evaluated))
+
+
+def kept(path: Path) -> Evaluated | None:
+    """What ``keep`` wrote, or None if nothing was. Raises CheckpointError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Evaluated)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; delete it, and the report will do without it") from error
+
+
+def examples(evaluation: Evaluation, tasks: Sequence[Task], chat: ChatFormat, per_level: int = 2) -> list[Example]:
+    """A few episodes of each level for a reader, with what the policy wrote."""
+    found: list[Example] = []
+    shown: dict[str, int] = {}
+    by_id = {task.id: task for task in tasks}
+    for trajectory in evaluation.trajectories:
+        task = by_id[trajectory.task_id]
+        if shown.setdefault(task.level, 0) >= per_level:
+            continue
+        shown[task.level] += 1
+        turns = [chat.decode(turn.completion.token_ids.tolist()) for turn in trajectory.turns]
+        found.append(
+            Example(
+                question=task.question,
+                answer=trajectory.answer,
+                tool_calls=trajectory.tool_calls,
+                reward=trajectory.outcome,
+                transcript="\n".join(turns),
+            )
+        )
+    return found

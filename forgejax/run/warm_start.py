@@ -1,0 +1,176 @@
+"""The supervised phase before RL: the policy imitates demonstrations, through the same tree step as everything else.
+
+Its result depends on the configuration only, so it is cached and the next run starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from forgejax.chat import ChatFormat
+from forgejax.chat.messages import Message, Tool
+from forgejax.errors import ConfigError
+from forgejax.imports import load_object
+from forgejax.learner import (
+    Learner,
+    LossConfig,
+    OptimizerConfig,
+    PackConfig,
+    PackedStep,
+    Sample,
+    StepConfig,
+    pack,
+    supervised_sample,
+)
+from forgejax.types import Task, TaskSource
+
+_TASKS_FROM = 1_000_000_000
+"""Demonstrations use task indices from here on, so that they are other draws than those of the RL phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """How long to imitate, and whom.
+
+    ``steps`` of 0 leaves the phase out. Each of the ``demonstrations``, ``batch_size`` of which make a step, solves one
+    training task. ``demonstrator`` names what makes them, ``module:name`` or ``file.py:name``: called with ``options``
+    it gives a ``Demonstrator``. ``cache`` is a folder, or empty for none.
+    """
+
+    steps: int = 0
+    demonstrations: int = 8192
+    batch_size: int = 128
+    demonstrator: str = ""
+    options: dict[str, int | float | str | bool | list[str]] = field(default_factory=dict)
+    cache: str = ".cache/warm_start"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 1 <= self.batch_size <= self.demonstrations:
+            raise ConfigError(
+                f"warm_start.steps {self.steps}, batch_size {self.batch_size} and demonstrations "
+                f"{self.demonstrations}: expected 0 or more steps of 1 up to all demonstrations"
+            )
+        if self.steps and not self.demonstrator:
+            raise ConfigError(
+                'warm_start.demonstrator is empty; name what makes the demonstrations, as "path/to/file.py:name"'
+            )
+
+    def step_config(self, base: StepConfig) -> StepConfig:
+        """The supervised step: the loss and the optimizer are its own, memory settings those of the run."""
+        return dataclasses.replace(base, loss=LossConfig(name="sft"), optimizer=self.optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A whole conversation, and the tools it was held with. What the assistant says in it is to be imitated."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+
+
+class Demonstrator(Protocol):
+    """Solves tasks for the policy to imitate."""
+
+    @property
+    def identity(self) -> str:
+        """What its demonstrations depend on beside its options: demonstrators that differ have different ones."""
+        ...
+
+    def demonstrate(self, task: Task, rng: np.random.Generator) -> Demonstration:
+        """Depends on the arguments only; ``rng`` is seeded for this task."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """A seeded set of demonstrations, as token ids."""
+
+    config: WarmStartConfig
+    tasks: TaskSource
+    chat: ChatFormat
+    demonstrator: Demonstrator
+    seed: int
+
+    def samples(self, index: int) -> list[Sample]:
+        """The completions of demonstration ``index``, each in its context: one for each turn of the assistant."""
+        task = self.tasks.task(_TASKS_FROM + index)
+        shown = self.demonstrator.demonstrate(task, np.random.default_rng([self.seed, index]))
+        samples = []
+        for position, message in enumerate(shown.messages):
+            if message["role"] == "assistant":
+                history = shown.messages[:position]
+                context = self.chat.render(history, shown.tools)
+                spoken = self.chat.encode_assistant(message, history)
+                samples.append(
+                    supervised_sample(
+                        f"demonstration-{index}-{position}", np.asarray(context, np.int32), np.asarray(spoken, np.int32)
+                    )
+                )
+        return samples
+
+    def batches(self, packing: PackConfig, row_shards: int) -> Iterator[PackedStep]:
+        """One packed step for each step of the phase, prepared in a thread of Grain's."""
+        # All demonstrations begin alike, so they are merged into one forest, and every token weighs the same.
+        packing = dataclasses.replace(packing, loss_norm="batch")
+        samples = functools.lru_cache(maxsize=None)(self.samples)  # rendering one costs as much as training on it
+
+        def packed(members: Sequence[int]) -> PackedStep:
+            together = [sample for index in members for sample in samples(int(index))]
+            return pack([together], packing, row_shards=row_shards)
+
+        epochs = grain.MapDataset.range(self.config.demonstrations).shuffle(seed=self.seed).repeat()
+        batches = epochs.to_iter_dataset(grain.ReadOptions(num_threads=0)).batch(self.config.batch_size, batch_fn=list)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(packed), prefetch_buffer_size=4)
+        iterator = iter(ahead)
+        try:
+            for _ in range(self.config.steps):
+                yield next(iterator)
+        finally:
+            iterator.close()
+
+
+def make_demonstrations(config: WarmStartConfig, tasks: TaskSource, chat: ChatFormat, seed: int) -> Demonstrations:
+    """Raises ConfigError for a demonstrator that is not there or does not take these options, and what it raises."""
+    make = load_object(config.demonstrator, "warm_start.demonstrator")
+    try:
+        demonstrator: Demonstrator = make(**config.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"warm_start.demonstrator {config.demonstrator} does not take warm_start.options {config.options}: {error}"
+        ) from error
+    return Demonstrations(config=config, tasks=tasks, chat=chat, demonstrator=demonstrator, seed=seed)
+
+
+def cache_key(settings: Any, demonstrations: Demonstrations, tokenizer: str) -> str:
+    """A digest of all that the phase's result depends on: configuration, tokenizer and demonstrator."""
+    parts = [
+        json.dumps(settings, sort_keys=True),
+        demonstrations.demonstrator.identity,
+        *(file.read_text(encoding="utf-8") for file in sorted(Path(tokenizer).glob("tokenizer*.json"))),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def imitate(
+    learner: Learner,
+    demonstrations: Demonstrations,
+    packing: PackConfig,
+    progress: Callable[[int, float], None],
+) -> None:
+    """Runs the phase on a learner made with ``WarmStartConfig.step_config``.
+
+    ``progress(step, loss)`` is called after each step.
+    """
+    for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards), start=1):
+        progress(number, float(learner.update(packed.batches, version=0, trunks=packed.trunks)["loss"]))

@@ -1,0 +1,57 @@
+"""The nouns that flow between the packages, and the Protocols the packages meet at. Frozen, checked when made."""
+
+from forgejax.types.episode import (
+    Reward,
+    Session,
+    Sessions,
+    SessionSpec,
+    StopReason,
+    Task,
+    TaskSource,
+    Trajectory,
+    Turn,
+)
+from forgejax.types.pool import (
+    Dispatch,
+    Group,
+    GroupSink,
+    Judge,
+    Verdict,
+)
+from forgejax.types.sampling import (
+    Completion,
+    FinishReason,
+    OnTokens,
+    Purpose,
+    Sampler,
+    SampleRequest,
+    SamplingLaw,
+    TokenIds,
+    WeightSink,
+)
+
+__all__ = [
+    "Completion",
+    "Dispatch",
+    "FinishReason",
+    "Group",
+    "GroupSink",
+    "Judge",
+    "OnTokens",
+    "Purpose",
+    "Reward",
+    "SampleRequest",
+    "Sampler",
+    "SamplingLaw",
+    "Session",
+    "SessionSpec",
+    "Sessions",
+    "StopReason",
+    "Task",
+    "TaskSource",
+    "TokenIds",
+    "Trajectory",
+    "Turn",
+    "Verdict",
+    "WeightSink",
+]

@@ -1,0 +1,122 @@
+"""A request to the engine and what it draws: ids in; ids, log-probabilities and policy versions out.
+
+Only numpy and the standard library are imported. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+
+
+Purpose = Literal["train", "evaluation", "probe"]
+
+
+class FinishReason(enum.StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # a stop id was drawn (it is the last of token_ids), or the caller's on_tokens asked to stop
+    LENGTH = "length"  # max_tokens or the context length was reached
+    REPETITION = "repetition"  # the run of near-certain tokens that marks a loop
+    CANCELLED = "cancelled"  # the caller went away
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingLaw:
+    """The distribution tokens are drawn from: softmax(logits / temperature), possibly truncated.
+
+    ``top_k = 0`` and ``top_p = 1`` mean no truncation. ``temperature = 0`` means greedy.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature {self.temperature}: expected 0 (greedy) to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p {self.top_p}: expected a probability in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: expected 0 (off) or a positive count")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the recorded log-prob is not that of the whole policy: such tokens cannot be trained."""
+        return self.temperature == 0.0 or self.top_p < 1.0 or self.top_k > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One prompt for the engine: ids in, nothing about text, chat or agents."""
+
+    request_id: str
+    prompt_ids: TokenIds
+    max_tokens: int
+    law: SamplingLaw = SamplingLaw()
+    stop_ids: frozenset[int] = frozenset()
+    seed: int | None = None
+    purpose: Purpose = "train"
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) == 0:
+            raise ValueError(f"request {self.request_id}: the prompt is empty; give at least one token id")
+        if self.max_tokens < 1:
+            raise ValueError(f"request {self.request_id}: max_tokens is {self.max_tokens}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the engine drew for one request. Arrays are parallel to ``token_ids``; a drawn stop id is included.
+
+    ``logprobs[t]`` is the log-probability of ``token_ids[t]`` under the whole softmax of policy version
+    ``versions[t]`` at the law's temperature (at 1 where the law is greedy), before any truncation;
+    ``oldest_versions[t]`` is the oldest policy version in the KV that this token saw. ``queued_s`` is the time spent
+    waiting for the engine before prefill began (no fault of the agent), ``generate_s`` the time from then to the end.
+    """
+
+    request_id: str
+    prompt_ids: TokenIds
+    token_ids: TokenIds
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int32]
+    oldest_versions: NDArray[np.int32]
+    finish_reason: FinishReason
+    law: SamplingLaw
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    generate_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.token_ids), len(self.logprobs), len(self.versions), len(self.oldest_versions)}
+        if len(sizes) != 1:
+            raise ValueError(f"completion {self.request_id}: per-token arrays differ in length: {sorted(sizes)}")
+
+
+OnTokens = Callable[[Sequence[int]], bool | None]
+"""Called with each run of newly drawn ids, in order; returning True ends the generation after the last of them."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """The one door to an inference engine, in this process or behind a socket."""
+
+    async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
+        """Draws one completion. Cancelling the awaiting task cancels the request in the engine.
+
+        Raises EngineError if the engine cannot serve it (too long a prompt, a dead engine, a passed deadline).
+        """
+        ...
+
+
+class WeightSink(Protocol):
+    """Where new policy weights go; each later token is drawn by them and carries their version."""
+
+    def publish(self, params: Any, version: int) -> None: ...

@@ -1,0 +1,66 @@
+"""The white-box scaffold."""
+
+import asyncio
+import sys
+
+import pytest
+
+from forgejax.agents import AgentConfig, AgentResult, CoroutineScaffold, make_scaffold
+from forgejax.agents.scaffolds.coroutine import load_function
+from forgejax.errors import ConfigError
+from forgejax.types import StopReason
+from tests.agents.fakes import make_episode
+
+
+async def echo(question: str, base_url: str, api_key: str) -> str | None:
+    return f"{question} {base_url} {api_key}"
+
+
+async def test_the_function_gets_the_question_and_the_endpoint() -> None:
+    scaffold = make_scaffold(AgentConfig(kind="coroutine", function=f"{__name__}:echo"))
+    assert await scaffold.run(make_episode()) == AgentResult(answer="q http://127.0.0.1:1/v1 key")
+
+
+async def test_an_exception_is_a_failed_agent() -> None:
+    async def crash(question: str, base_url: str, api_key: str) -> str:
+        raise TimeoutError("the model is slow")
+
+    result = await CoroutineScaffold(crash).run(make_episode())
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert "TimeoutError: the model is slow" in str(result.error)
+
+
+async def test_a_function_that_exits_is_a_failed_agent_and_the_loop_goes_on() -> None:
+    async def leave(question: str, base_url: str, api_key: str) -> str:
+        sys.exit("usage")
+
+    result = await CoroutineScaffold(leave).run(make_episode())
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert "sys.exit('usage')" in str(result.error)
+
+
+async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
+    async def count(question: str, base_url: str, api_key: str) -> int:
+        return 3
+
+    assert (await CoroutineScaffold(count).run(make_episode())).stop_reason is StopReason.AGENT_FAILED
+
+
+async def test_a_mute_function_is_cancelled_at_the_deadline() -> None:
+    cancelled = asyncio.Event()
+
+    async def wait(question: str, base_url: str, api_key: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    result = await CoroutineScaffold(wait).run(make_episode(deadline_s=0.05))
+    assert result.stop_reason is StopReason.DEADLINE
+    assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("path", ["no_such_module:f", f"{__name__}:nothing", "os:getcwd", ":f"])
+def test_a_function_that_cannot_be_had_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError):
+        load_function(path)

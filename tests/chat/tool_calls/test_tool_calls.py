@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+
+from forgejax.chat.tool_calls import CallPart, HermesFormat, MalformedPart, Part, TextPart
+from tests.chat.tokenizers import CALCULATOR
+
+GOOD = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call>'
+
+
+def parse(text: str, run: int) -> list[Part]:
+    """Parts of ``text`` pushed in runs of characters, neighbouring text joined."""
+    parser = HermesFormat().parser([CALCULATOR])
+    parts: list[Part] = []
+    for part in [p for at in range(0, len(text), run) for p in parser.push(text[at : at + run])] + parser.finish():
+        if parts and isinstance(part, TextPart) and isinstance(parts[-1], TextPart):
+            parts[-1] = TextPart(text=parts[-1].text + part.text)
+        else:
+            parts.append(part)
+    return parts
+
+
+@pytest.mark.parametrize("run", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain  text \n", ["plain  text \n"]),
+        ("a < b <tool> <tool_cal", ["a < b <tool> <tool_cal"]),
+        (GOOD, [("2+3",)]),
+        ("Let me see.\n" + GOOD, ["Let me see.", ("2+3",)]),
+        (GOOD + "\n" + GOOD + "\n", [("2+3",), ("2+3",)]),
+        (GOOD + "\nDone.", [("2+3",), "Done."]),
+    ],
+)
+def test_calls_are_cut_out_of_the_text(text: str, expected: list[str | tuple[str]], run: int) -> None:
+    found = [(part.arguments["expression"],) if isinstance(part, CallPart) else part.text for part in parse(text, run)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("run", [1, 1000])
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("{name: calculator}", "not JSON"),
+        ("", "not JSON"),
+        ('{"name": "calculator", "arguments": {"expression": NaN}}', "NaN"),
+        ('{"name": "calculator", "arguments": {"expression": 1e999}}', "Out of range"),
+        ('{"name": "calculator", "name": "x", "arguments": {"expression": "1"}}', "twice"),
+        ('{"name": "calculator", "arguments": {"expression": "\\ud800"}}', "surrogate"),
+        ("[" * 100_000, "not JSON"),
+        ('["calculator"]', "not an object"),
+        ('{"name": "calculator", "parameters": {"expression": "1"}}', "not an object of"),
+        ('{"name": "abacus", "arguments": {"expression": "1"}}', "unknown tool 'abacus'"),
+        ('{"name": ["calculator"], "arguments": {"expression": "1"}}', "unknown tool"),
+        ('{"name": "calculator", "arguments": "1"}', "arguments are not an object"),
+        ('{"name": "calculator", "arguments": {"expr": "1"}}', "missing arguments: expression"),
+    ],
+)
+def test_a_malformed_call_is_told_apart_and_kept_as_it_was_written(body: str, problem: str, run: int) -> None:
+    if len(body) > 1000:
+        run = 1000
+    text = f"<tool_call>{body}</tool_call>"
+    (part,) = parse(text, run)
+    assert isinstance(part, MalformedPart) and part.text == text and problem in part.problem
+
+
+def test_an_unclosed_call_is_malformed() -> None:
+    text = '<tool_call>{"name": "calculator", "arguments": {"expression": "1"}}'
+    assert parse(f"Hm. {text}", 2) == [
+        TextPart(text="Hm. "),
+        MalformedPart(text=text, problem="<tool_call> is never closed"),
+    ]
+
+
+def test_a_good_call_after_a_malformed_one_counts() -> None:
+    kinds = [type(part) for part in parse("<tool_call>x</tool_call>" + GOOD, 5)]
+    assert kinds == [MalformedPart, CallPart]

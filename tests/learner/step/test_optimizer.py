@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from forgejax.errors import ConfigError
+from forgejax.learner.step.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
+
+
+def test_the_rate_warms_up_and_then_stays_or_falls() -> None:
+    constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=3))
+    cosine = learning_rate(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine", total_steps=13, final_fraction=0.2)
+    )
+
+    np.testing.assert_allclose([constant(n) for n in (0, 1, 2, 3, 100)], [0.25, 0.5, 0.75, 1.0, 1.0])
+    np.testing.assert_allclose([cosine(n) for n in (0, 3, 8, 13, 50)], [0.25, 1.0, 0.6, 0.2, 0.2], rtol=1e-6)
+
+
+def test_matrices_decay_and_norms_do_not() -> None:
+    params = nnx.State(
+        {
+            "w": nnx.Param(jnp.ones((2, 2)), logical_axes=("embed", "mlp")),
+            "norm": nnx.Param(jnp.ones((2,)), logical_axes=("norm",)),
+        }
+    )
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+
+    np.testing.assert_allclose(updates["w"][...], -0.05 * np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_allclose(updates["norm"][...], [0.0, 0.0])
+
+
+def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_a_shorter_one_left() -> None:
+    grads = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[0.0, 4.0]])}
+    config = OptimizerConfig(max_grad_norm=1.0)
+
+    np.testing.assert_allclose(clipped(grads, jnp.asarray(5.0), config)["b"], [[0.0, 0.8]], rtol=1e-6)
+    for longer in (5.0, 50.0):
+        kept = clipped(grads, jnp.asarray(5.0), OptimizerConfig(max_grad_norm=longer))
+        np.testing.assert_array_equal(kept["b"], grads["b"])
+    nothing = clipped({"a": jnp.zeros(2)}, jnp.asarray(0.0), config)
+    np.testing.assert_array_equal(nothing["a"], [0.0, 0.0])
+
+
+def test_a_cosine_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="total_steps 0"):
+        OptimizerConfig(schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": math.nan}, {"learning_rate": math.inf}, {"weight_decay": math.nan}, {"eps": 0.0}]
+)
+def test_a_rate_that_would_ruin_the_weights_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be finite"):
+        OptimizerConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""Tokens follow the law they are drawn from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from forgejax.rollout.engine.sampling import Laws
+from forgejax.rollout.engine.sampling import draw as plain_draw
+from forgejax.types import SamplingLaw
+
+draw = jax.jit(plain_draw)
+
+
+def _laws(count: int, law: SamplingLaw, seed: int = 0) -> Laws:
+    keys = np.random.default_rng(seed).integers(0, 2**32, (count, 2), dtype=np.uint32)
+    return Laws(
+        temperature_S=jnp.full(count, law.temperature, jnp.float32),
+        top_p_S=jnp.full(count, law.top_p, jnp.float32),
+        top_k_S=jnp.full(count, law.top_k, jnp.int32),
+        key_S2=jnp.asarray(keys),
+    )
+
+
+def _frequencies(logits: np.ndarray, law: SamplingLaw, count: int = 40_000) -> np.ndarray:
+    tokens, _ = draw(jnp.tile(jnp.asarray(logits, jnp.float32)[None], (count, 1)), _laws(count, law), jnp.arange(count))
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
+
+
+def _chi_square(observed: np.ndarray, expected: np.ndarray, count: int = 40_000) -> float:
+    kept = expected > 0
+    return float(count * ((observed - expected)[kept] ** 2 / expected[kept]).sum())
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def test_draws_follow_the_softmax_at_the_temperature() -> None:
+    logits = np.random.default_rng(1).normal(size=37) * 2.0
+    for temperature in (1.0, 0.5, 3.0):
+        seen = _frequencies(logits, SamplingLaw(temperature=temperature))
+        # 36 degrees of freedom: the 99.99 % quantile is 75.
+        assert _chi_square(seen, _softmax(logits / temperature)) < 75
+
+
+def test_top_k_draws_only_the_k_likeliest_in_proportion() -> None:
+    logits = np.random.default_rng(2).normal(size=37)
+    expected = _softmax(logits)
+    expected[np.argsort(-expected)[5:]] = 0.0
+    seen = _frequencies(logits, SamplingLaw(top_k=5))
+    assert set(np.flatnonzero(seen)) == set(np.flatnonzero(expected))
+    assert _chi_square(seen, expected / expected.sum()) < 24  # 4 degrees of freedom, 99.99 %
+
+
+def test_top_p_draws_the_fewest_tokens_that_hold_the_mass() -> None:
+    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+    seen = _frequencies(np.log(probabilities), SamplingLaw(top_p=0.65))
+    assert set(np.flatnonzero(seen)) == {0, 1}
+    assert abs(seen[0] - 4 / 7) < 0.012
+    assert set(np.flatnonzero(_frequencies(np.log(probabilities), SamplingLaw(top_p=0.75)))) == {0, 1, 2}
+
+
+def test_top_p_counts_mass_inside_the_top_k() -> None:
+    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+    seen = _frequencies(np.log(probabilities), SamplingLaw(top_k=3, top_p=0.7))  # 0.4 + 0.3 of 0.9 is 0.78
+    assert set(np.flatnonzero(seen)) == {0, 1}
+
+
+def test_the_logprob_is_that_of_the_whole_softmax_even_where_the_law_is_truncated() -> None:
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(6, 37)), jnp.float32)
+    laws = Laws(
+        temperature_S=jnp.array([1.0, 0.5, 0.0, 1.0, 1.0, 2.0]),
+        top_p_S=jnp.array([1.0, 1.0, 1.0, 0.5, 1.0, 1.0]),
+        top_k_S=jnp.array([0, 0, 0, 0, 3, 0]),
+        key_S2=jnp.arange(12, dtype=jnp.uint32).reshape(6, 2),
+    )
+    tokens, logps = (np.asarray(x) for x in draw(logits, laws, jnp.arange(6)))
+    for row, temperature in enumerate([1.0, 0.5, 1.0, 1.0, 1.0, 2.0]):
+        expected = np.log(_softmax(np.asarray(logits[row], np.float64) / temperature))[tokens[row]]
+        assert abs(logps[row] - expected) < 1e-5
+    assert tokens[2] == int(np.argmax(logits[2]))
+
+
+def test_a_token_of_no_probability_is_never_drawn() -> None:
+    logits = np.full(1000, -np.inf)
+    logits[[0, 511, 999]] = 0.0
+    seen = _frequencies(logits, SamplingLaw(), 9_000)
+    assert set(np.flatnonzero(seen)) == {0, 511, 999}
+    assert np.abs(seen[[0, 511, 999]] - 1 / 3).max() < 0.03
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_share() -> None:
+    logits = np.zeros(50_000)
+    tokens, _ = draw(jnp.zeros((200, 50_000)), _laws(200, SamplingLaw()), jnp.arange(200))
+    spread = np.asarray(tokens) / len(logits)
+    assert abs(spread.mean() - 0.5) < 0.09 and len(np.unique(tokens)) > 190

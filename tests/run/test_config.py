@@ -1,0 +1,203 @@
+"""One TOML file, dotted overrides on top, and errors that name the place."""
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from forgejax.errors import ConfigError, MeshError
+from forgejax.ops import Kernel
+from forgejax.ops.tree.cpu import CpuKernel
+from forgejax.ops.tree.gpu import GpuKernel
+from forgejax.ops.tree.tpu import TpuKernel
+from forgejax.run.config import (
+    TrainConfig,
+    check_kernel,
+    check_mesh,
+    from_mapping,
+    load_config,
+    load_saved,
+    to_mapping,
+)
+from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
+
+SHIPPED = sorted((REPOSITORY / "configs").glob("**/*.toml"))
+
+
+def refusal(path: Path, text: str) -> str:
+    """What ``load_config`` says of a file with this text."""
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path) -> None:
+    config = load_saved(tomllib.loads(path.read_text(encoding="utf-8")), str(path))  # the weights may be elsewhere
+
+    assert from_mapping(TrainConfig, to_mapping(config), "again") == config
+    assert load_saved(to_mapping(config), "again") == config
+
+
+def test_an_overridden_configuration_survives_a_round_trip(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "--agent.command", "a", "b", "--warm-start.guessed-levels", "x", "y")
+
+    assert load_saved(to_mapping(config), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("[run]\nstepz = 1\n", "run.stepz", "'steps'"),
+        ("[step.optimizer]\nlearningrate = 0.1\n", "step.optimizer.learningrate", "'learning_rate'"),
+        ('[[tasks.datasets]]\nname = "a"\n[[tasks.datasets]]\nnam = "b"\n', "tasks.datasets[1].nam", "'name'"),
+        ("[polcy]\nd_model = 1\n", "polcy", "'policy'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one(
+    tmp_path: Path, text: str, key: str, near: str
+) -> None:
+    message = refusal(tmp_path / "a.toml", text)
+
+    assert f"unknown key '{key}'" in message and f"did you mean {near}?" in message
+    assert str(tmp_path / "a.toml") in message
+
+
+def test_a_key_near_nothing_is_answered_with_all_there_are(tmp_path: Path) -> None:
+    assert "expected one of: name, data" in refusal(tmp_path / "a.toml", "[mesh]\nqqqq = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('[run]\nsteps = "three"\n', "$.run.steps"),
+        ("[engine]\nprefill_buckets = [16, 1.5]\n", "$.engine.prefill_buckets[1]"),
+        ('[[tasks.datasets]]\nname = "a"\nweight = "much"\n', "$.tasks.datasets[0].weight"),
+        ("run = 3\n", "$.run"),
+        ('[credit]\nbaseline = "median"\n', "$.credit.baseline"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_place(tmp_path: Path, text: str, place: str) -> None:
+    assert place in refusal(tmp_path / "a.toml", text)
+
+
+def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "here.toml").touch()
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*gone\.toml.*here\.toml"):
+        load_config(tmp_path / "gone.toml")
+    with pytest.raises(ConfigError, match="TOML files in that folder: none"):
+        load_config(tmp_path / "no-such-folder" / "gone.toml")
+
+
+def test_a_file_that_is_no_toml_is_an_error_with_the_line(tmp_path: Path) -> None:
+    assert "line 2" in refusal(tmp_path / "a.toml", "[run]\nsteps = = 3\n")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_config(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_config(tmp_path)
+
+
+def test_the_mesh_may_be_named_with_and_without_an_equals_sign() -> None:
+    assert load_config(QUICKSTART, ["--mesh=cpu-2"]).mesh.name == "cpu-2"
+    assert load_config(QUICKSTART, ["--mesh", "cpu-2", "--mesh.fsdp", "2"]).mesh.name == "cpu-2"
+    assert load_config(QUICKSTART, ["--mesh", "cpu-2", "--mesh.fsdp", "2"]).mesh.fsdp == 2
+
+
+def test_an_override_changes_its_key_and_nothing_else() -> None:
+    shipped = load_config(QUICKSTART)
+    changed = load_config(QUICKSTART, ["--run.steps", "3", "--policy.tied-embeddings=False"])
+
+    assert changed == dataclasses.replace(
+        shipped,
+        run=dataclasses.replace(shipped.run, steps=3),
+        policy=dataclasses.replace(shipped.policy, tied_embeddings=False),
+    )
+
+
+def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
+    agent = ["--agent.command", "my-agent", "fast", "--agent.env.CALCULATOR-LATENCY-S", "2"]
+    config = load_config(
+        QUICKSTART, [*agent, "--engine.prefill-buckets", "8", "32", "--tasks.datasets.1.weight", "7.5"]
+    )
+
+    assert config.agent.command == ("my-agent", "fast")
+    assert config.engine.prefill_buckets == (8, 32)
+    assert [dataset.weight for dataset in config.tasks.datasets][1] == 7.5
+    assert config.agent.env["CALCULATOR_LATENCY_S"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["--sampling.top-p=0.9"], "cannot be trained; set temperature above 0, top_p = 1 and top_k = 0"),
+        (["--sampling.temperature=0"], "cannot be trained"),
+        (["--packing.row-length=32", "--engine.max-context=128"], "packing.row_length 32 is too short for"),
+        (
+            ["--packing.row-length=64", "--packing.block-size=32", "--engine.max-context=128"],
+            "raise it, lower the other, or set gateway.max_tokens_limit to 64 at most",
+        ),
+        (["--run.group-size=1"], "a group needs at least 2 episodes"),
+        (["--run.steps=-1"], "run.steps is -1; expected 0 or more"),
+        (["--pool.window.in-flight=2", "--pool.window.groups-per-step=4"], "below groups_per_step 4"),
+        (["--agent.kind=coroutine", "--agent.function="], 'expects "module:function"'),
+        (["--engine.prefill-buckets", "8", "4"], "expected increasing chunk lengths"),
+    ],
+)
+def test_values_that_cannot_be_run_are_refused_with_what_to_do(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, overrides)
+    assert sentence in str(caught.value)
+
+
+def test_a_context_of_two_rows_goes_with_replies_of_one() -> None:
+    """Row 64: a trunk of up to 64 tokens, and behind it what is trained."""
+    options = ["--packing.row-length=64", "--packing.block-size=32", "--engine.max-context=128"]
+
+    assert load_config(QUICKSTART, [*options, "--gateway.max-tokens-limit=64"]).packing.row_length == 64
+    with pytest.raises(ConfigError, match=r"set gateway\.max_tokens_limit to 64 at most"):
+        load_config(QUICKSTART, [*options, "--gateway.max-tokens-limit=65"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [(["--run.stepz", "3"], "--run.steps"), (["--run.steps", "many"], "--run.steps"), (["stray"], "stray")],
+)
+def test_a_mistyped_option_ends_with_status_2_and_names_the_near_one(
+    overrides: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_config(QUICKSTART, overrides)
+    printed = capsys.readouterr()
+
+    assert caught.value.code == 2
+    assert answer in printed.err + printed.out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "overrides", "words"),
+    [
+        (TpuKernel(), (), "blocks of 32 tokens; set packing.block_size to a multiple of 128"),
+        (GpuKernel(), ("--packing.block-size=8",), "blocks of 8 tokens; for float32 heads of 8 set packing.block_size"),
+        (GpuKernel(), ("--policy.compute-dtype=float64",), "got float64; set policy.compute_dtype"),
+    ],
+)
+def test_what_a_kernel_cannot_work_with_is_refused_with_what_to_set(
+    tmp_path: Path, kernel: Kernel, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_kernel(kernel, tiny_config(tmp_path, *overrides))
+
+
+def test_the_kernels_take_blocks_of_the_sizes_they_name(tmp_path: Path) -> None:
+    check_kernel(TpuKernel(), tiny_config(tmp_path, "--packing.block-size=128"))
+    check_kernel(GpuKernel(), tiny_config(tmp_path, "--packing.block-size=16"))
+    check_kernel(CpuKernel(), tiny_config(tmp_path, "--policy.compute-dtype=float64"))
+
+
+def test_a_mesh_this_machine_cannot_give_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(MeshError, match="mesh v5e-64 needs 64 v5e chips; this machine has no TPU and no GPU"):
+        check_mesh(load_config(QUICKSTART, ["--mesh=v5e-64"]))

@@ -1,0 +1,99 @@
+"""Weights on their way out of a run: what serve.py serves and export.py writes is what the run has trained."""
+
+from pathlib import Path
+from typing import Any
+
+import export
+import grain
+import jax
+import numpy as np
+import pytest
+import serve
+
+from forgejax.errors import CheckpointError, ConfigError
+from forgejax.models import PolicyConfig, init_params, load_params, read_policy_config
+from forgejax.run import rundir
+from forgejax.run.checkpoint import Checkpoints, save_tree
+from forgejax.run.config import TrainConfig, to_mapping
+from tests.models.folders import SETTINGS, tensors_of, write_folder
+from tests.run.tiny_run import tiny_config
+
+
+def saved_run(config: TrainConfig, steps: tuple[int, ...]) -> tuple[Path, dict[int, Any]]:
+    """A run folder that was left behind with checkpoints, each of other weights."""
+    place = rundir.create(Path(config.run.root), config.run.name, "tiny")
+    place.save_config(to_mapping(config))
+    checkpoints = Checkpoints(place.checkpoints, keep=len(steps))
+    weights = {step: init_params(config.policy, seed=step) for step in steps}
+    for step, params in weights.items():
+        data = iter(grain.MapDataset.range(3).to_iter_dataset())
+        checkpoints.save(step, {"params": params, "moments": np.zeros(3)}, {}, data)
+    checkpoints.wait()
+    checkpoints.close()
+    place.close()
+    return place.path, weights
+
+
+def open_weights(folder: Path, family: str) -> Path:
+    return write_folder(folder, SETTINGS[family], tensors_of(family, SETTINGS[family]))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)  # raises where the structures differ
+
+
+def test_a_run_is_served_from_its_newest_checkpoint_or_the_one_named(tmp_path: Path) -> None:
+    run, weights = saved_run(tiny_config(tmp_path), steps=(4, 7))
+    newest = serve.load_served(serve.ServeConfig(run=run))
+    named = serve.load_served(serve.ServeConfig(run=run, step=4))
+    assert (newest.version, named.version) == (7, 4)
+    assert_same(newest.params, weights[7])
+    assert_same(named.params, weights[4])
+
+
+def test_a_run_is_served_when_the_folder_it_began_with_is_gone(tmp_path: Path) -> None:
+    policy = f"--policy.path={open_weights(tmp_path / 'began', 'llama')}"
+    config = tiny_config(tmp_path / "runs", policy)
+    run, weights = saved_run(config, steps=(1,))
+    (tmp_path / "began").rename(tmp_path / "elsewhere")
+    served = serve.load_served(serve.ServeConfig(run=run))
+    assert served.policy.d_ff == config.policy.d_ff == 20
+    assert_same(served.params, weights[1])
+
+
+def test_bare_weights_and_open_weights_are_served(tmp_path: Path) -> None:
+    policy = PolicyConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, vocab_size=16)
+    params = init_params(policy, seed=3)
+    save_tree(tmp_path / "bare", params)
+    assert_same(serve.load_served(serve.ServeConfig(policy=policy, weights=tmp_path / "bare")).params, params)
+
+    path = str(open_weights(tmp_path / "open", "qwen3"))
+    served = serve.load_served(serve.ServeConfig(policy=PolicyConfig(path=path)))
+    assert (served.version, served.policy.qk_norm) == (0, "head")
+    assert_same(served.params, load_params(read_policy_config(path, PolicyConfig(path=path))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"step": 5}, CheckpointError, r"no checkpoint of step 5; kept are \[2\]"),
+        ({"run": Path("nowhere")}, ConfigError, "give the folder of a run"),
+    ],
+)
+def test_what_cannot_be_served_is_named(
+    tmp_path: Path, settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    run, _ = saved_run(tiny_config(tmp_path), steps=(2,))
+    with pytest.raises(error, match=words):
+        serve.load_served(serve.ServeConfig(**{"run": run, **settings}))
+
+
+def test_an_exported_run_is_read_again_bit_for_bit_with_its_tokenizer(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run, weights = saved_run(config, steps=(4, 7))
+    out = tmp_path / "exported"
+    export.main(export.Options(run=run, out=out, step=4))
+    again = read_policy_config(out, PolicyConfig(path=str(out)))
+    assert_same(load_params(again), weights[4])
+    tokenizer = Path(config.tokenizer_folder) / "tokenizer.json"
+    assert (out / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
