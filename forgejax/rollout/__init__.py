@@ -5,13 +5,18 @@ from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.request_log import LoggedRequest, RequestLog
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.rollout.engine.engine import PolicyEngine
-from forgejax.rollout.fleet.local import LocalSampler
+from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount, Engines
+from forgejax.rollout.fleet.local import LocalEngines, LocalSampler
 from forgejax.rollout.fleet.remote import RemoteSampler
 
 __all__ = [
+    "DrawnRequest",
     "Driver",
     "DriverMetrics",
+    "EngineAccount",
     "EngineConfig",
+    "Engines",
+    "LocalEngines",
     "LocalSampler",
     "LoggedRequest",
     "PolicyEngine",

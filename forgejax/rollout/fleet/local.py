@@ -1,11 +1,15 @@
-"""The sampler of an engine in this process."""
+"""One engine in this process."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from forgejax.rollout.driver.driver import Driver
+from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.scheduler import OnDraw
+from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.types import Completion, OnTokens, SampleRequest
 
 
@@ -18,6 +22,55 @@ class LocalSampler:
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
         """See ``types.Sampler``. ``on_tokens`` is called in the driver's thread."""
         return await asyncio.wrap_future(self._driver.submit(request, _on_draw(on_tokens)))
+
+
+class LocalEngines(LocalSampler):
+    """``Engines`` over one driver and its request log. Leaving it closes the log."""
+
+    def __init__(self, driver: Driver, requests: RequestLog):
+        super().__init__(driver)
+        self._requests = requests
+
+    def __enter__(self) -> Self:
+        self._driver.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._driver.stop()
+        finally:
+            self._requests.close()
+
+    def publish(self, params: Any, version: int) -> None:
+        self._driver.publish(params, version)
+
+    def account(self) -> EngineAccount:
+        metrics = self._driver.metrics()
+        return EngineAccount(
+            sampled=sum(metrics.tokens_sampled.values()),
+            cancelled=sum(metrics.tokens_cancelled.values()),
+            failed=sum(metrics.tokens_failed.values()),
+            inherited=self._requests.inherited_tokens,
+            prompt_tokens=metrics.prompt_tokens,
+            cached_tokens=metrics.cached_tokens,
+            active=metrics.active,
+            waiting=metrics.waiting,
+        )
+
+    def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
+        found = {request_id: self._requests.find(request_id) for request_id in request_ids}
+        return {
+            request_id: DrawnRequest(prompt_ids=entry.prompt_ids, sampled_ids=entry.sampled_ids)
+            for request_id, entry in found.items()
+            if entry is not None
+        }
+
+    def flush(self) -> None:
+        self._requests.flush()
+
+    @property
+    def healthy(self) -> bool:
+        return self._driver.healthy
 
 
 def _on_draw(on_tokens: OnTokens | None) -> OnDraw | None:

@@ -1,0 +1,86 @@
+"""What a run knows of its inference side, wherever that runs: one engine in this process, or many elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from forgejax.types import Completion, OnTokens, SampleRequest, TokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnRequest:
+    """The engine's own record of one request: the ids it was prompted with and those it drew."""
+
+    prompt_ids: TokenIds
+    sampled_ids: TokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAccount:
+    """Counts since the engines started; of several engines they add up.
+
+    ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
+    nobody was given a completion of. ``inherited`` are the tokens that the engines' own records hold of earlier
+    attempts at the run. ``active`` and ``waiting`` are requests now.
+    """
+
+    sampled: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    inherited: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    active: int = 0
+    waiting: int = 0
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of prompt tokens whose keys and values were not computed again."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def __add__(self, other: EngineAccount) -> EngineAccount:
+        names = [field.name for field in dataclasses.fields(self)]
+        return EngineAccount(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class Engines(Protocol):
+    """The inference side of a run: a ``types.Sampler``, a ``types.WeightSink`` and the books of what was drawn.
+
+    Use as a context manager: inside, requests are served. ``sample`` is awaited on an event loop, everything else may
+    be called from any thread.
+    """
+
+    def __enter__(self) -> Engines: ...
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the engines; open requests get an EngineError. Raises EngineError for one that hangs."""
+        ...
+
+    async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
+        """See ``types.Sampler``."""
+        ...
+
+    def publish(self, params: Any, version: int) -> None:
+        """Copies new weights to every engine; each token drawn by a later decode step is theirs.
+
+        When this returns the caller may donate its buffers. Raises EngineError for weights of another model.
+        """
+        ...
+
+    def account(self) -> EngineAccount: ...
+
+    def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
+        """What the engines themselves recorded of these requests; those they know nothing of are left out."""
+        ...
+
+    def flush(self) -> None:
+        """Returns once the record of every request that has ended is on the disk. Raises EngineError."""
+        ...
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are served."""
+        ...
