@@ -101,14 +101,36 @@ def tree_attention(
     _check_meta(
         q_BTHC.shape[1], k_BSKC.shape[1], meta, mesh.shape[length_axis] if mesh is not None and length_axis else None
     )
-    H, K = q_BTHC.shape[2], k_BSKC.shape[2]
-    if H % K:
-        raise ValueError(f"{H} query heads over {K} key heads: expected a multiple")
+    if q_BTHC.shape[2] % k_BSKC.shape[2]:
+        raise ValueError(f"{q_BTHC.shape[2]} query heads over {k_BSKC.shape[2]} key heads: expected a multiple")
     kernel = kernel or kernel_for(mesh)
     if mesh is None:
         assert isinstance(meta, TreeMeta)
         return _attend(kernel, q_BTHC, k_BSKC, v_BSKC, meta)
 
+    return _attend_on_mesh(
+        kernel,
+        (q_BTHC, k_BSKC, v_BSKC),
+        meta,
+        mesh=mesh,
+        row_axes=row_axes,
+        head_axis=head_axis,
+        length_axis=length_axis,
+    )
+
+
+def _attend_on_mesh(
+    kernel: Kernel,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    meta: TreeMeta | SplitMeta,
+    *,
+    mesh: Mesh,
+    row_axes: tuple[str, ...],
+    head_axis: str | None,
+    length_axis: str | None,
+) -> jax.Array:
+    """Each device attends over its own rows, heads and queries; see ``tree_attention``."""
+    H, K = qkv[0].shape[2], qkv[1].shape[2]
     shards = mesh.shape[head_axis] if head_axis else 1
     if H % shards or (K % shards and shards % K):
         raise ValueError(
@@ -134,7 +156,7 @@ def tree_attention(
     if isinstance(meta, SplitMeta):
         whole = SplitMeta(shards=PartitionSpec(rows, length_axis), stored_at=whole, logical_at=whole)
     return jax.shard_map(local, mesh=mesh, in_specs=(heads, keys, keys, whole), out_specs=heads, check_vma=False)(
-        q_BTHC, k_BSKC, v_BSKC, meta
+        *qkv, meta
     )
 
 
