@@ -5,7 +5,8 @@ from forgejax.learner.learner import Learner
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens
-from forgejax.learner.packing.pack import empty_batch, pack
+from forgejax.learner.packing.lay import lay_empty
+from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample, supervised_sample
 from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.learner.step.corrections import CorrectionConfig
@@ -33,8 +34,8 @@ __all__ = [
     "TrainingBatch",
     "credit",
     "drift_tokens",
-    "empty_batch",
     "judge",
+    "lay_empty",
     "make_train_step",
     "pack",
     "supervised_sample",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,13 +49,12 @@ class Learner:
         self.state: TrainState = self._step.init(params)
         self.batch_shapes: set[tuple[tuple[int, ...], ...]] = set()
 
-    def update(self, batches: Sequence[PackedBatch], version: int, *, trunks: Sequence[PackedTrunk] = ()) -> Metrics:
-        """One optimizer step over all micro-batches; returns without waiting for the devices.
+    def update(self, step: PackedStep, version: int) -> Metrics:
+        """One optimizer step over all its micro-batches; returns without waiting for the devices.
 
         Args:
-            batches: of one ``PackedStep``.
+            step: packed for ``row_shards``.
             version: the policy version of the weights being trained.
-            trunks: of the same step; of both together at least one.
 
         Returns:
             Scalars on the device; read them one step late.
@@ -64,46 +63,42 @@ class Learner:
             ValueError: there is nothing to train on.
             ConfigError: there are trunks, and the mesh splits the length of rows.
         """
-        if not batches and not trunks:
-            raise ValueError("an update of no batches; expected at least one")
-        self.state, metrics = self._step.apply(self.state, self.gradient(batches, version, trunks=trunks))
+        self.state, metrics = self._step.apply(self.state, self.gradient(step, version))
         return metrics
 
-    def gradient(
-        self, batches: Sequence[PackedBatch], version: int, *, trunks: Sequence[PackedTrunk] = ()
-    ) -> Accumulated:
+    def gradient(self, step: PackedStep, version: int) -> Accumulated:
         """What an update applies: gradients and figures summed over the micro-batches; the state stays as it is."""
+        if not step.batches and not step.trunks:
+            raise ValueError("a step of no micro-batches; expected at least one")
         accumulated = self._step.start(self.state.params)
-        for batch in batches:
+        for batch in step.batches:
             accumulated = self._step.accumulate(self.state.params, accumulated, self.place(batch), np.int32(version))
-        for trunk in trunks:
+        for trunk in step.trunks:
             accumulated = self._through_trunk(accumulated, trunk, np.int32(version))
         return accumulated
 
-    def score(self, batch: PackedBatch) -> jax.Array:
-        """log-probabilities [B, M] of the batch's terms under the current weights; nothing is updated."""
-        return self._step.score(self.state.params, self.place(batch))
-
-    def score_step(self, packed: PackedStep) -> list[jax.Array]:
-        """The same of every micro-batch of a step, in the order of ``PackedStep.parts``."""
-        scored = [self.score(batch) for batch in packed.batches]
-        for each in packed.trunks:
+    def score(self, step: PackedStep) -> list[jax.Array]:
+        """log-probabilities [B, M] of the terms of every micro-batch, in the order of ``PackedStep.parts``, under the
+        current weights; nothing is updated."""
+        params = self.state.params
+        scored = [self._step.score(params, self.place(batch)) for batch in step.batches]
+        for each in step.trunks:
             trunk = self.place(each.trunk)
-            kv, _ = self._trunk_step.trunk(self.state.params, trunk)
-            scored.append(self._step.score(self.state.params, trunk))
-            scored += [self._trunk_step.score_leaves(self.state.params, kv, self.place(leaf)) for leaf in each.leaves]
+            kv, _ = self._trunk_step.trunk(params, trunk)
+            scored.append(self._step.score(params, trunk))
+            scored += [self._trunk_step.score_leaves(params, kv, self.place(leaf)) for leaf in each.leaves]
         return scored
 
     def params(self) -> Any:
         """A copy of the current weights, on the same devices, to publish: it outlives the next update."""
         return self._copy(self.state.params)
 
-    def compile(self, batch: PackedBatch) -> None:
-        """Compiles the gradients of a batch of these shapes and leaves the state as it is.
+    def compile(self, step: PackedStep) -> None:
+        """Compiles the gradients of micro-batches of these shapes and leaves the state as it is.
 
         What applies them is short, and compiles when the first update calls it.
         """
-        jax.block_until_ready(self.gradient([batch], 0))
+        jax.block_until_ready(self.gradient(step, 0))
 
     @functools.cached_property
     def _trunk_step(self) -> TrunkStep:

@@ -125,7 +125,7 @@ class Books:
         ]
         if samples:
             packed = pack([samples], packing, row_shards=self.learner.row_shards)
-            scored = [np.asarray(scores) for scores in self.learner.score_step(packed)]
+            scored = [np.asarray(scores) for scores in self.learner.score(packed)]
             self.tally.count_gaps(fresh_gaps(scored, packed, version))
 
     def probes(self, packed: PackedStep, step: int) -> list[SampleRequest]:

@@ -18,7 +18,7 @@ from forgejax.chat import ChatFormat
 from forgejax.environments import ReasoningGymTasks, SpeedBaseline
 from forgejax.errors import ConfigError
 from forgejax.gateway import Gateway
-from forgejax.learner import Learner, PackGroups, empty_batch, judge
+from forgejax.learner import Learner, PackGroups, judge, lay_empty
 from forgejax.models import Params, abstract_policy, init_params, load_params
 from forgejax.pool.codec import decode_group
 from forgejax.pool.dataset import GroupBatch, GroupDataset
@@ -127,7 +127,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         tally = Tally.from_mapping(saved)
         progress.note(f"resumed from the checkpoint of step {step}")
     with progress.phase("compiling", f"the train step for {plan.describe()}"):
-        learner.compile(empty_batch(config.packing, row_shards=learner.row_shards))
+        learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
     requests = RequestLog(place.requests)
     stack.callback(requests.close)

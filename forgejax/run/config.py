@@ -20,7 +20,7 @@ from forgejax.agents import AgentConfig, StopPolicy
 from forgejax.environments import RewardConfig, TasksConfig
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
-from forgejax.learner import CreditConfig, PackConfig, StepConfig, empty_batch
+from forgejax.learner import CreditConfig, PackConfig, StepConfig, lay_empty
 from forgejax.models import PolicyConfig, read_policy_config
 from forgejax.ops import Kernel, kernel_for
 from forgejax.pool.pool import PoolConfig
@@ -163,7 +163,7 @@ def check_mesh(config: TrainConfig) -> None:
 
 def check_kernel(kernel: Kernel, config: TrainConfig) -> None:
     """Raises ConfigError, with what to set, where the learner could not attend with this kernel."""
-    rows_of_a_device = empty_batch(config.packing).attention
+    rows_of_a_device = lay_empty(config.packing).batches[0].attention
     try:
         kernel.check(rows_of_a_device, jnp.dtype(config.policy.compute_dtype), config.policy.head_size)
     except ValueError as error:

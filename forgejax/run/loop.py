@@ -49,8 +49,7 @@ class Trainer:
         log = _nothing
         self.books.mark()
         while self.step < self.config.steps and (data := self._take()) is not None:
-            packed = data.training.packed
-            metrics = self.learner.update(packed.batches, version=self.step, trunks=packed.trunks)
+            metrics = self.learner.update(data.training.packed, version=self.step)
             self.step += 1
             self._publish()
             log()

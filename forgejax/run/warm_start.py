@@ -173,4 +173,4 @@ def imitate(
     ``progress(step, loss)`` is called after each step.
     """
     for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards), start=1):
-        progress(number, float(learner.update(packed.batches, version=0, trunks=packed.trunks)["loss"]))
+        progress(number, float(learner.update(packed, version=0)["loss"]))

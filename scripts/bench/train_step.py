@@ -24,7 +24,8 @@ from _unmerged import unmerged_forest
 
 from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepConfig, make_train_step
 from forgejax.learner.packing.forest import Forest
-from forgejax.learner.packing.pack import pack_forest
+from forgejax.learner.packing.lay import lay_plan
+from forgejax.learner.packing.plan import plan_step
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
 from forgejax.run.compiles import Compiles
 
@@ -62,7 +63,7 @@ def packed(forest: Forest, options: Options) -> PackedStep:
 
     def in_rows_of(blocks: int) -> PackedStep:
         config = PackConfig(row_length=blocks * block, rows=1, block_size=block, trunks=False)
-        return pack_forest(forest, config)
+        return lay_plan(plan_step(forest, config), config)
 
     longest = max(forest.size(*root)[0] for root in forest.roots)
     fewest = -(-longest // block)

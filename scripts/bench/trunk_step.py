@@ -57,9 +57,7 @@ def main(options: Options) -> None:
     groups = Draw(policy.vocab_size).grpo(options.prompt, options.members, options.answer)
     two_phase = packed(groups, options, options.row_length, trunks=True)
     repeated = packed(groups, options, options.long_row, trunks=False)
-    gradients = [
-        functools.partial(learner.gradient, step.batches, 0, trunks=step.trunks) for step in (two_phase, repeated)
-    ]
+    gradients = [functools.partial(learner.gradient, step, 0) for step in (two_phase, repeated)]
     difference = relative(*(gradient().grads for gradient in gradients))
     two_phase_s, repeated_s = seconds(*gradients, repeats=options.repeats)
     result = {

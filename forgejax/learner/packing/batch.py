@@ -108,14 +108,14 @@ class PackStats:
     ``awaited_pairs`` is what the shards would do in all if each had as many as the busiest of its micro-batch.
     """
 
-    samples: int
-    trained_tokens: int
-    tree_tokens: int
-    unmerged_tokens: int
-    tree_pairs: int
-    unmerged_pairs: int
-    awaited_pairs: int
-    padded_tokens: int  # rows times row length
+    samples: int = 0
+    trained_tokens: int = 0
+    tree_tokens: int = 0
+    unmerged_tokens: int = 0
+    tree_pairs: int = 0
+    unmerged_pairs: int = 0
+    awaited_pairs: int = 0
+    padded_tokens: int = 0  # rows times row length
 
     def __add__(self, other: PackStats) -> PackStats:
         """The figures of both together."""

@@ -75,6 +75,12 @@ class Forest:
             edges = int(self._edges[last] - self._edges[first])
         return shared + int(self.nodes[stop] - self.nodes[start]), edges, last - first
 
+    def pairs(self, start: int, stop: int) -> int:
+        """Query-key pairs of the tree of samples start to stop; tokens above the forest are keys, and no queries."""
+        below = self.above + int(self.tree.shared[start])  # ancestors, repeated for this range
+        repeated = below * (below + 1) // 2 - self.above * (self.above + 1) // 2
+        return repeated + int(self._seen[self.nodes[stop]] - self._seen[self.nodes[start]])
+
     def part(self, start: int, stop: int) -> PrefixTree:
         """The tree of samples start to stop: what ``build_tree`` makes of them, but for the order of equal branches."""
         return self._cut(np.arange(start, stop), 0)
@@ -136,6 +142,11 @@ class Forest:
             lenders.append(path[-1] if path else -1)
             path.append(at)
         return lenders
+
+    @functools.cached_property
+    def _seen(self) -> NDArray[np.int64]:
+        """[T + 1] query-key pairs of the nodes before each."""
+        return _sums(self.tree.positions.astype(np.int64) + 1)
 
     @functools.cached_property
     def _edges(self) -> NDArray[np.int64]:

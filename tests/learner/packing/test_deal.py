@@ -10,7 +10,7 @@ import pytest
 
 from forgejax import sharding
 from forgejax.learner.learner import Learner
-from forgejax.learner.packing.batch import PackedBatch
+from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample
@@ -33,8 +33,8 @@ def _groups(seed: int) -> list[list[Sample]]:
     return [random_group(rng, vocab=vocab, samples=8, longest=24) for vocab in (2, 3, 32, 32)]
 
 
-def _batches(seed: int, rows: int) -> tuple[PackedBatch, ...]:
-    return pack(_groups(seed), _CONFIG, row_shards=rows).batches
+def _packed(seed: int, rows: int) -> PackedStep:
+    return pack(_groups(seed), _CONFIG, row_shards=rows)
 
 
 def _learner(policy: PolicyConfig, keep: Kept = "products", /, **axes: int) -> Learner:
@@ -68,23 +68,23 @@ def _alone(experts: int) -> Learner:
 def test_devices_that_share_rows_find_the_loss_and_the_gradient_of_one(experts: int, axes: dict[str, int]) -> None:
     alone, shared = _alone(experts), _learner(_policy(experts=experts), **axes)
     for seed in range(2):
-        batches = _batches(seed, shared.row_shards)
-        expected, found = (jax.device_get(each.gradient(batches, 0)) for each in (alone, shared))
+        packed = _packed(seed, shared.row_shards)
+        expected, found = (jax.device_get(each.gradient(packed, 0)) for each in (alone, shared))
 
         assert found.tally.loss == pytest.approx(expected.tally.loss, rel=1e-5, abs=1e-6)
         assert relative(found.grads, expected.grads) <= 1e-5
         for ours, theirs in zip(jax.tree.leaves(found.tally), jax.tree.leaves(expected.tally), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    scored, expected_scores = (np.asarray(each.score(batches[0])) for each in (shared, alone))
-    mask = batches[0].term_mask
+    scored, expected_scores = (np.asarray(each.score(packed)[0]) for each in (shared, alone))
+    mask = packed.batches[0].term_mask
     np.testing.assert_allclose(scored[mask], expected_scores[mask], rtol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [{"context": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
 def test_devices_that_keep_shares_of_a_layers_input_find_the_gradient_of_one(axes: dict[str, int]) -> None:
     alone, shared = _alone(0), _learner(_policy(), "share", **axes)
-    batches = _batches(0, shared.row_shards)
-    expected, found = (jax.device_get(each.gradient(batches, 0)) for each in (alone, shared))
+    packed = _packed(0, shared.row_shards)
+    expected, found = (jax.device_get(each.gradient(packed, 0)) for each in (alone, shared))
 
     assert relative(found.grads, expected.grads) <= 1e-5
 
@@ -92,9 +92,9 @@ def test_devices_that_keep_shares_of_a_layers_input_find_the_gradient_of_one(axe
 def test_a_shard_may_have_more_edges_than_tokens() -> None:
     """28 answers of one token: all are read at the prompt's last node, which lies with a shard of 16 tokens."""
     group = [sample([1, 2, 3], [token], name=str(token)) for token in range(4, 32)]
-    batches = pack([group], _CONFIG, row_shards=1).batches
+    packed = pack([group], _CONFIG, row_shards=1)
     alone, shared = _alone(0), _learner(_policy(), context=8)
-    expected, found = (jax.device_get(each.gradient(batches, 0)) for each in (alone, shared))
+    expected, found = (jax.device_get(each.gradient(packed, 0)) for each in (alone, shared))
 
     assert found.tally.terms == len(group) > 128 // 8
     assert relative(found.grads, expected.grads) <= 1e-5

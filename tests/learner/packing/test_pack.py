@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from forgejax.errors import ConfigError
 from forgejax.learner.packing.batch import Part
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.cutting import cut
+from forgejax.learner.packing.cut import cut_samples
 from forgejax.learner.packing.drift import trained_ids
 from forgejax.learner.packing.forest import Forest
-from forgejax.learner.packing.pack import empty_batch, pack
+from forgejax.learner.packing.lay import lay_empty
+from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.tree import build_tree
 from forgejax.sharding.topology import Platform
 from tests.learner.samples import random_group, sample
@@ -80,7 +81,7 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
         ("ranges", min(costs, key=lambda cost: cost[::-1])),
     ]
     for fewest, best in laws:
-        found = cut(forest, (0, count), room, 10**6, fewest=fewest)
+        found = cut_samples(forest, (0, count), room, 10**6, fewest=fewest)
 
         assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
         assert found[-1][1] == count
@@ -94,7 +95,7 @@ def test_cutting_time_follows_the_samples() -> None:
     forest = Forest.of(samples, np.ones(3000))
 
     start = time.process_time()
-    ranges = cut(forest, (0, 3000), 3 + 2 * 2500, 10**6)
+    ranges = cut_samples(forest, (0, 3000), 3 + 2 * 2500, 10**6)
     spent = time.process_time() - start
 
     assert len(ranges) == 2
@@ -227,7 +228,7 @@ def test_ratios_compare_trees_with_unmerged_chains() -> None:
 
 def test_an_empty_batch_has_the_shapes_of_one_that_trains_half_of_its_tokens() -> None:
     config = PackConfig(row_length=16, rows=2, block_size=8)
-    batch = empty_batch(config, row_shards=2)
+    (batch,) = lay_empty(config, row_shards=2).batches
     real = pack([[sample([n] * 8, [3, 4, 5, 6, 7, 8])] for n in range(4)], config, row_shards=2).batches[0]
 
     assert [x.shape for x in vars(batch).values() if isinstance(x, np.ndarray)] == [

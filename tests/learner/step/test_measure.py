@@ -8,7 +8,8 @@ import pytest
 
 from forgejax.learner import PackConfig, pack
 from forgejax.learner.packing.forest import Forest
-from forgejax.learner.packing.pack import pack_forest
+from forgejax.learner.packing.lay import lay_plan
+from forgejax.learner.packing.plan import plan_step
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig, TrainStep, make_train_step
 from forgejax.models import PolicyConfig, abstract_policy, init_params
@@ -24,7 +25,7 @@ _PACK = PackConfig(row_length=64, rows=2, block_size=16, trunks=False)
 
 def _accumulated(step: TrainStep, params: Any, forests: list[Forest]) -> Any:
     total = step.start(params)
-    for batch in (batch for forest in forests for batch in pack_forest(forest, _PACK).batches):
+    for batch in (batch for forest in forests for batch in lay_plan(plan_step(forest, _PACK), _PACK).batches):
         total = step.accumulate(params, total, batch, np.int32(0))
     return jax.device_get(total)
 

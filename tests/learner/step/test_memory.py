@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.pack import empty_batch
+from forgejax.learner.packing.lay import lay_empty
 from forgejax.learner.step.memory import activation_bytes, kept_within
 from forgejax.learner.step.train_step import StepConfig, make_train_step
 from forgejax.models import Kept, PolicyConfig, abstract_policy
@@ -25,7 +25,7 @@ def _temporary_bytes(keep: Kept, layers: int, mesh: Mesh | None = None, policy: 
     graphdef, params = abstract_policy(dataclasses.replace(policy, num_layers=layers))
     step: Any = make_train_step(graphdef, params, StepConfig(keep=keep), mesh=mesh)
     accumulated = jax.eval_shape(step.start, params)
-    batch = empty_batch(PackConfig(row_length=1024, rows=1, block_size=64))
+    (batch,) = lay_empty(PackConfig(row_length=1024, rows=1, block_size=64)).batches
     compiled = step.accumulate.lower(params, accumulated, batch, np.int32(0)).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)
 

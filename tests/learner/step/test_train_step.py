@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from forgejax import sharding
 from forgejax.learner.learner import Learner
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.pack import empty_batch, pack
+from forgejax.learner.packing.lay import lay_empty
+from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample, supervised_sample
 from forgejax.learner.step.losses import LossConfig
 from forgejax.learner.step.optimizer import OptimizerConfig
@@ -114,12 +115,9 @@ def _groups(seed: int = 0) -> list[list[Sample]]:
 
 def _gradient_step(learner: Learner, config: PackConfig, groups: list[list[Sample]]) -> tuple[dict[str, float], Any]:
     """Metrics of an update, and the gradient it was made from."""
-    batches = pack(groups, config, row_shards=learner.row_shards).batches
-    total = learner._step.start(learner.state.params)
-    for batch in batches:
-        total = learner._step.accumulate(learner.state.params, total, learner.place(batch), np.int32(0))
-    grads = jax.device_get(total.grads)
-    return {name: float(value) for name, value in learner.update(batches, 0).items()}, grads
+    step = pack(groups, config, row_shards=learner.row_shards)
+    grads = jax.device_get(learner.gradient(step, 0).grads)
+    return {name: float(value) for name, value in learner.update(step, 0).items()}, grads
 
 
 def test_bins_padding_and_order_change_nothing_but_rounding() -> None:
@@ -176,8 +174,9 @@ def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
     step: Any = learner._step
 
     def programs_after(seed: int) -> tuple[int, int, tuple[int, ...]]:
-        (batch,) = pack([random_group(np.random.default_rng(seed), samples=3, longest=8)], _CONFIG).batches
-        learner.update([batch], seed)
+        packed = pack([random_group(np.random.default_rng(seed), samples=3, longest=8)], _CONFIG)
+        (batch,) = packed.batches
+        learner.update(packed, seed)
         shape = *batch.tokens.shape, *batch.edge_src.shape, *batch.term_edge.shape
         return step.accumulate._cache_size(), step.apply._cache_size(), shape
 
@@ -187,14 +186,13 @@ def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
 def test_what_is_compiled_ahead_serves_full_batches_that_train_a_third_of_their_tokens() -> None:
     learner = _learner()
     step: Any = learner._step
-    learner.compile(empty_batch(_CONFIG))
+    learner.compile(lay_empty(_CONFIG))
     programs = step.accumulate._cache_size()
 
     for seed in range(3):
         ids = np.random.default_rng(seed).integers(0, 4, (8, 30)).tolist()
         distinct = [sample([number, *each[:19]], each[20:], name=f"r{number}") for number, each in enumerate(ids)]
-        (batch,) = pack([[one] for one in distinct], _CONFIG).batches
-        learner.update([batch], seed)
+        learner.update(pack([[one] for one in distinct], _CONFIG), seed)
 
     assert step.accumulate._cache_size() == programs
 
@@ -205,13 +203,13 @@ def test_gaps_are_measured_on_tokens_that_the_trained_weights_drew() -> None:
     own = [sample([1, 2], [3, 4, 5], version=7, name="a"), sample([1, 2], [6], version=6, name="b")]
     packed = pack([own], config)
     place = next(p for p in packed.placements if p.request_id == "a")
-    exact = np.asarray(learner.score(packed.batches[0]))[place.row, place.start : place.stop]
+    exact = np.asarray(learner.score(packed)[0])[place.row, place.start : place.stop]
     batch = pack(
         [[sample([1, 2], [3, 4, 5], version=7, old_logp=(exact + np.array([0.0, 0.25, -0.5])).tolist()), own[1]]],
         config,
     )
 
-    metrics = {k: float(v) for k, v in learner.update(batch.batches, 7).items()}
+    metrics = {k: float(v) for k, v in learner.update(batch, 7).items()}
 
     assert metrics["gap_tokens"] == 3
     assert metrics["gap_max"] == pytest.approx(0.5, abs=1e-5)
@@ -223,10 +221,10 @@ def test_supervised_samples_run_the_same_step_and_are_learned() -> None:
     config = StepConfig(loss=LossConfig(name="sft"), optimizer=OptimizerConfig(learning_rate=0.02))
     learner = Learner(abstract_policy(_config())[0], init_params(_config()), config)
     told = [supervised_sample("a", [1, 2], [3, 4]), supervised_sample("b", [1, 5], [6])]
-    batches = pack([told], PackConfig(row_length=16, rows=1, block_size=8, loss_norm="batch")).batches
-    logps = np.asarray(learner.score(batches[0]))[batches[0].term_mask]
+    packed = pack([told], PackConfig(row_length=16, rows=1, block_size=8, loss_norm="batch"))
+    logps = np.asarray(learner.score(packed)[0])[packed.batches[0].term_mask]
 
-    losses = [float(learner.update(batches, step)["loss"]) for step in range(30)]
+    losses = [float(learner.update(packed, step)["loss"]) for step in range(30)]
 
     assert losses[0] == pytest.approx(-logps.mean(), rel=1e-5)
     assert losses[-1] < 0.1 * losses[0]
@@ -246,7 +244,7 @@ def test_log_probabilities_and_entropy_are_those_at_the_edges_temperature() -> N
     learner = _learner()
     policy = nnx.merge(abstract_policy(_config())[0], learner.params())
     one = sample([1, 2, 3], [4, 5], temperature=0.5)
-    batches = pack([[one]], _CONFIG).batches
+    packed = pack([[one]], _CONFIG)
 
     def attend(layer: Any, q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
         return dense_tree_attention(q, k, v, jnp.full((1, 4), 4)), memory
@@ -257,8 +255,8 @@ def test_log_probabilities_and_entropy_are_those_at_the_edges_temperature() -> N
         return jax.nn.log_softmax(policy.logits(hidden) / 0.5)[0, 2:]
 
     expected = np.asarray(law(one.fed_ids))
-    logp = learner.score(batches[0])[batches[0].term_mask]
-    entropy = learner.update(batches, 0)["entropy"]
+    logp = learner.score(packed)[0][packed.batches[0].term_mask]
+    entropy = learner.update(packed, 0)["entropy"]
 
     np.testing.assert_allclose(logp, [expected[0, 4], expected[1, 5]], rtol=1e-5)
     assert float(entropy) == pytest.approx(-(np.exp(expected) * expected).sum(axis=-1).mean(), rel=1e-5)

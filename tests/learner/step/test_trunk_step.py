@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from forgejax import sharding
 from forgejax.errors import ConfigError
 from forgejax.learner.learner import Learner
-from forgejax.learner.packing import assembling
+from forgejax.learner.packing import lay
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens, trained_ids
@@ -34,8 +34,8 @@ _ROWS = PackConfig(row_length=16, rows=1, block_size=8)
 @pytest.fixture(autouse=True)
 def _one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch in the largest bucket, so that each function compiles once."""
-    monkeypatch.setattr(assembling, "EDGE_BUCKETS", (1.0,))
-    monkeypatch.setattr(assembling, "TERM_BUCKETS", (16,))
+    monkeypatch.setattr(lay, "EDGE_BUCKETS", (1.0,))
+    monkeypatch.setattr(lay, "TERM_BUCKETS", (16,))
 
 
 def _policy(dtype: str = "float32") -> PolicyConfig:
@@ -95,7 +95,7 @@ def _pack(groups: Sequence[Sequence[Sample]], *, rows: PackConfig = _ROWS, shard
 
 
 def _gradient(learner: Learner, packed: PackedStep) -> tuple[float, Any]:
-    total = learner.gradient(packed.batches, 0, trunks=packed.trunks)
+    total = learner.gradient(packed, 0)
     return float(total.tally.loss), jax.device_get(total.grads)
 
 
@@ -169,7 +169,7 @@ def test_an_update_reports_what_one_of_longer_rows_reports() -> None:
     found = []
     for packed in (_pack(groups), pack(groups, dataclasses.replace(_ROWS, row_length=32))):
         learner.state = jax.device_put(before)
-        found.append({k: float(v) for k, v in learner.update(packed.batches, 0, trunks=packed.trunks).items()})
+        found.append({k: float(v) for k, v in learner.update(packed, 0).items()})
     learner.state = jax.device_put(before)
 
     split, whole = found
@@ -187,7 +187,7 @@ def test_a_router_counts_each_token_of_each_sample_once() -> None:
     split, cut = _pack([group]), pack([group], dataclasses.replace(_ROWS, trunks=False))
     assert not split.batches
 
-    ours, exact = (learner.gradient(each.batches, 0, trunks=each.trunks) for each in (split, cut))
+    ours, exact = (learner.gradient(each, 0) for each in (split, cut))
 
     assert float(ours.tally.router.weight) == float(exact.tally.router.weight) == 8 * 16
     np.testing.assert_allclose(ours.tally.router.load_LX, exact.tally.router.load_LX, rtol=1e-5)
@@ -198,7 +198,7 @@ def test_scores_and_ids_are_those_of_longer_rows() -> None:
     learner, groups = _learner(), _long_groups(11)
     found = []
     for packed in (_pack(groups), pack(groups, dataclasses.replace(_ROWS, row_length=32))):
-        scored = [np.asarray(scores) for scores in learner.score_step(packed)]
+        scored = [np.asarray(scores) for scores in learner.score(packed)]
         assert len(scored) == len(packed.parts)
         found.append({at.request_id: scored[at.batch][at.row, at.start : at.stop] for at in packed.placements})
         given = {one.request_id: (one.context_ids, one.token_ids) for members in groups for one in members}

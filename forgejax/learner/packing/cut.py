@@ -10,7 +10,7 @@ from forgejax.learner.packing.forest import Forest, Range
 _FIRST = 1 << 40  # what the figure that counts first is multiplied by; the other is smaller
 
 
-def cut(
+def cut_samples(
     forest: Forest,
     whole: Range,
     max_tokens: int,

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgejax.learner.packing import assembling, phases
+from forgejax.learner.packing import plan
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens
-from forgejax.learner.packing.filling import Bin
 from forgejax.learner.packing.forest import Forest
+from forgejax.learner.packing.lay import choose_shape
 from forgejax.learner.packing.pack import pack
+from forgejax.learner.packing.plan import Bin, RowPlan
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.packing.tree import PrefixTree
-from forgejax.learner.packing.trunk_plan import TrunkUnit, plan_trunks
+from forgejax.learner.packing.trunks import TrunkUnit, plan_trunks
 from tests.learner.samples import random_group, sample
 
 
@@ -92,7 +93,7 @@ def test_a_trunk_that_saves_less_than_a_tenth_of_the_rows_is_not_worth_it(monkey
         planned.append(needed)
         return plan_trunks(forest, config, needed=needed)
 
-    monkeypatch.setattr(phases, "plan_trunks", counted)
+    monkeypatch.setattr(plan, "plan_trunks", counted)
 
     few, many = (pack([_sharing(480, shared, 4)], rows) for shared in (4, 16))
 
@@ -192,10 +193,10 @@ def test_samples_that_end_in_a_trunk_beyond_what_its_row_holds_go_into_ordinary_
 
 def test_a_row_beyond_the_largest_bucket_is_an_error_that_says_so() -> None:
     forest = _forest([sample([1, 2], [3], temperature=1.0 + n, name=f"r{n}") for n in range(9)])
-    row = [Bin.of(forest, 0, 9)]
+    row = RowPlan(bins=(Bin(forest=forest, start=0, stop=9),))
 
     with pytest.raises(ValueError, match="a row has 9 edges; the largest bucket holds 8"):
-        assembling.shape_of([row], PackConfig(row_length=8, block_size=8))
+        choose_shape([row], PackConfig(row_length=8, block_size=8))
 
 
 @pytest.mark.parametrize("room", [2, 3])
