@@ -44,8 +44,8 @@ def _learner(policy: PolicyConfig, keep: Kept = "products", /, **axes: int) -> L
         return Learner(abstract_policy(policy)[0], init_params(policy), step)
     sizes = dict.fromkeys(("data", "fsdp", "context", "tensor", "expert"), 1) | axes
     config = sharding.MeshConfig(name=f"cpu-{int(np.prod(list(axes.values())))}", **sizes)
-    mesh = sharding.build_mesh(sharding.resolve(config), jax.devices())
-    return Learner(abstract_policy(policy)[0], init_params(policy, mesh), step, mesh=mesh)
+    layout = sharding.Layout(mesh=sharding.build_mesh(sharding.resolve(config)))
+    return Learner(abstract_policy(policy)[0], init_params(policy, layout), step, layout=layout)
 
 
 @functools.cache
