@@ -184,7 +184,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
 
 def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout, jax.Device]:
     """The learner's layout and the engine's device: one outside its mesh where there is one, for then their programs
-    need not wait for each other; else the mesh's first. The engine's programs hold no collective, so sharing is safe."""
+    need not wait for each other; else the mesh's first. The engine's programs hold no collective: sharing is safe."""
     plan = resolve(config.mesh)
     prepare_platform(plan, extra_devices=ENGINE_DEVICES)
     mesh = build_mesh(plan)
