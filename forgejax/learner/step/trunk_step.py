@@ -117,7 +117,7 @@ def make_trunk_step(
 
     sums = layout.shardings(jax.eval_shape(start, abstract_params))
     num_kv_heads = nnx.merge(graphdef, abstract_params).config.num_kv_heads
-    kv = layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None)
+    kv = layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None, None)
     return TrunkStep(
         trunk=jitted(trunk, layout, (kv, kv)),
         accumulate_leaves=jitted(accumulate_leaves, layout, (sums, kv), donate=(2,)),
