@@ -1,4 +1,4 @@
-"""The learner: train state on a mesh, and the loop of micro-batches that makes one update."""
+"""The learner: train state on its devices, and the loop of micro-batches that makes one update."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackedTrunk
-from forgejax.learner.packing.deal import batch_shardings, spread
+from forgejax.learner.packing.deal import batch_axes, spread
 from forgejax.learner.step.train_step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
 from forgejax.learner.step.trunk_step import TrunkStep, make_trunk_step
-from forgejax.sharding import Rules, length_shards, rows_shards
+from forgejax.sharding import ONE_DEVICE, Layout
 
 
 class Learner:
@@ -28,24 +27,15 @@ class Learner:
         batch_shapes: those of the micro-batches so far; each new one compiles a program for every function it goes to.
     """
 
-    def __init__(
-        self,
-        graphdef: Any,
-        params: Any,
-        config: StepConfig,
-        *,
-        mesh: Mesh | None = None,
-        rules: Rules | None = None,
-    ):
-        """``params`` are copied; on a mesh they already lie on it."""
-        rules = rules or Rules()
-        self._mesh, self._rules = mesh, rules
-        self._step: TrainStep = make_train_step(graphdef, params, config, mesh=mesh, rules=rules)
+    def __init__(self, graphdef: Any, params: Any, config: StepConfig, *, layout: Layout = ONE_DEVICE):
+        """``params`` are copied; they already lie as the layout wants them."""
+        self._layout = layout
+        self._step: TrainStep = make_train_step(graphdef, params, config, layout=layout)
         self._make_trunk_step: Callable[[Any], TrunkStep] = functools.partial(
-            make_trunk_step, graphdef, config=config, start=self._step.start, mesh=mesh, rules=rules
+            make_trunk_step, graphdef, config=config, start=self._step.start, layout=layout
         )
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-        self.row_shards = rows_shards(mesh, rules) if mesh is not None else 1
+        self.row_shards = layout.shards("rows")
         self.state: TrainState = self._step.init(params)
         self.batch_shapes: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -120,14 +110,7 @@ class Learner:
         Raises:
             ValueError: the blocks of a row cannot be dealt evenly to the devices that share it.
         """
-        shards = length_shards(self._mesh, self._rules) if self._mesh is not None else 1
-        if shards > 1:
+        if (shards := self._layout.shards("length")) > 1:
             batch = spread(batch, shards)
         self.batch_shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
-        if self._mesh is None:
-            return jax.device_put(batch)
-
-        def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
-        return jax.tree.map(one, batch, batch_shardings(batch, self._mesh, self._rules))
+        return self._layout.put(batch, batch_axes(batch))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from forgejax.sharding import current_scope, split_axes
+from forgejax.sharding import current_layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -45,8 +45,7 @@ def _weight_gradient(
 
 
 def _length_is_split() -> bool:
-    ambient = current_scope()
-    return ambient is not None and bool(split_axes("length", *ambient))
+    return bool(current_layout().axes("length"))
 
 
 linear.defvjp(_linear_forward, _linear_backward)

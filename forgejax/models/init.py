@@ -6,15 +6,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from forgejax.models.policy import Policy, PolicyConfig
-from forgejax.sharding import Rules, param_shardings
+from forgejax.sharding import ONE_DEVICE, Layout
 
 Params = Any
 """An ``nnx.State``: the policy's weights as a pytree."""
 
-_DEFAULT_RULES = Rules()
 _CPU_COMPILER = {"xla_backend_optimization_level": 1}
 """Drawing runs once: on a CPU the full optimiser would take longer than the weights themselves."""
 
@@ -25,18 +23,17 @@ def abstract_policy(config: PolicyConfig) -> tuple[Any, Params]:
     return graphdef, params
 
 
-def init_params(config: PolicyConfig, mesh: Mesh | None = None, rules: Rules = _DEFAULT_RULES, seed: int = 0) -> Params:
-    """Weights drawn from ``seed``, laid out by the rules; without a mesh, on the default device.
+def init_params(config: PolicyConfig, layout: Layout = ONE_DEVICE, seed: int = 0) -> Params:
+    """Weights drawn from ``seed``, where the layout wants them.
 
-    The same seed gives the same weights on every mesh.
+    The same seed gives the same weights in every layout.
     """
 
     def draw(key: jax.Array) -> Params:
         return nnx.state(Policy(config, nnx.Rngs(params=key)))
 
-    shardings = None if mesh is None else param_shardings(abstract_policy(config)[1], mesh, rules)
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    options = _CPU_COMPILER if platform == "cpu" else None
+    shardings = layout.shardings(abstract_policy(config)[1])
+    options = _CPU_COMPILER if layout.platform == "cpu" else None
     params: Params = jax.jit(draw, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
     return params
 

@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from forgejax.errors import ConfigError
 from forgejax.models.dense import silu_gated
 from forgejax.models.ragged import ragged_matmul
-from forgejax.sharding import Rules, constrain, current_scope, split_axes
+from forgejax.sharding import Layout, constrain, current_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,24 +110,23 @@ def expert_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: Experts)
     Within a sharding ``scope`` the experts, their widths and the tokens are split as its rules say; what a device
     computes depends on its tokens, what the devices exchange does not.
     """
-    ambient = current_scope()
-    if ambient is None:
+    layout = current_layout()
+    if not layout.on_mesh:
         return _mlp_of(x_BTD, routing.weight_BTk, experts, routing.expert_BTk, 0)
-    out_BTD = _on_mesh(*ambient, x_BTD.shape[:2])(x_BTD, routing.weight_BTk, experts, routing.expert_BTk)
+    out_BTD = _on_mesh(layout, x_BTD.shape[:2])(x_BTD, routing.weight_BTk, experts, routing.expert_BTk)
     return constrain(out_BTD, "rows", "length", None)
 
 
-def _on_mesh(mesh: Mesh, rules: Rules, tokens: tuple[int, ...]) -> Callable[..., jax.Array]:
+def _on_mesh(layout: Layout, tokens: tuple[int, ...]) -> Callable[..., jax.Array]:
     """``_mlp_of`` split over a mesh, with gradients: one sum over the shards forward, one backward.
 
     Activations are computed again in the backward pass.
     """
-    split = functools.partial(split_axes, mesh=mesh, rules=rules)
-    expert_axes, width_axes = split("experts"), split("mlp")
+    expert_axes, width_axes = layout.axes("experts"), layout.axes("mlp")
     sum_axes = expert_axes + width_axes  # each shard has a part of every token's result
-    token_axes = [tuple(axis for axis in split(name) if axis not in sum_axes) for name in ("rows", "length")]
+    token_axes = [tuple(axis for axis in layout.axes(name) if axis not in sum_axes) for name in ("rows", "length")]
     token_axes = [
-        axes if size % _devices(mesh, axes) == 0 else () for axes, size in zip(token_axes, tokens, strict=True)
+        axes if size % layout.devices(*axes) == 0 else () for axes, size in zip(token_axes, tokens, strict=True)
     ]
     of_tokens = P(*(axes or None for axes in token_axes), None)
     inner, outer = P(expert_axes or None, None, width_axes or None), P(expert_axes or None, width_axes or None, None)
@@ -147,14 +145,8 @@ def _on_mesh(mesh: Mesh, rules: Rules, tokens: tuple[int, ...]) -> Callable[...,
         return (*_joined((dx, dweight), sum_axes), _joined(dexperts, token_axes[0] + token_axes[1]))
 
     specs = (of_tokens, of_tokens, of_experts, of_tokens)
-    run: Any = jax.custom_vjp(jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=of_tokens, check_vma=False))
-    pull_back: Callable[..., tuple] = jax.shard_map(
-        backward,
-        mesh=mesh,
-        in_specs=(*specs, of_tokens),
-        out_specs=(of_tokens, of_tokens, of_experts),
-        check_vma=False,
-    )
+    run: Any = jax.custom_vjp(layout.shard_map(forward, specs, of_tokens))
+    pull_back = layout.shard_map(backward, (*specs, of_tokens), (of_tokens, of_tokens, of_experts))
     run.defvjp(lambda *inputs: (run(*inputs), inputs), lambda inputs, dout: (*pull_back(*inputs, dout), None))
     split_mlp: Callable[..., jax.Array] = run
     return split_mlp
@@ -162,10 +154,6 @@ def _on_mesh(mesh: Mesh, rules: Rules, tokens: tuple[int, ...]) -> Callable[...,
 
 def _joined(tree: Any, axes: tuple[str, ...]) -> Any:
     return lax.psum(tree, axes) if axes else tree
-
-
-def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _mlp_of(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import grain
 import jax
-from jax.sharding import Mesh
 
 from forgejax.agents import make_scaffold
 from forgejax.chat import ChatFormat
@@ -38,10 +37,9 @@ from forgejax.run.loop import Trainer
 from forgejax.run.rundir import RunDir
 from forgejax.run.tally import Tally
 from forgejax.run.warm_start import Demonstrations, cache_key, imitate, make_demonstrations
-from forgejax.sharding import MeshPlan, Rules, build_mesh, prepare_platform, resolve, spare_devices
+from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, resolve, spare_devices
 
 BEFORE_FILE = "evaluation-before.json"
-_RULES = Rules()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +104,14 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     began = time.monotonic()
     compiles = Compiles()
     stack.callback(compiles.close)
-    plan, mesh, device = _devices(config)
+    plan, layout, device = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = _chat(config)
         tasks = ReasoningGymTasks(config.tasks)
     checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
     stack.callback(checkpoints.close)
     resume_step = checkpoints.latest
-    learner = _learner(config, mesh, chat, tasks, progress, warm=resume_step is None)
+    learner = _learner(config, layout, chat, tasks, progress, warm=resume_step is None)
 
     journal = Journal.open(place.journal_url)
     stack.callback(journal.close)
@@ -184,13 +182,13 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     )
 
 
-def _devices(config: TrainConfig) -> tuple[MeshPlan, Mesh, jax.Device]:
-    """The learner's mesh and the engine's device: one outside the mesh where there is one, for then their programs need
-    not wait for each other; else the mesh's first. The engine's programs hold no collective, so sharing is safe."""
+def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout, jax.Device]:
+    """The learner's layout and the engine's device: one outside its mesh where there is one, for then their programs
+    need not wait for each other; else the mesh's first. The engine's programs hold no collective: sharing is safe."""
     plan = resolve(config.mesh)
     prepare_platform(plan, extra_devices=ENGINE_DEVICES)
     mesh = build_mesh(plan)
-    return plan, mesh, next(iter(spare_devices(mesh)), mesh.devices.flat[0])
+    return plan, Layout(mesh=mesh), next(iter(spare_devices(mesh)), mesh.devices.flat[0])
 
 
 def _chat(config: TrainConfig) -> ChatFormat:
@@ -204,22 +202,22 @@ def _chat(config: TrainConfig) -> ChatFormat:
 
 
 def _learner(
-    config: TrainConfig, mesh: Mesh, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
+    config: TrainConfig, layout: Layout, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
 ) -> Learner:
     graphdef, _ = abstract_policy(config.policy)
     if warm and config.policy.path:
         with progress.phase("loading", config.policy.path):
-            params = load_params(config.policy, mesh, _RULES)
+            params = load_params(config.policy, layout)
     else:  # a resumed run only needs arrays to restore into
-        params = init_params(config.policy, mesh, _RULES, config.run.seed)
+        params = init_params(config.policy, layout, config.run.seed)
     if warm and config.warm_start.steps:
         demonstrations = make_demonstrations(config.warm_start, tasks, chat, config.run.seed)
-        params = _warm_params(config, params, mesh, demonstrations, progress)
-    return Learner(graphdef, params, config.step, mesh=mesh, rules=_RULES)
+        params = _warm_params(config, params, layout, demonstrations, progress)
+    return Learner(graphdef, params, config.step, layout=layout)
 
 
 def _warm_params(
-    config: TrainConfig, params: Params, mesh: Mesh, demonstrations: Demonstrations, progress: Progress
+    config: TrainConfig, params: Params, layout: Layout, demonstrations: Demonstrations, progress: Progress
 ) -> Params:
     """Weights after the supervised phase, from the cache if some run has been through the very same one."""
     warm = config.warm_start
@@ -230,7 +228,7 @@ def _warm_params(
     if warm.cache and cached.is_dir():
         progress.note(f"warm start taken from {cached}")
         return load_tree(cached, params)
-    learner = Learner(abstract_policy(config.policy)[0], params, step_config, mesh=mesh, rules=_RULES)
+    learner = Learner(abstract_policy(config.policy)[0], params, step_config, layout=layout)
     with progress.phase("warm start", f"{warm.steps} supervised steps"):
         imitate(learner, demonstrations, config.packing, _told(progress, warm.steps))
     params = learner.params()

@@ -1,46 +1,23 @@
 """Meshes and partition rules: the only place a mesh axis or a chip is spelled."""
 
+from forgejax.sharding.layout import ONE_DEVICE, Layout, constrain, current_layout
 from forgejax.sharding.mesh import build_mesh, has_accelerator, prepare_platform, spare_devices
-from forgejax.sharding.rules import (
-    Rules,
-    batch_sharding,
-    constrain,
-    current_scope,
-    heads_axis,
-    kv_heads_axis,
-    length_axis,
-    length_shards,
-    param_shardings,
-    replicated,
-    rows_axes,
-    rows_shards,
-    scope,
-    split_axes,
-)
+from forgejax.sharding.rules import Rules
 from forgejax.sharding.topology import CHIPS, Chip, MeshConfig, MeshPlan, resolve
 
 __all__ = [
     "CHIPS",
+    "ONE_DEVICE",
     "Chip",
+    "Layout",
     "MeshConfig",
     "MeshPlan",
     "Rules",
-    "batch_sharding",
     "build_mesh",
     "constrain",
-    "current_scope",
+    "current_layout",
     "has_accelerator",
-    "heads_axis",
-    "kv_heads_axis",
-    "length_axis",
-    "length_shards",
-    "param_shardings",
     "prepare_platform",
-    "replicated",
     "resolve",
-    "rows_axes",
-    "rows_shards",
-    "scope",
     "spare_devices",
-    "split_axes",
 ]

@@ -71,7 +71,7 @@ def build_mesh(plan: MeshPlan, devices: Sequence[jax.Device] | None = None) -> M
             f"mesh {plan.name} needs {plan.devices} devices; there are {len(devices)} "
             f"({devices[0].device_kind}): {advice}"
         )
-    return Mesh(_layout(plan, devices[: plan.devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_grid(plan, devices[: plan.devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spare_devices(mesh: Mesh) -> tuple[jax.Device, ...]:
@@ -140,7 +140,7 @@ def _name_for(devices: Sequence[jax.Device]) -> str:
     return f"{chip.name}-{len(devices) * chip.counted_per_chip // chip.devices_per_chip}"
 
 
-def _layout(plan: MeshPlan, devices: Sequence[jax.Device]) -> np.ndarray:
+def _grid(plan: MeshPlan, devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices as an array of the plan's shape, neighbours in the machine as neighbours in the mesh.
 
     Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them.

@@ -22,7 +22,7 @@ import tyro
 
 from forgejax.errors import ForgejaxError
 from forgejax.models import PolicyConfig, abstract_policy, export_policy, init_params, load_params, read_policy_config
-from forgejax.sharding import MeshConfig, build_mesh, prepare_platform, resolve
+from forgejax.sharding import Layout, MeshConfig, build_mesh, prepare_platform, resolve
 
 _BOUND = 1.3  # of the largest shard
 _RESET_PEAK = "5"  # what /proc/self/clear_refs takes to forget the highest resident size
@@ -58,12 +58,12 @@ def write(folder: Path) -> dict[str, Any]:
 def measure(path: Path, mesh_name: str, dtype: Any) -> dict[str, Any]:
     plan = resolve(MeshConfig(name=mesh_name))
     prepare_platform(plan, extra_devices=0)
-    mesh = build_mesh(plan)
+    layout = Layout(mesh=build_mesh(plan))
     config = read_policy_config(path, PolicyConfig(path=str(path), param_dtype=dtype))
     abstract_policy(config)  # what tracing allocates is no part of loading
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
     before, start = _resident("VmRSS"), time.perf_counter()
-    params = load_params(config, mesh)
+    params = load_params(config, layout)
     taken, peak = time.perf_counter() - start, _resident("VmHWM")
     leaves = jax.tree.leaves(params)
     shards = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards]

@@ -16,7 +16,7 @@ from forgejax.errors import ConfigError
 from forgejax.models import PolicyConfig, abstract_policy, init_params, ragged
 from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_mlp, layer_load, route
 from forgejax.models.ragged import ragged_matmul
-from forgejax.sharding import MeshConfig, Rules, batch_sharding, build_mesh, resolve, scope
+from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
 from tests.models.reference import causal, mixture
 
 
@@ -187,10 +187,10 @@ def eight_experts_alone() -> tuple[Any, Any]:
     ids=lambda axes: "-".join(f"{key}{value}" for key, value in axes.items()),
 )
 def test_a_mesh_changes_neither_the_mixture_nor_its_gradient(axes: dict[str, Any]) -> None:
-    mesh = build_mesh(resolve(MeshConfig(**axes)))
+    layout = Layout(mesh=build_mesh(resolve(MeshConfig(**axes))))
 
     def scoped(moe: MoEConfig, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        with scope(mesh, Rules()):
+        with layout.scope():
             return mixed(moe, w, x)
 
     with jax.enable_x64(True):
@@ -217,17 +217,17 @@ def loss_of(config: PolicyConfig, params: Any, tokens_BT: jax.Array) -> tuple[ja
 
 
 def test_a_mesh_changes_neither_loss_nor_gradient_nor_load_of_a_policy() -> None:
-    mesh, rules = build_mesh(resolve(MeshConfig(name="cpu-4", expert=2, fsdp=2))), Rules()
+    layout = Layout(mesh=build_mesh(resolve(MeshConfig(name="cpu-4", expert=2, fsdp=2))))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 6)), jnp.int32)
 
     def scoped(params: Any, tokens: jax.Array) -> Any:
-        with scope(mesh, rules):
+        with layout.scope():
             return loss_of(MIXTURE, params, tokens)
 
     gradient = functools.partial(jax.value_and_grad, has_aux=True)
-    split = init_params(MIXTURE, mesh, rules)
+    split = init_params(MIXTURE, layout)
     assert split["blocks"]["expert_gate"][...].sharding.spec == P(None, "expert", "fsdp", None)
-    (loss, load), grads = jax.jit(gradient(scoped))(split, jax.device_put(tokens, batch_sharding(mesh, rules)))
+    (loss, load), grads = jax.jit(gradient(scoped))(split, jax.device_put(tokens, layout.sharding("rows")))
     (wanted, load_alone), alone = jax.jit(gradient(lambda p, t: loss_of(MIXTURE, p, t)))(init_params(MIXTURE), tokens)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, alone)
@@ -235,14 +235,14 @@ def test_a_mesh_changes_neither_loss_nor_gradient_nor_load_of_a_policy() -> None
 
 
 def test_rows_that_do_not_divide_are_computed_whole_on_every_shard() -> None:
-    mesh, rules = build_mesh(resolve(MeshConfig(name="cpu-4", expert=2, tensor=1))), Rules()
+    layout = Layout(mesh=build_mesh(resolve(MeshConfig(name="cpu-4", expert=2, tensor=1))))
     moe = MoEConfig(num_experts=4, experts_per_token=2)
     w = {name: jnp.asarray(value, jnp.float32) for name, value in weights(moe).items()}
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 7, 5)), jnp.float32)
 
     @jax.jit
     def scoped(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        with scope(mesh, rules):
+        with layout.scope():
             return mixed(moe, w, x)
 
     np.testing.assert_allclose(scoped(w, x), dense(moe, w, x), atol=1e-5)

@@ -22,26 +22,15 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 
 from forgejax.learner import PackConfig, PackedBatch, PackedStep, StepConfig, make_train_step, pack, supervised_sample
-from forgejax.learner.packing.deal import batch_shardings, spread
+from forgejax.learner.packing.deal import batch_axes, spread
 from forgejax.learner.step.trunk_step import make_trunk_step
 from forgejax.models import PolicyConfig, abstract_policy
-from forgejax.sharding import (
-    MeshConfig,
-    Rules,
-    build_mesh,
-    length_shards,
-    param_shardings,
-    replicated,
-    resolve,
-    rows_shards,
-)
+from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
 
 _GIB = 2**30
 _USABLE = 15.75 * _GIB  # of the 16 GiB of a v5e: past it the compiler itself refuses
-_RULES = Rules()
 _STEP = StepConfig()
 _QWEN3_8B = PolicyConfig(
     vocab_size=151_936,
@@ -103,34 +92,34 @@ class _Program:
         return found
 
 
-def _mesh(**axes: int) -> Mesh:
+def _layout(**axes: int) -> Layout:
     """All of a v5e-64; axes that are not named have a size of 1."""
     sizes = dict.fromkeys(("data", "fsdp", "context", "expert", "tensor"), 1) | axes
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices
-    return build_mesh(resolve(MeshConfig(name="v5e-64", **sizes)), devices)
+    return Layout(mesh=build_mesh(resolve(MeshConfig(name="v5e-64", **sizes)), devices))
 
 
-def _tree(prompt: int, answers: int, tokens: int, mesh: Mesh, *, row: int) -> PackedStep:
+def _tree(prompt: int, answers: int, tokens: int, layout: Layout, *, row: int) -> PackedStep:
     """One prompt with different answers, in rows of that length."""
     first, later = np.zeros(prompt, np.int32), np.ones(tokens - 1, np.int32)
     group = [supervised_sample(str(n), first, np.append(np.int32(n + 2), later)) for n in range(answers)]
-    packing = PackConfig(row_length=row, rows=1).on("tpu", length_shards(mesh, _RULES))
-    return pack([group], packing, row_shards=rows_shards(mesh, _RULES))
+    packing = PackConfig(row_length=row, rows=1).on("tpu", layout.shards("length"))
+    return pack([group], packing, row_shards=layout.shards("rows"))
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    """The shapes of a tree on a mesh."""
+    """The shapes of a tree with those shardings."""
 
-    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def one(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(one, tree, shardings)
 
 
-def _on(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
-    if (shards := length_shards(mesh, _RULES)) > 1:
+def _in(layout: Layout, batch: PackedBatch) -> PackedBatch:
+    if (shards := layout.shards("length")) > 1:
         batch = spread(batch, shards)
-    return _placed(batch, batch_shardings(batch, mesh, _RULES))
+    return _placed(batch, jax.tree.map(lambda _, names: layout.sharding(*names), batch, batch_axes(batch)))
 
 
 def _bytes(*trees: Any) -> int:
@@ -154,7 +143,7 @@ def _compiled(name: str, function: Callable[..., Any], *args: Any, beside: Any) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shapes:
-    """The policy's step on a mesh, and what its functions take."""
+    """The policy's step in a layout, and what its functions take."""
 
     graphdef: Any
     params: Any
@@ -164,30 +153,30 @@ class _Shapes:
     version: Any
 
     @staticmethod
-    def of(mesh: Mesh) -> _Shapes:
-        def on_mesh(tree: Any) -> Any:
-            return _placed(tree, param_shardings(tree, mesh, _RULES))
+    def of(layout: Layout) -> _Shapes:
+        def placed(tree: Any) -> Any:
+            return _placed(tree, layout.placements(tree))
 
         graphdef, params = abstract_policy(_QWEN3_8B)
-        params = on_mesh(params)
-        step = make_train_step(graphdef, params, _STEP, mesh=mesh)
+        params = placed(params)
+        step = make_train_step(graphdef, params, _STEP, layout=layout)
         return _Shapes(
             graphdef=graphdef,
             params=params,
             step=step,
-            state=on_mesh(jax.eval_shape(step.init, params)),
-            accumulated=on_mesh(jax.eval_shape(step.start, params)),
-            version=jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)),
+            state=placed(jax.eval_shape(step.init, params)),
+            accumulated=placed(jax.eval_shape(step.start, params)),
+            version=jax.ShapeDtypeStruct((), np.int32, sharding=layout.sharding()),
         )
 
 
 @pytest.fixture(scope="module")
 def tree_step() -> dict[str, _Program]:
     """The step for a tree of 200,000 tokens in one row, of which each chip has a sixteenth."""
-    mesh = _mesh(context=_CONTEXT, tensor=_TENSOR)
-    packed = _tree(80_000, 16, 7_500, mesh, row=_ROW)
+    layout = _layout(context=_CONTEXT, tensor=_TENSOR)
+    packed = _tree(80_000, 16, 7_500, layout, row=_ROW)
     assert (len(packed.batches), packed.stats.tree_tokens) == (1, 200_000 - 16)  # no answer's last token is fed
-    shapes, batch = _Shapes.of(mesh), _on(mesh, packed.batches[0])
+    shapes, batch = _Shapes.of(layout), _in(layout, packed.batches[0])
     moments = shapes.state.opt_state
     calls = (shapes.params, shapes.accumulated, batch, shapes.version)
     return {
@@ -199,12 +188,12 @@ def tree_step() -> dict[str, _Program]:
 @pytest.fixture(scope="module")
 def trunk_step() -> dict[str, _Program]:
     """The step in two phases, for a trunk as long as a row and answers behind it, in eight rows."""
-    mesh = _mesh(fsdp=8, tensor=8)
-    packed = _tree(_TRUNK, 16, _TRUNK // 2, mesh, row=_TRUNK)
-    trunk, leaf = (_on(mesh, batch) for batch in (packed.trunks[0].trunk, packed.trunks[0].leaves[0]))
-    shapes = _Shapes.of(mesh)
+    layout = _layout(fsdp=8, tensor=8)
+    packed = _tree(_TRUNK, 16, _TRUNK // 2, layout, row=_TRUNK)
+    trunk, leaf = (_in(layout, batch) for batch in (packed.trunks[0].trunk, packed.trunks[0].leaves[0]))
+    shapes = _Shapes.of(layout)
     params, accumulated, version, moments = shapes.params, shapes.accumulated, shapes.version, shapes.state.opt_state
-    step = make_trunk_step(shapes.graphdef, params, _STEP, start=shapes.step.start, mesh=mesh)
+    step = make_trunk_step(shapes.graphdef, params, _STEP, start=shapes.step.start, layout=layout)
     first = _compiled("trunk", step.trunk, params, trunk, beside=(moments, accumulated))
     kv, d_kv = _placed(jax.eval_shape(step.trunk, params, trunk), first.compiled.output_shardings)
     leaves = (params, kv, (accumulated, d_kv), leaf, version)

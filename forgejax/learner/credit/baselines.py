@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float64
 
-Returns = Sequence[NDArray[np.float64]]
-Baseline = Callable[[Returns, NDArray[np.float64]], list[NDArray[np.float64]]]
-"""Takes the returns-to-go [K_i] of each of G >= 2 trajectories and their total returns [G]; gives advantages [K_i]."""
+PerTurn = Float64[np.ndarray, " _"]
+"""One number for each turn of a trajectory; of how many, each trajectory has its own."""
+
+Baseline = Callable[[Sequence[PerTurn], Float64[np.ndarray, " G"]], list[PerTurn]]
+"""Takes the returns-to-go of each of G >= 2 trajectories and their total returns; gives advantages."""
 
 
-def loo(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def loo(returns: Sequence[PerTurn], totals_G: Float64[np.ndarray, " G"]) -> list[PerTurn]:
     """Leave-one-out: minus the mean total return of the other trajectories (RLOO, arXiv 2402.14740)."""
-    others = (totals.sum() - totals) / (len(totals) - 1)
-    return [own - other for own, other in zip(returns, others, strict=True)]
+    others_G = (totals_G.sum() - totals_G) / (len(totals_G) - 1)
+    return [own - other for own, other in zip(returns, others_G, strict=True)]
 
 
-def loo_step(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def loo_step(returns: Sequence[PerTurn], totals_G: Float64[np.ndarray, " G"]) -> list[PerTurn]:
     """Leave-one-out by step: minus the others' mean return-to-go at the same step, 0 for those that have ended."""
     steps = max((len(own) for own in returns), default=0)
     padded = np.zeros((len(returns), steps))
@@ -32,9 +34,9 @@ def loo_step(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.f
     return [own - other[: len(own)] for own, other in zip(returns, others, strict=True)]
 
 
-def group(returns: Returns, totals: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def group(returns: Sequence[PerTurn], totals_G: Float64[np.ndarray, " G"]) -> list[PerTurn]:
     """The group's normalised return (MiniMax-M1, arXiv 2506.13585): biased, for comparison with published runs."""
-    return [(own - totals.mean()) / (totals.std() + 1e-6) for own in returns]
+    return [(own - totals_G.mean()) / (totals_G.std() + 1e-6) for own in returns]
 
 
 BASELINES: dict[str, Baseline] = {"loo": loo, "loo_step": loo_step, "group": group}

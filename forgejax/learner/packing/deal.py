@@ -10,13 +10,11 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int
 
 from forgejax.learner.packing.batch import PackedBatch
 from forgejax.learner.packing.config import EDGE_BUCKETS
 from forgejax.ops import SplitMeta, TreeMeta, split_meta
-from forgejax.sharding import Rules, batch_sharding
 
 
 def spread(batch: PackedBatch, shards: int) -> PackedBatch:
@@ -77,9 +75,10 @@ def spread(batch: PackedBatch, shards: int) -> PackedBatch:
     )
 
 
-def batch_shardings(batch: PackedBatch, mesh: Mesh, rules: Rules) -> PackedBatch:
-    """The sharding of every array: all by rows, and what shards of a row have of their own by length too."""
-    by_row, by_shard = batch_sharding(mesh, rules), batch_sharding(mesh, rules, length=True)
+def batch_axes(batch: PackedBatch) -> PackedBatch:
+    """The logical axes of every array's first dimensions: rows, and of what shards of a row have of their own length
+    too."""
+    by_row, by_shard = ("rows",), ("rows", "length")
     split = jax.tree.map(lambda _: by_row, batch)
     if not isinstance(batch.attention, SplitMeta):
         return split

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from forgejax.errors import ConfigError
 
-Terms = Float[Array, "B M"]
+PerTerm = Float[Array, "B M"]
 CorrectionName = Literal["none", "truncated", "masked_sequence", "masked_geometric", "icepop", "m1_mask"]
 
 
@@ -36,68 +36,94 @@ class CorrectionConfig:
 
 
 def none(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """No correction."""
-    return jnp.ones_like(log_ratio)
+    return jnp.ones_like(log_ratio_BM)
 
 
 def truncated(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """Truncated importance sampling: ``min(r, high)``."""
-    return jnp.minimum(jnp.exp(log_ratio), config.high)
+    return jnp.minimum(jnp.exp(log_ratio_BM), config.high)
 
 
 def masked_sequence(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """Keeps the samples whose product of ratios lies in ``[low, high]``."""
-    total, _ = _by_sample(log_ratio, sample, mask)
-    return _inside(total, config)
+    total_BM, _ = _by_sample(log_ratio_BM, sample_BM, mask_BM)
+    return _inside(total_BM, config)
 
 
 def masked_geometric(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """Keeps the samples whose geometric mean of ratios lies in ``[low, high]``."""
-    total, count = _by_sample(log_ratio, sample, mask)
-    return _inside(total / jnp.maximum(count, 1.0), config)
+    total_BM, count_BM = _by_sample(log_ratio_BM, sample_BM, mask_BM)
+    return _inside(total_BM / jnp.maximum(count_BM, 1.0), config)
 
 
 def icepop(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """IcePop: the ratio where it lies in ``[low, high]``, else 0, token by token."""
-    return jnp.exp(log_ratio) * _inside(log_ratio, config)
+    return jnp.exp(log_ratio_BM) * _inside(log_ratio_BM, config)
 
 
 def m1_mask(
-    log_ratio: Terms, advantage: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"], config: CorrectionConfig
-) -> Terms:
+    log_ratio_BM: PerTerm,
+    advantage_BM: PerTerm,
+    sample_BM: Int[Array, "B M"],
+    mask_BM: Bool[Array, "B M"],
+    config: CorrectionConfig,
+) -> PerTerm:
     """MiniMax-M1 eq. 7: 0 where PPO's clip would stop the update (A > 0 and r > high, or A < 0 and r < low), else 1."""
-    ratio = jnp.exp(log_ratio)
-    stopped = ((advantage > 0) & (ratio > config.high)) | ((advantage < 0) & (ratio < config.low))
-    return jnp.where(stopped, 0.0, 1.0).astype(log_ratio.dtype)
+    ratio_BM = jnp.exp(log_ratio_BM)
+    stopped_BM = ((advantage_BM > 0) & (ratio_BM > config.high)) | ((advantage_BM < 0) & (ratio_BM < config.low))
+    return jnp.where(stopped_BM, 0.0, 1.0).astype(log_ratio_BM.dtype)
 
 
-def _inside(log_value: Terms, config: CorrectionConfig) -> Terms:
+def _inside(log_value_BM: PerTerm, config: CorrectionConfig) -> PerTerm:
     low, high = jnp.log(config.low), jnp.log(config.high)
-    return ((log_value >= low) & (log_value <= high)).astype(log_value.dtype)
+    return ((log_value_BM >= low) & (log_value_BM <= high)).astype(log_value_BM.dtype)
 
 
-def _by_sample(log_ratio: Terms, sample: Int[Array, "B M"], mask: Bool[Array, "B M"]) -> tuple[Terms, Terms]:
+def _by_sample(
+    log_ratio_BM: PerTerm, sample_BM: Int[Array, "B M"], mask_BM: Bool[Array, "B M"]
+) -> tuple[PerTerm, PerTerm]:
     """For each term, the sum over its sample's terms and their count."""
-    M = log_ratio.shape[1]
+    M = log_ratio_BM.shape[1]
 
-    def row(values: jax.Array, ids: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values, ids, num_segments=M)[ids]
+    def row(values_M: jax.Array, ids_M: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values_M, ids_M, num_segments=M)[ids_M]
 
-    real = mask.astype(log_ratio.dtype)
-    return jax.vmap(row)(log_ratio * real, sample), jax.vmap(row)(real, sample)
+    real_BM = mask_BM.astype(log_ratio_BM.dtype)
+    return jax.vmap(row)(log_ratio_BM * real_BM, sample_BM), jax.vmap(row)(real_BM, sample_BM)
 
 
-Correction = Callable[[Terms, Terms, Int[Array, "B M"], Bool[Array, "B M"], CorrectionConfig], Terms]
+Correction = Callable[[PerTerm, PerTerm, Int[Array, "B M"], Bool[Array, "B M"], CorrectionConfig], PerTerm]
 
 
 class CorrectionLaw(NamedTuple):

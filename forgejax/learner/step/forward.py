@@ -7,13 +7,13 @@ projection, which runs in chunks and never sees an untrained token.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from forgejax.learner.packing.batch import PackedBatch
@@ -22,35 +22,36 @@ from forgejax.learner.step.objective import Terms
 from forgejax.learner.step.vocabulary import drawn_logps
 from forgejax.models import Attend, Kept, PerLayer, Policy
 from forgejax.ops import SplitMeta, TreeMeta, tree_attention
-from forgejax.sharding import Rules, constrain, heads_axis, length_axis, rows_axes
+from forgejax.sharding import Layout, constrain
 
 
-def _tree_attend(meta: TreeMeta | SplitMeta, mesh: Mesh | None, rules: Rules) -> Attend:
+def _tree_attend(meta: TreeMeta | SplitMeta, layout: Layout) -> Attend:
     """Attention over the trees of a batch, keeping no memory."""
-    axes = rows_axes(mesh, rules) if mesh is not None else ()
-    heads = heads_axis(mesh, rules) if mesh is not None else None
-    length = length_axis(mesh, rules) if mesh is not None else None
+    split = functools.partial(
+        tree_attention,
+        meta=meta,
+        mesh=layout.mesh,
+        row_axes=layout.axes("rows"),
+        head_axis=layout.axis("heads"),
+        length_axis=layout.axis("length"),
+    )
 
     def attend(
         layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, memory: Any
     ) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            out = tree_attention(
-                q_BTHC, k_BTKC, v_BTKC, meta, mesh=mesh, row_axes=axes, head_axis=heads, length_axis=length
-            )
-        return out, memory
+            return split(q_BTHC, k_BTKC, v_BTKC), memory
 
     return attend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPass:
-    """Log-probabilities of the terms of packed trees, on one mesh, within one budget of memory.
+    """Log-probabilities of the terms of packed trees, in one layout, within one budget of memory.
 
     Attributes:
         graphdef: structure of the policy.
-        mesh: the mesh the arrays lie on, or None.
-        rules: partition rules.
+        layout: where the arrays lie.
         keep: what each layer keeps for the backward pass; ``auto``: as much as ``activation_gib`` holds.
         activation_gib: what a device may keep of the layers' activations, in GiB.
         vocab_chunk: the most edges of a row whose logits exist at a time. The exponentials of a single chunk are
@@ -58,8 +59,7 @@ class ForwardPass:
     """
 
     graphdef: Any
-    mesh: Mesh | None
-    rules: Rules
+    layout: Layout
     keep: Literal["auto"] | Kept
     activation_gib: float
     vocab_chunk: int
@@ -84,11 +84,11 @@ class ForwardPass:
         policy = nnx.merge(self.graphdef, params)
         keep = self.keep
         if keep == "auto":
-            keep = kept_within(policy.config, batch.tokens.size, self.activation_gib, mesh=self.mesh, rules=self.rules)
+            keep = kept_within(policy.config, batch.tokens.size, self.activation_gib, layout=self.layout)
         hidden_BTD, left, load = policy.with_router_load(
             batch.tokens,
             batch.positions,
-            around(_tree_attend(batch.attention, self.mesh, self.rules)),
+            around(_tree_attend(batch.attention, self.layout)),
             token_weight_BT=jnp.asarray(batch.samples_through).astype(jnp.float32),
             memory=PerLayer(parts),
             keep=keep,

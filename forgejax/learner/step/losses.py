@@ -12,13 +12,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from forgejax.errors import ConfigError
-from forgejax.learner.step.corrections import CORRECTIONS, CorrectionConfig
+from forgejax.learner.step.corrections import CORRECTIONS, CorrectionConfig, PerTerm
 
 _LOG_RATIO_BOUND = 20.0
-Terms = Float[Array, "B M"]
 LossName = Literal["cispo", "reinforce", "ppo_clip", "sft"]
 
 
@@ -46,39 +45,48 @@ class LossConfig:
             raise ConfigError(f"loss.correction {self.correction.name!r}: loss 'sft' has no ratio to correct")
 
 
-Loss = Callable[[Terms, Terms, Terms, LossConfig], tuple[Terms, Bool[Array, "B M"]]]
+Loss = Callable[[PerTerm, PerTerm, PerTerm, LossConfig], tuple[PerTerm, Bool[Array, "B M"]]]
 
 
-def log_ratio(logp: Terms, old_logp: Terms) -> Terms:
+def log_ratio(logp_BM: PerTerm, old_logp_BM: PerTerm) -> PerTerm:
     """log of policy over behaviour probability, clamped to ±20 so that its exponential stays finite."""
-    return jnp.clip(logp - old_logp, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    return jnp.clip(logp_BM - old_logp_BM, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
 
 
-def cispo(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+def cispo(
+    logp_BM: PerTerm, old_logp_BM: PerTerm, advantage_BM: PerTerm, config: LossConfig
+) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(min(r, 1 + eps_high)) * A * log pi``.
 
     The weight is clipped and never the gradient: every term keeps one. No lower clip, no KL term.
     """
-    ratio = jax.lax.stop_gradient(jnp.exp(log_ratio(logp, old_logp)))
-    return -jnp.minimum(ratio, 1.0 + config.eps_high) * advantage * logp, ratio > 1.0 + config.eps_high
+    ratio_BM = jax.lax.stop_gradient(jnp.exp(log_ratio(logp_BM, old_logp_BM)))
+    return -jnp.minimum(ratio_BM, 1.0 + config.eps_high) * advantage_BM * logp_BM, ratio_BM > 1.0 + config.eps_high
 
 
-def reinforce(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+def reinforce(
+    logp_BM: PerTerm, old_logp_BM: PerTerm, advantage_BM: PerTerm, config: LossConfig
+) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """``-A * log pi``, as if the samples were on-policy."""
-    return -advantage * logp, jnp.zeros(logp.shape, jnp.bool_)
+    return -advantage_BM * logp_BM, jnp.zeros(logp_BM.shape, jnp.bool_)
 
 
-def ppo_clip(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+def ppo_clip(
+    logp_BM: PerTerm, old_logp_BM: PerTerm, advantage_BM: PerTerm, config: LossConfig
+) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """``-min(r * A, clip(r, 1 - ppo_low, 1 + ppo_high) * A)`` (PPO, arXiv 1707.06347 eq. 7); clipped terms lose their
     gradient."""
-    ratio = jnp.exp(log_ratio(logp, old_logp))
-    bounded = jnp.clip(ratio, 1.0 - config.ppo_low, 1.0 + config.ppo_high)
-    return -jnp.minimum(ratio * advantage, bounded * advantage), bounded * advantage < ratio * advantage
+    ratio_BM = jnp.exp(log_ratio(logp_BM, old_logp_BM))
+    plain_BM = ratio_BM * advantage_BM
+    bounded_BM = jnp.clip(ratio_BM, 1.0 - config.ppo_low, 1.0 + config.ppo_high) * advantage_BM
+    return -jnp.minimum(plain_BM, bounded_BM), bounded_BM < plain_BM
 
 
-def sft(logp: Terms, old_logp: Terms, advantage: Terms, config: LossConfig) -> tuple[Terms, Bool[Array, "B M"]]:
+def sft(
+    logp_BM: PerTerm, old_logp_BM: PerTerm, advantage_BM: PerTerm, config: LossConfig
+) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """Cross-entropy of the given tokens, scaled by the advantage (1 for supervised samples)."""
-    return -advantage * logp, jnp.zeros(logp.shape, jnp.bool_)
+    return -advantage_BM * logp_BM, jnp.zeros(logp_BM.shape, jnp.bool_)
 
 
 LOSSES: dict[str, Loss] = {"cispo": cispo, "reinforce": reinforce, "ppo_clip": ppo_clip, "sft": sft}

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from forgejax.models import Kept, PolicyConfig
-from forgejax.sharding import Rules, split_axes
+from forgejax.sharding import ONE_DEVICE, Layout
 
 _LADDER: tuple[Kept, ...] = ("products", "attention", "nothing")  # each keeps less than the one before
 
 
-def activation_bytes(
-    config: PolicyConfig, tokens: int, keep: Kept, *, mesh: Mesh | None = None, rules: Rules | None = None
-) -> int:
+def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept, *, layout: Layout = ONE_DEVICE) -> int:
     """Bytes that all layers keep on one device for the backward pass of the ``tokens`` tokens it works on.
 
     Counted per token and layer. ``nothing``: the layer's input. ``attention`` adds queries, keys and values, the
@@ -32,7 +27,7 @@ def activation_bytes(
 
     def part(count: int, logical: str) -> int:
         """Of heads or widths those of one device, which has all where they are fewer than the shards."""
-        shards = _shards((logical,), mesh, rules)
+        shards = layout.shards(logical)
         return -(-count // shards) if count >= shards else count
 
     size = jnp.dtype(config.compute_dtype).itemsize
@@ -43,30 +38,19 @@ def activation_bytes(
         sums = heads * max(size, 4)
     if keep == "products" and not config.moe.num_experts:
         width += 2 * part(config.d_ff, "mlp")
-    elif keep == "products" and mesh is None:
+    elif keep == "products" and not layout.on_mesh:
         width += 2 * config.expert_width * config.moe.experts_per_token
     return tokens * config.num_layers * (width * size + sums)
 
 
-def kept_within(
-    config: PolicyConfig, tokens: int, budget_gib: float, *, mesh: Mesh | None = None, rules: Rules | None = None
-) -> Kept:
+def kept_within(config: PolicyConfig, tokens: int, budget_gib: float, *, layout: Layout = ONE_DEVICE) -> Kept:
     """The most that layers may keep of ``tokens`` tokens, split over the mesh, within the budget of one device.
 
     Keeping products costs no product again; ``attention`` costs about two of every nine of a layer's forward pass;
     ``nothing`` all of it, attention included: a third of the step. Where none fits it is ``share`` on a mesh whose
     devices split heads, else ``nothing``.
     """
-    own = -(-tokens // _shards(("rows", "length"), mesh, rules))
-    least = "share" if _shards(("kept",), mesh, rules) > _shards(("length",), mesh, rules) else _LADDER[-1]
+    own = -(-tokens // layout.shards("rows", "length"))
+    least = "share" if layout.shards("kept") > layout.shards("length") else _LADDER[-1]
     room = budget_gib * 2**30
-    return next(
-        (keep for keep in _LADDER if activation_bytes(config, own, keep, mesh=mesh, rules=rules) <= room), least
-    )
-
-
-def _shards(logical: tuple[str, ...], mesh: Mesh | None, rules: Rules | None) -> int:
-    """Into how many parts a mesh splits these axes together; one without a mesh."""
-    if mesh is None:
-        return 1
-    return math.prod(mesh.shape[axis] for name in logical for axis in split_axes(name, mesh, rules or Rules()))
+    return next((keep for keep in _LADDER if activation_bytes(config, own, keep, layout=layout) <= room), least)

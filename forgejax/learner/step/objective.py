@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from forgejax.learner.packing.batch import PackedBatch
 from forgejax.learner.step.corrections import CORRECTIONS
@@ -16,31 +16,33 @@ Terms = tuple[Float[Array, "B M"], Float[Array, "B M"], RouterLoad | None]
 """Log-probability of each term, entropy of the distribution it was drawn from, and what the routers did."""
 
 
-def objective(terms: Terms, batch: PackedBatch, version: jax.Array, config: LossConfig) -> tuple[jax.Array, Tally]:
+def objective(
+    terms: Terms, batch: PackedBatch, version: Int[Array, ""], config: LossConfig
+) -> tuple[Float[Array, ""], Tally]:
     """The sum over the batch's terms of ``weight * correction * loss(term)``, and its figures.
 
     ``version`` is the policy version of the weights: log-probability gaps are measured on the terms it drew.
     """
-    logp, entropy, router = terms
-    advantage, weight, mask = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
-    fixed = jax.lax.stop_gradient(logp)
+    logp_BM, entropy_BM, router = terms
+    advantage_BM, weight_BM, mask_BM = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
+    fixed_BM = jax.lax.stop_gradient(logp_BM)
     # Supervised tokens have no behaviour policy: their ratio is one.
-    old_logp = fixed if config.name == "sft" else jnp.asarray(batch.old_logp)
-    term_loss, clipped = LOSSES[config.name](logp, old_logp, advantage, config)
-    ratio = log_ratio(fixed, old_logp)
-    correction = config.correction
-    factor = CORRECTIONS[correction.name].factor(ratio, advantage, jnp.asarray(batch.term_sample), mask, correction)
-    loss = jnp.where(mask, weight * factor * term_loss, 0.0).sum()
-    fresh = mask & (jnp.asarray(batch.version) == version) & (jnp.asarray(batch.oldest_version) == version)
+    old_logp_BM = fixed_BM if config.name == "sft" else jnp.asarray(batch.old_logp)
+    loss_BM, clipped_BM = LOSSES[config.name](logp_BM, old_logp_BM, advantage_BM, config)
+    log_ratio_BM = log_ratio(fixed_BM, old_logp_BM)
+    correct = CORRECTIONS[config.correction.name].factor
+    factor_BM = correct(log_ratio_BM, advantage_BM, jnp.asarray(batch.term_sample), mask_BM, config.correction)
+    loss = jnp.where(mask_BM, weight_BM * factor_BM * loss_BM, 0.0).sum()
+    fresh_BM = mask_BM & (jnp.asarray(batch.version) == version) & (jnp.asarray(batch.oldest_version) == version)
     counted = tally(
         loss=jax.lax.stop_gradient(loss),
-        logp=fixed,
-        old_logp=old_logp,
-        ratio=jnp.exp(ratio),
-        entropy=entropy,
-        clipped=clipped,
-        mask=mask,
-        fresh=fresh,
+        logp=fixed_BM,
+        old_logp=old_logp_BM,
+        ratio=jnp.exp(log_ratio_BM),
+        entropy=entropy_BM,
+        clipped=clipped_BM,
+        mask=mask_BM,
+        fresh=fresh_BM,
         router=router,
     )
     return loss, counted

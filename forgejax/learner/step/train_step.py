@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from forgejax.errors import ConfigError
 from forgejax.learner.packing.batch import PackedBatch
@@ -27,7 +26,7 @@ from forgejax.learner.step.objective import objective
 from forgejax.learner.step.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
 from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
-from forgejax.sharding import Rules, param_shardings, replicated, scope
+from forgejax.sharding import ONE_DEVICE, Layout
 
 Metrics = dict[str, jax.Array]
 
@@ -53,12 +52,11 @@ class StepConfig:
         if not 0 <= self.activation_gib < float("inf"):
             raise ConfigError(f"step.activation_gib is {self.activation_gib}; expected GiB of memory, finite")
 
-    def forward_pass(self, graphdef: Any, mesh: Mesh | None, rules: Rules) -> ForwardPass:
+    def forward_pass(self, graphdef: Any, layout: Layout) -> ForwardPass:
         """The forward pass of a policy within this memory."""
         return ForwardPass(
             graphdef=graphdef,
-            mesh=mesh,
-            rules=rules,
+            layout=layout,
             keep=self.keep,
             activation_gib=self.activation_gib,
             vocab_chunk=self.vocab_chunk,
@@ -109,7 +107,7 @@ def add_gradients(sums: Any, primals: tuple[Any, ...], pull_back: Any, cotangent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """The jitted functions of one policy, loss, optimizer and mesh.
+    """The jitted functions of one policy, loss, optimizer and layout.
 
     Attributes:
         init: ``params -> TrainState``, on a copy of the params.
@@ -129,12 +127,7 @@ class TrainStep:
 
 
 def make_train_step(
-    graphdef: Any,
-    abstract_params: Any,
-    config: StepConfig,
-    *,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    graphdef: Any, abstract_params: Any, config: StepConfig, *, layout: Layout = ONE_DEVICE
 ) -> TrainStep:
     """Builds the jitted functions; nothing compiles before the first call with a new shape.
 
@@ -142,12 +135,10 @@ def make_train_step(
         graphdef: structure of the policy, from ``nnx.split``.
         abstract_params: its weights, or their shapes alone.
         config: loss, optimizer, memory.
-        mesh: where given, weights and optimizer state are laid out on it by ``rules``, and so are batches.
-        rules: partition rules; the default ones if None.
+        layout: where weights, optimizer state and batches lie.
     """
-    rules = rules or Rules()
     optimizer = make_optimizer(config.optimizer)
-    forward = config.forward_pass(graphdef, mesh, rules)
+    forward = config.forward_pass(graphdef, layout)
 
     def init(params: Any) -> TrainState:
         return TrainState(params=params, opt_state=optimizer.init(_wide(params)), step=jnp.zeros((), jnp.int32))
@@ -172,13 +163,13 @@ def make_train_step(
     def score(params: Any, batch: PackedBatch) -> jax.Array:
         return forward.terms(params, batch)[0]
 
-    out = _Layout.of(abstract_params, init, start, mesh, rules)
+    state, sums = (layout.shardings(jax.eval_shape(function, abstract_params)) for function in (init, start))
     return TrainStep(
-        init=jitted(init, mesh, rules, out.state),
-        start=jitted(start, mesh, rules, out.accumulated),
-        accumulate=jitted(accumulate, mesh, rules, out.accumulated, donate=(1,)),
-        apply=jitted(apply, mesh, rules, (out.state, out.scalar), donate=(0,)),
-        score=jitted(score, mesh, rules, None),
+        init=jitted(init, layout, state),
+        start=jitted(start, layout, sums),
+        accumulate=jitted(accumulate, layout, sums, donate=(1,)),
+        apply=jitted(apply, layout, (state, layout.sharding()), donate=(0,)),
+        score=jitted(score, layout, None),
     )
 
 
@@ -227,36 +218,19 @@ def _nothing(real: Any, router: RouterLoad | None) -> Tally:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """Shardings of what the functions give; all None without a mesh."""
+def jitted(function: Callable[..., Any], layout: Layout, out: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """jit, traced inside the layout's scope.
 
-    state: Any = None
-    accumulated: Any = None
-    scalar: Any = None
-
-    @staticmethod
-    def of(params: Any, init: Callable, start: Callable, mesh: Mesh | None, rules: Rules) -> _Layout:
-        if mesh is None:
-            return _Layout()
-        return _Layout(
-            state=param_shardings(jax.eval_shape(init, params), mesh, rules),
-            accumulated=param_shardings(jax.eval_shape(start, params), mesh, rules),
-            scalar=replicated(mesh),
-        )
-
-
-def jitted(
-    function: Callable[..., Any], mesh: Mesh | None, rules: Rules, out: Any, donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """jit, traced inside the sharding scope of the mesh."""
-    if mesh is None:
-        return jax.jit(function, donate_argnums=donate)
-    place = mesh
+    Args:
+        function: a pure function.
+        layout: where its arrays lie.
+        out: the shardings of what it gives; None, whole or for a part, leaves them to the compiler.
+        donate: the arguments that it consumes.
+    """
 
     @functools.wraps(function)
     def scoped(*args: Any) -> Any:
-        with scope(place, rules):
+        with layout.scope():
             return function(*args)
 
     return jax.jit(scoped, donate_argnums=donate, out_shardings=out)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from forgejax.errors import ConfigError
 from forgejax.learner.packing.batch import PackedBatch
@@ -24,7 +23,7 @@ from forgejax.learner.step.measure import Tally
 from forgejax.learner.step.objective import Terms, objective
 from forgejax.learner.step.train_step import Accumulated, StepConfig, add_gradients, jitted
 from forgejax.models import Attend
-from forgejax.sharding import Rules, constrain, kv_heads_axis, param_shardings, rows_axes, split_axes
+from forgejax.sharding import ONE_DEVICE, Layout, constrain
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
@@ -65,23 +64,21 @@ def make_trunk_step(
     config: StepConfig,
     *,
     start: Callable[[Any], Accumulated],
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TrunkStep:
     """Builds the functions beside a ``TrainStep``, whose ``start`` this takes; nothing compiles before the first call.
 
-    The mesh may split rows, weights and heads.
+    The layout may split rows, weights and heads.
 
     Raises:
-        ConfigError: the mesh splits the length of rows.
+        ConfigError: it splits the length of rows.
     """
-    rules = rules or Rules()
-    if mesh is not None and split_axes("length", mesh, rules):
+    if axes := layout.axes("length"):
         raise ConfigError(
-            f"packing.trunks on a mesh that splits rows over {' and '.join(split_axes('length', mesh, rules))}: trunks "
+            f"packing.trunks on a mesh that splits rows over {' and '.join(axes)}: trunks "
             "stay on the device of their leaves; set packing.trunks = false, or mesh.context = 1"
         )
-    forward = config.forward_pass(graphdef, mesh, rules)
+    forward = config.forward_pass(graphdef, layout)
 
     def of_trunk(params: Any, batch: PackedBatch) -> tuple[Terms, TrunkKV]:
         return forward.terms_beside(params, batch, _keeping_kv, None)
@@ -118,24 +115,15 @@ def make_trunk_step(
     def score_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> jax.Array:
         return of_leaves(params, kv, batch)[0]
 
-    accumulated, kv = _layouts(graphdef, abstract_params, start, mesh, rules)
+    sums = layout.shardings(jax.eval_shape(start, abstract_params))
+    num_kv_heads = nnx.merge(graphdef, abstract_params).config.num_kv_heads
+    kv = layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None, None)
     return TrunkStep(
-        trunk=jitted(trunk, mesh, rules, (kv, kv)),
-        accumulate_leaves=jitted(accumulate_leaves, mesh, rules, (accumulated, kv), donate=(2,)),
-        pull_back=jitted(pull_back, mesh, rules, accumulated, donate=(1,)),
-        score_leaves=jitted(score_leaves, mesh, rules, None),
+        trunk=jitted(trunk, layout, (kv, kv)),
+        accumulate_leaves=jitted(accumulate_leaves, layout, (sums, kv), donate=(2,)),
+        pull_back=jitted(pull_back, layout, sums, donate=(1,)),
+        score_leaves=jitted(score_leaves, layout, None),
     )
-
-
-def _layouts(
-    graphdef: Any, params: Any, start: Callable[[Any], Accumulated], mesh: Mesh | None, rules: Rules
-) -> tuple[Any, Any]:
-    """Shardings of an Accumulated and of a TrunkKV; None without a mesh."""
-    if mesh is None:
-        return None, None
-    heads = kv_heads_axis(mesh, rules, nnx.merge(graphdef, params).config.num_kv_heads)
-    split = NamedSharding(mesh, PartitionSpec(None, rows_axes(mesh, rules) or None, None, heads, None))
-    return param_shardings(jax.eval_shape(start, params), mesh, rules), TrunkKV(k=split, v=split)
 
 
 def _keeping_kv(attend: Attend) -> Attend:

@@ -7,7 +7,6 @@ vocabulary; the gradient of the unembedding is summed over a device's chunks fir
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from forgejax.models.dense import unembed, unembed_gradients
-from forgejax.sharding import current_scope, split_axes
+from forgejax.sharding import Layout, current_layout
 
 
 def drawn_logps(
@@ -52,26 +51,22 @@ def drawn_logps(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Split:
-    """How a mesh splits edges, vocabulary and the head's other dimension; of no mesh, not at all."""
+    """Which mesh axes split edges, vocabulary and the head's other dimension."""
 
-    mesh: Any = None
-    rows: tuple[str, ...] = ()
-    length: tuple[str, ...] = ()
-    vocab: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()
+    layout: Layout
+    rows: tuple[str, ...]
+    length: tuple[str, ...]
+    vocab: tuple[str, ...]
+    embed: tuple[str, ...]
 
     @staticmethod
     def of_scope() -> _Split:
-        ambient = current_scope()
-        if ambient is None:
-            return _Split()
-        split = functools.partial(split_axes, mesh=ambient[0], rules=ambient[1])
-        rows, length, vocab = split("rows"), split("length"), split("vocab")
+        layout = current_layout()
+        rows, length, vocab, embed = (layout.axes(name) for name in ("rows", "length", "vocab", "embed"))
         # A device has whole columns of the head while it works, and after that the part of their gradient that it
         # shall keep, where those that have it are the same that have edges.
-        embed = split("embed")
         return _Split(
-            mesh=ambient[0],
+            layout=layout,
             rows=rows,
             length=length,
             vocab=vocab,
@@ -80,8 +75,6 @@ class _Split:
 
     def mapped(self, function: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]:
         """``shard_map`` of a function whose arguments and results are hidden states or logits, head, or edges."""
-        if self.mesh is None:
-            return function
         specs = {
             "edges": P(self.rows or None, self.length or None),
             "logits": P(self.rows or None, self.length or None, None, self.vocab or None),
@@ -89,10 +82,7 @@ class _Split:
             "d_head": P(self.embed or None, self.vocab or None),
         }
         in_specs, out_specs = (tuple(specs[name] for name in names.split()) for names in (ins, outs))
-        mapped: Callable[..., Any] = jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-        return mapped
+        return self.layout.shard_map(function, in_specs, out_specs)
 
     def is_drawn(self, logits: jax.Array, drawn: jax.Array) -> jax.Array:
         """A one-hot over this device's part of the vocabulary."""

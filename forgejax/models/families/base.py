@@ -20,12 +20,12 @@ class Tensor:
     """How one weight of ours is stored.
 
     ``name`` is the stored tensor's name; its ``{layer}`` and ``{expert}`` are the leading dimensions of our weight.
-    ``layout`` says how the rest lies: ``"(H C) D -> D H C"`` is a stored matrix [H*C, D] and our [..., D, H, C].
+    ``form`` says how the rest lies: ``"(H C) D -> D H C"`` is a stored matrix [H*C, D] and our [..., D, H, C].
     """
 
     ours: str
     name: str
-    layout: str
+    form: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,33 +176,33 @@ def _plain(config: PolicyConfig) -> PolicyConfig:
 
 
 EMBEDDINGS = (
-    Tensor(ours="embedding", name="model.embed_tokens.weight", layout="V D -> V D"),
-    Tensor(ours="final_norm", name="model.norm.weight", layout="D -> D"),
-    Tensor(ours="head", name="lm_head.weight", layout="V D -> D V"),
+    Tensor(ours="embedding", name="model.embed_tokens.weight", form="V D -> V D"),
+    Tensor(ours="final_norm", name="model.norm.weight", form="D -> D"),
+    Tensor(ours="head", name="lm_head.weight", form="V D -> D V"),
 )
 ATTENTION = (
-    Tensor(ours="blocks.attention_norm", name="model.layers.{layer}.input_layernorm.weight", layout="D -> D"),
-    Tensor(ours="blocks.q", name="model.layers.{layer}.self_attn.q_proj.weight", layout="(H C) D -> D H C"),
-    Tensor(ours="blocks.k", name="model.layers.{layer}.self_attn.k_proj.weight", layout="(K C) D -> D K C"),
-    Tensor(ours="blocks.v", name="model.layers.{layer}.self_attn.v_proj.weight", layout="(K C) D -> D K C"),
-    Tensor(ours="blocks.o", name="model.layers.{layer}.self_attn.o_proj.weight", layout="D (H C) -> H C D"),
-    Tensor(ours="blocks.mlp_norm", name="model.layers.{layer}.post_attention_layernorm.weight", layout="D -> D"),
+    Tensor(ours="blocks.attention_norm", name="model.layers.{layer}.input_layernorm.weight", form="D -> D"),
+    Tensor(ours="blocks.q", name="model.layers.{layer}.self_attn.q_proj.weight", form="(H C) D -> D H C"),
+    Tensor(ours="blocks.k", name="model.layers.{layer}.self_attn.k_proj.weight", form="(K C) D -> D K C"),
+    Tensor(ours="blocks.v", name="model.layers.{layer}.self_attn.v_proj.weight", form="(K C) D -> D K C"),
+    Tensor(ours="blocks.o", name="model.layers.{layer}.self_attn.o_proj.weight", form="D (H C) -> H C D"),
+    Tensor(ours="blocks.mlp_norm", name="model.layers.{layer}.post_attention_layernorm.weight", form="D -> D"),
 )
 ATTENTION_BIASES = (
-    Tensor(ours="blocks.q_bias", name="model.layers.{layer}.self_attn.q_proj.bias", layout="(H C) -> H C"),
-    Tensor(ours="blocks.k_bias", name="model.layers.{layer}.self_attn.k_proj.bias", layout="(K C) -> K C"),
-    Tensor(ours="blocks.v_bias", name="model.layers.{layer}.self_attn.v_proj.bias", layout="(K C) -> K C"),
+    Tensor(ours="blocks.q_bias", name="model.layers.{layer}.self_attn.q_proj.bias", form="(H C) -> H C"),
+    Tensor(ours="blocks.k_bias", name="model.layers.{layer}.self_attn.k_proj.bias", form="(K C) -> K C"),
+    Tensor(ours="blocks.v_bias", name="model.layers.{layer}.self_attn.v_proj.bias", form="(K C) -> K C"),
 )
 HEAD_NORMS = (
-    Tensor(ours="blocks.q_norm", name="model.layers.{layer}.self_attn.q_norm.weight", layout="C -> C"),
-    Tensor(ours="blocks.k_norm", name="model.layers.{layer}.self_attn.k_norm.weight", layout="C -> C"),
+    Tensor(ours="blocks.q_norm", name="model.layers.{layer}.self_attn.q_norm.weight", form="C -> C"),
+    Tensor(ours="blocks.k_norm", name="model.layers.{layer}.self_attn.k_norm.weight", form="C -> C"),
 )
 FULL_NORMS = (
-    Tensor(ours="blocks.q_norm", name="model.layers.{layer}.self_attn.q_norm.weight", layout="(H C) -> H C"),
-    Tensor(ours="blocks.k_norm", name="model.layers.{layer}.self_attn.k_norm.weight", layout="(K C) -> K C"),
+    Tensor(ours="blocks.q_norm", name="model.layers.{layer}.self_attn.q_norm.weight", form="(H C) -> H C"),
+    Tensor(ours="blocks.k_norm", name="model.layers.{layer}.self_attn.k_norm.weight", form="(K C) -> K C"),
 )
 MLP = (
-    Tensor(ours="blocks.gate", name="model.layers.{layer}.mlp.gate_proj.weight", layout="F D -> D F"),
-    Tensor(ours="blocks.up", name="model.layers.{layer}.mlp.up_proj.weight", layout="F D -> D F"),
-    Tensor(ours="blocks.down", name="model.layers.{layer}.mlp.down_proj.weight", layout="D F -> F D"),
+    Tensor(ours="blocks.gate", name="model.layers.{layer}.mlp.gate_proj.weight", form="F D -> D F"),
+    Tensor(ours="blocks.up", name="model.layers.{layer}.mlp.up_proj.weight", form="F D -> D F"),
+    Tensor(ours="blocks.down", name="model.layers.{layer}.mlp.down_proj.weight", form="D F -> F D"),
 )

@@ -21,7 +21,7 @@ from forgejax.models.policy import PolicyConfig
 from forgejax.models.weights.folder import read_settings
 from forgejax.models.weights.load import stored_shape, stored_tensors
 from forgejax.models.weights.safetensors_file import Planned, index_of, plan_shards, write_safetensors
-from forgejax.models.weights.stored_form import parse_layout
+from forgejax.models.weights.stored_form import parse_stored_form
 
 _SHARD_BYTES = 5 * 10**9
 _COPIED = (
@@ -124,7 +124,7 @@ def _write_weights(folder: Path, family: Family, weights: dict[Any, Any], shard_
 
 def _stored(tensor: Tensor, where: tuple[Any, ...], index: tuple[int, ...], weights: dict[Any, Any]) -> NDArray[Any]:
     value = weights[where].get_value()
-    return parse_layout(tensor.layout).to_stored(np.asarray(value[index] if index else value))
+    return parse_stored_form(tensor.form).to_stored(np.asarray(value[index] if index else value))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

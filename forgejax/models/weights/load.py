@@ -12,22 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from forgejax.errors import CheckpointError
 from forgejax.models.families import Family, Tensor, family_of
 from forgejax.models.init import Params, abstract_policy
 from forgejax.models.policy import PolicyConfig
 from forgejax.models.weights.folder import Source, open_source, read_settings
-from forgejax.models.weights.stored_form import parse_layout
-from forgejax.sharding import Rules, param_shardings
+from forgejax.models.weights.stored_form import parse_stored_form
+from forgejax.sharding import ONE_DEVICE, Layout
 
-_DEFAULT_RULES = Rules()
 _NAMED = 8  # tensors that an error names
 
 
-def load_params(config: PolicyConfig, mesh: Mesh | None = None, rules: Rules = _DEFAULT_RULES) -> Params:
-    """The weights in ``config.path``, in ``param_dtype``, laid out by the rules; without a mesh, on the default device.
+def load_params(config: PolicyConfig, layout: Layout = ONE_DEVICE) -> Params:
+    """The weights in ``config.path``, in ``param_dtype``, where the layout wants them.
 
     Each shard is read from the mapped files as it is needed and moved to its devices before the next is read: the host
     holds one shard at a time. Tied embeddings may come with or without an ``lm_head``.
@@ -43,13 +42,11 @@ def load_params(config: PolicyConfig, mesh: Mesh | None = None, rules: Rules = _
     weights = dict(nnx.to_flat_state(abstract))
     tensors = {tensor.ours: tensor for tensor in family.tensors}
     _check(path, family, source, weights)
-    shardings = None if mesh is None else dict(nnx.to_flat_state(param_shardings(abstract, mesh, rules)))
+    placements = dict(nnx.to_flat_state(layout.placements(abstract)))
     loaded = []
     for where, leaf in weights.items():
-        sharding: Sharding = (
-            SingleDeviceSharding(_default_device()) if shardings is None else shardings[where].get_value()
-        )
-        loaded.append((where, leaf.replace(_load(source, tensors[".".join(where)], leaf.get_value(), sharding))))
+        tensor, sharding = tensors[".".join(where)], placements[where].get_value()
+        loaded.append((where, leaf.replace(_load(source, tensor, leaf.get_value(), sharding))))
     return nnx.from_flat_state(loaded)
 
 
@@ -61,7 +58,7 @@ def stored_tensors(
         where = tuple(tensor.ours.split("."))
         if where not in weights:
             continue
-        leading = weights[where].shape[: len(weights[where].shape) - len(parse_layout(tensor.layout).ours)]
+        leading = weights[where].shape[: len(weights[where].shape) - len(parse_stored_form(tensor.form).ours)]
         for index in itertools.product(*map(range, leading)):
             named = dict(zip(("layer", "expert"), index, strict=False))
             yield tensor.name.format(**named), tensor, where, index
@@ -69,12 +66,11 @@ def stored_tensors(
 
 def stored_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape under which one layer of a weight of ours is stored."""
-    layout = parse_layout(tensor.layout)
-    return layout.stored_shape(_sizes(tensor, shape))
+    return parse_stored_form(tensor.form).stored_shape(_sizes(tensor, shape))
 
 
 def _sizes(tensor: Tensor, shape: tuple[int, ...]) -> dict[str, int]:
-    ours = parse_layout(tensor.layout).ours
+    ours = parse_stored_form(tensor.form).ours
     return dict(zip(ours, shape[len(shape) - len(ours) :], strict=True))
 
 
@@ -127,14 +123,14 @@ def _load(source: Source, tensor: Tensor, like: jax.ShapeDtypeStruct, sharding: 
 
 
 def _read_part(source: Source, tensor: Tensor, like: jax.ShapeDtypeStruct, part: tuple[slice, ...]) -> np.ndarray:
-    layout = parse_layout(tensor.layout)
+    form = parse_stored_form(tensor.form)
     sizes = _sizes(tensor, like.shape)
-    lead = len(like.shape) - len(layout.ours)
+    lead = len(like.shape) - len(form.ours)
     out = np.empty([each.stop - each.start for each in part], like.dtype)
     for index in itertools.product(*(range(each.start, each.stop) for each in part[:lead])):
         name = tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
         place = tuple(at - each.start for at, each in zip(index, part, strict=False))
-        layout.copy(
+        form.copy(
             functools.partial(source.rows, name),
             sizes,
             part[lead:],
@@ -142,8 +138,3 @@ def _read_part(source: Source, tensor: Tensor, like: jax.ShapeDtypeStruct, part:
             source.release,
         )
     return out
-
-
-def _default_device() -> jax.Device:
-    chosen: jax.Device | None = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.devices()[0] if chosen is None else chosen

@@ -19,7 +19,7 @@ _BLOCK_BYTES = 4 << 20  # what of a stored tensor is in memory at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class StoredForm:
     """``"(H C) D -> D H C"``: the stored dimensions, each one or several of ours, and ours in our order."""
 
     stored: tuple[tuple[str, ...], ...]
@@ -70,11 +70,11 @@ class Layout:
 
 
 @functools.cache
-def parse_layout(text: str) -> Layout:
+def parse_stored_form(text: str) -> StoredForm:
     """Parses ``"(H C) D -> D H C"``; raises ValueError where both sides do not name the same dimensions."""
     left, arrow, right = text.partition(" -> ")
     stored = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w+", left))
-    layout = Layout(stored=stored, ours=tuple(right.split()))
-    if not arrow or sorted(layout.atoms) != sorted(layout.ours):
-        raise ValueError(f"layout {text!r}: both sides of ' -> ' must name the same dimensions")
-    return layout
+    form = StoredForm(stored=stored, ours=tuple(right.split()))
+    if not arrow or sorted(form.atoms) != sorted(form.ours):
+        raise ValueError(f"stored form {text!r}: both sides of ' -> ' must name the same dimensions")
+    return form

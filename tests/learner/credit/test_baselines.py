@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from forgejax.learner.credit.baselines import Returns, group, loo, loo_step
+from forgejax.learner.credit.baselines import PerTurn, group, loo, loo_step
 
-Advantages = Callable[[Returns, np.ndarray], list[np.ndarray]]
+Advantages = Callable[[Sequence[PerTurn], np.ndarray], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def test_leave_one_out_leaves_the_expected_gradient_as_it_is(baseline: Advantage
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_mean_that_counts_the_own_reward_shrinks_the_gradient_by_exactly_one_gth(size: int) -> None:
-    def own_mean(returns: Returns, totals: np.ndarray) -> list[np.ndarray]:
+    def own_mean(returns: Sequence[PerTurn], totals: np.ndarray) -> list[np.ndarray]:
         return [own - totals.mean() for own in returns]
 
     expected = (size - 1) / size * _true_gradient()
@@ -76,7 +76,7 @@ def test_a_mean_that_counts_the_own_reward_shrinks_the_gradient_by_exactly_one_g
 
 
 def test_a_mean_over_those_still_alive_shrinks_each_step_by_another_factor() -> None:
-    def alive_mean(returns: Returns, totals: np.ndarray) -> list[np.ndarray]:
+    def alive_mean(returns: Sequence[PerTurn], totals: np.ndarray) -> list[np.ndarray]:
         return [
             np.array([own[k] - np.mean([other[k] for other in returns if len(other) > k]) for k in range(len(own))])
             for own in returns

@@ -12,10 +12,12 @@ from forgejax import sharding
 from forgejax.learner.learner import Learner
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
+from forgejax.learner.packing.deal import batch_axes, spread
 from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig
 from forgejax.models import Kept, MoEConfig, PolicyConfig, abstract_policy, init_params
+from forgejax.ops import SplitMeta
 from tests.learner.oracle import relative
 from tests.learner.samples import random_group, sample
 
@@ -44,8 +46,8 @@ def _learner(policy: PolicyConfig, keep: Kept = "products", /, **axes: int) -> L
         return Learner(abstract_policy(policy)[0], init_params(policy), step)
     sizes = dict.fromkeys(("data", "fsdp", "context", "tensor", "expert"), 1) | axes
     config = sharding.MeshConfig(name=f"cpu-{int(np.prod(list(axes.values())))}", **sizes)
-    mesh = sharding.build_mesh(sharding.resolve(config), jax.devices())
-    return Learner(abstract_policy(policy)[0], init_params(policy, mesh), step, mesh=mesh)
+    layout = sharding.Layout(mesh=sharding.build_mesh(sharding.resolve(config)))
+    return Learner(abstract_policy(policy)[0], init_params(policy, layout), step, layout=layout)
 
 
 @functools.cache
@@ -98,3 +100,16 @@ def test_a_shard_may_have_more_edges_than_tokens() -> None:
 
     assert found.tally.terms == len(group) > 128 // 8
     assert relative(found.grads, expected.grads) <= 1e-5
+
+
+def test_all_arrays_are_split_by_rows_and_those_of_tokens_and_edges_by_length_once_it_is_dealt() -> None:
+    whole = _batches(0, 1)[0]
+    dealt = spread(whole, 2)
+    assert {*jax.tree.leaves(batch_axes(whole))} == {"rows"}
+
+    axes = batch_axes(dealt)
+    assert axes.tokens == axes.edge_src == axes.edge_tgt == axes.edge_temperature == ("rows", "length")
+    assert axes.positions == axes.samples_through == ("rows", "length")
+    assert isinstance(axes.attention, SplitMeta)
+    assert axes.term_edge == axes.weight == axes.attention.stored_at == ("rows",)
+    jax.tree.map(lambda array, names: array.shape[: len(names)], dealt, axes)  # raises where the structures differ

@@ -137,11 +137,11 @@ def test_bins_padding_and_order_change_nothing_but_rounding() -> None:
 
 
 def test_a_mesh_of_rows_and_heads_takes_the_same_step() -> None:
-    mesh = sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4")), jax.devices())
+    layout = sharding.Layout(mesh=sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4"))))
     config = PackConfig(row_length=64, rows=2, block_size=16)
 
     alone, alone_grads = _gradient_step(_learner(), config, _groups())
-    learner = Learner(abstract_policy(_config())[0], init_params(_config(), mesh), StepConfig(), mesh=mesh)
+    learner = Learner(abstract_policy(_config())[0], init_params(_config(), layout), StepConfig(), layout=layout)
     split, split_grads = _gradient_step(learner, config, _groups())
 
     assert learner.row_shards == 2

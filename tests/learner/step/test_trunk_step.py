@@ -151,8 +151,10 @@ def test_leaves_may_come_in_any_order() -> None:
 
 @pytest.mark.parametrize(("split", "keep"), [({"fsdp": 2, "tensor": 2}, "products"), ({"tensor": 4}, "share")])
 def test_a_mesh_of_rows_weights_and_heads_gives_the_same_gradient(split: dict[str, int], keep: Kept) -> None:
-    mesh = sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4", **split)), jax.devices())
-    learner = Learner(abstract_policy(_policy())[0], init_params(_policy(), mesh), StepConfig(keep=keep), mesh=mesh)
+    layout = sharding.Layout(mesh=sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-4", **split))))
+    learner = Learner(
+        abstract_policy(_policy())[0], init_params(_policy(), layout), StepConfig(keep=keep), layout=layout
+    )
     groups = _long_groups(5)
 
     loss, grads = _gradient(_learner(), _pack(groups))
@@ -220,10 +222,10 @@ def test_a_wrong_token_in_a_trunk_drifts_once_for_every_sample_behind_it() -> No
 
 
 def test_a_mesh_that_splits_rows_by_length_is_refused_with_what_to_set() -> None:
-    mesh = sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-2", context=2)), jax.devices())
+    layout = sharding.Layout(mesh=sharding.build_mesh(sharding.resolve(sharding.MeshConfig(name="cpu-2", context=2))))
 
     with pytest.raises(ConfigError, match=r"context.*packing.trunks = false"):
-        make_trunk_step(*abstract_policy(_policy()), StepConfig(), start=_learner()._step.start, mesh=mesh)
+        make_trunk_step(*abstract_policy(_policy()), StepConfig(), start=_learner()._step.start, layout=layout)
 
 
 @settings(max_examples=60, deadline=None)

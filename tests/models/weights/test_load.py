@@ -12,13 +12,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from forgejax.errors import CheckpointError, ConfigError
 from forgejax.models import PolicyConfig, export_policy, init_params, load_params, read_policy_config
-from forgejax.sharding import MeshConfig, build_mesh, resolve
+from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
 from tests.models.folders import SETTINGS, C, D, F, H, K, L, Tensors, V, tensors_of, write_folder
 from tests.models.reference import weights_of
 
@@ -39,8 +38,8 @@ def same(a: Any, b: Any) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def mesh_of(**sizes: int) -> Mesh:
-    return build_mesh(resolve(MeshConfig(name="cpu-8", **sizes)))
+def layout_of(**sizes: int) -> Layout:
+    return Layout(mesh=build_mesh(resolve(MeshConfig(name="cpu-8", **sizes))))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +87,7 @@ def test_every_mesh_gets_the_same_weights(tmp_path: Path, name: str) -> None:
     config = config_of(given)
     whole = load_params(config)
 
-    spread = load_params(config, mesh_of(fsdp=2, tensor=4))
+    spread = load_params(config, layout_of(fsdp=2, tensor=4))
 
     assert same(spread, whole)
     q = spread["blocks"]["q"].get_value()
@@ -128,11 +127,11 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "in" / "model.safetensors").unlink()
     export_policy(config, init_params(config), tmp_path / "out", like=tmp_path / "in")
     config = config_of(tmp_path / "out")
-    mesh = mesh_of(fsdp=2, tensor=4)
-    load_params(config, mesh)  # what the first use imports and traces stays
+    layout = layout_of(fsdp=2, tensor=4)
+    load_params(config, layout)  # what the first use imports and traces stays
 
     tracemalloc.start()
-    params = load_params(config, mesh)
+    params = load_params(config, layout)
     kept, peak = tracemalloc.get_traced_memory()  # kept: host memory that jax took over as a device's
     tracemalloc.stop()
 
