@@ -8,6 +8,7 @@ what came of each step, floats by their bits. ``scripts/record_steps.py`` makes 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import platform
 import zlib
 from collections.abc import Sequence
@@ -104,4 +105,4 @@ def this_machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     model = " ".join(told.get(key, "?") for key in ("vendor_id", "cpu family", "model", "stepping"))
-    return f"{platform.machine()} {model} jaxlib {version('jaxlib')}"
+    return f"{platform.machine()} {model} jaxlib {importlib.metadata.version('jaxlib')}"
