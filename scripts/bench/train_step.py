@@ -26,7 +26,7 @@ from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepCon
 from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.pack import pack_forest
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
-from forgejax.run.compiles import Compiles
+from forgejax.run.rows import Compiles
 
 _PEAK_SIZE = 2048  # of the square product that utilisation is measured against
 _ROW_LIMIT = 2048  # tokens of a row, unless one tree is larger
