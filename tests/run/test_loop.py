@@ -227,7 +227,7 @@ def test_an_agent_program_that_cannot_play_ends_the_run_with_its_own_words(
 
 
 def test_an_agent_that_never_answers_is_cut_off_counted_and_waited_for_no_longer_than_allowed(tmp_path: Path) -> None:
-    overrides = ["--agent.function=tiny_agent:never", "--agent.deadline-s=0.4", "--pool.take-timeout-s=2"]
+    overrides = ["--agent.function=tests.run.tiny_agent:never", "--agent.deadline-s=0.4", "--pool.take-timeout-s=2"]
     with pytest.raises(ForgejaxError, match="no group could be taken for 2 s"):
         play(tmp_path, "--tasks.eval-tasks=0", "--stop-policy.deadline=drop_group", *overrides)
     with contextlib.closing(Journal.open(f"sqlite:///{tmp_path}/tiny-1/journal.sqlite")) as journal:
