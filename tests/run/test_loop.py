@@ -16,7 +16,9 @@ from forgejax.learner import Learner
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
 from forgejax.report.sinks.jsonl import read_metrics
+from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
+from forgejax.run.account import RunSums
 from forgejax.run.build import run
 from forgejax.run.config import RunConfig
 from forgejax.run.loop import Trainer
@@ -67,7 +69,7 @@ def trainer_of(count: int, calls: list[str], **run_config: int) -> Trainer:
         name: Told(name, calls) for name in ("engines", "service", "pool", "tasks", "chat", "audit", "rows", "progress")
     }
     parts["learner"] = Told("learner", calls, state=SimpleNamespace(params=None))
-    parts["account"] = Told("account", calls, sums=SimpleNamespace(skipped_in_a_row=0, to_mapping=dict))
+    parts["account"] = Told("account", calls, sums=RunSums(trained_tokens=7))
     parts["checkpoints"] = Told("checkpoints", calls, latest=None, oldest=None)
     return Trainer(config=RunConfig(**cast(Any, run_config)), steps=ListedSteps(count), **parts)
 
@@ -103,6 +105,29 @@ def test_a_source_that_ends_is_an_error_unless_the_run_was_asked_to_stop() -> No
     trainer.stop()
     trainer.train()
     assert trainer.step == 1
+
+
+def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_nothing_moves(tmp_path: Path) -> None:
+    calls: list[str] = []
+    trainer = trainer_of(9, calls, steps=3)
+    trainer.progress = Notes()
+    trainer.learner.__dict__["batch_shapes"] = {1, 2}
+    trainer.rows.__dict__["compiles"] = SimpleNamespace(count=5)
+    trainer.tasks.__dict__["eval_tasks"] = ()
+    trainer.engines.__dict__["account"] = lambda: EngineAccount(prompt_tokens=8, cached_tokens=2)
+    trainer.pool.__dict__["snapshot"] = lambda: SimpleNamespace(staleness_max=1, disorder_max=4)
+    trainer.stop()
+    outcome = trainer.run(tmp_path / "before.json")
+
+    assert calls[calls.index("service.start_groups") :] == [
+        *("service.start_groups", "rows.mark", "service.check", "account.count_time", "checkpoints.save"),
+        *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait", "engines.flush"),
+        *("account.count_time", "account.close"),
+    ]
+    assert (outcome.before, outcome.after, outcome.finished, outcome.steps) == (None, None, False, 0)
+    assert (outcome.staleness_max, outcome.disorder_max, outcome.cache_hit_rate) == (1, 4, 0.25)
+    assert (outcome.compiles, outcome.batch_shapes, outcome.sums) == (5, 2, RunSums(trained_tokens=7))
+    assert outcome.sums is not trainer.account.sums
 
 
 def consumption(path: Path) -> dict[int, list[int]]:
