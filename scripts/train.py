@@ -26,9 +26,8 @@ from forgejax.errors import ForgejaxError
 
 if TYPE_CHECKING:
     from forgejax.report.live.progress import Progress
-    from forgejax.run.build import Outcome
     from forgejax.run.config import TrainConfig
-    from forgejax.run.loop import Trainer
+    from forgejax.run.loop import Outcome, Trainer
     from forgejax.run.rundir import RunDir
 
 INTERRUPTED = 130
@@ -58,7 +57,8 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # The rest takes seconds to import: a typo in the command line is answered first.
     from forgejax.run import rundir  # noqa: PLC0415
-    from forgejax.run.config import check_mesh, load_config, load_saved, to_mapping  # noqa: PLC0415
+    from forgejax.run.config import load_config, load_saved, to_mapping  # noqa: PLC0415
+    from forgejax.run.preflight import check_mesh  # noqa: PLC0415
 
     config = load_config(own.config, overrides)
     if own.resume is not None:

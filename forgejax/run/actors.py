@@ -1,6 +1,6 @@
-"""Everything that makes trajectories while the learner learns: the engine, the gateway and the agents.
+"""Everything that makes trajectories while the learner learns: the engines, the gateway and the agents.
 
-The engine's driver has a thread of its own; gateway and agents share one event loop in another. The training thread
+The engines have threads of their own; gateway and agents share one event loop in another. The training thread
 calls the methods here; each of them has a deadline.
 """
 
@@ -22,7 +22,7 @@ from forgejax.environments import SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
 from forgejax.pool.pool import Pool
-from forgejax.rollout import Driver, LocalSampler, RequestLog
+from forgejax.rollout import Engines
 from forgejax.run.config import TrainConfig
 from forgejax.run.evaluate import Evaluation, evaluate
 from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task, TaskSource
@@ -36,33 +36,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the service runs. It starts and stops the driver, the gateway and the scaffold."""
+    """What the service runs. It starts and stops the engines, the gateway and the scaffold."""
 
     config: TrainConfig
-    driver: Driver
+    engines: Engines
     gateway: Gateway
     scaffold: Scaffold
     tasks: TaskSource
     pool: Pool
-    requests: RequestLog
     baseline: SpeedBaseline
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedFirst:
-    """The pool as a ``GroupSink`` that accepts a group once the engine's log has its requests on the disk.
+    """The pool as a ``GroupSink`` that accepts a group once the engines' records of its requests are on the disk.
 
-    Ids are compared with that log when the group is trained, which may be after a crash.
+    Ids are compared with those records when the group is trained, which may be after a crash.
     """
 
     pool: GroupSink
-    requests: RequestLog
+    engines: Engines
 
     async def next_dispatch(self) -> Dispatch | None:
         return await self.pool.next_dispatch()
 
     def finish(self, group: Group) -> None:
-        self.requests.flush()
+        self.engines.flush()
         self.pool.finish(group)
 
     def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
@@ -83,7 +82,6 @@ class RolloutService:
             reward=config.reward,
             policy=config.stop_policy,
         )
-        self._sampler = LocalSampler(parts.driver)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)
         self._groups: Future[None] | None = None
@@ -92,7 +90,7 @@ class RolloutService:
     def __enter__(self) -> RolloutService:
         self._thread.start()
         try:
-            self._parts.driver.start()
+            self._parts.engines.__enter__()
             self._call(self._start(), _START_S, "the gateway and the agents did not start")
         except BaseException:
             self.__exit__()
@@ -106,7 +104,7 @@ class RolloutService:
         with contextlib.suppress(ForgejaxError):
             self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
         with contextlib.suppress(EngineError):
-            self._parts.driver.stop()
+            self._parts.engines.__exit__()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_S)
         if not self._thread.is_alive():
@@ -119,7 +117,7 @@ class RolloutService:
     def start_groups(self) -> None:
         """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
         runner = GroupRunner(
-            sink=LoggedFirst(pool=self._parts.pool, requests=self._parts.requests),
+            sink=LoggedFirst(pool=self._parts.pool, engines=self._parts.engines),
             tasks=self._parts.tasks,
             episodes=self._episodes,
             group_size=self._parts.config.run.group_size,
@@ -136,16 +134,16 @@ class RolloutService:
             return
         groups, self._groups = self._groups, None
         groups.cancel()
-        self._call(self._settled(), _STOP_S, "the episodes in flight did not end")
+        self._call(self._await_groups(), _STOP_S, "the episodes in flight did not end")
 
     def check(self) -> None:
-        """Raises what ended the groups or the engine, if something did."""
+        """Raises what ended the groups or the engines, if something did."""
         if self._groups is not None and self._groups.done():
             with contextlib.suppress(CancelledError):
                 error = self._groups.exception()
                 if error is not None:
                     raise error
-        if not self._parts.driver.healthy:
+        if not self._parts.engines.healthy:
             raise TrainingError("the inference engine has stopped; the log above says why")
 
     def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
@@ -164,7 +162,7 @@ class RolloutService:
         return self._call(work, deadline_s, "the evaluation did not end")
 
     def warm_up(self) -> list[Completion]:
-        """Has the engine compile its programs by use: every prefill length, every number of busy slots.
+        """Has the engines compile their programs by use: every prefill length, every number of busy slots.
 
         The first episodes would else wait for it, and their times would say nothing of the policy.
         """
@@ -188,7 +186,7 @@ class RolloutService:
         """Draws completions for prompts given as ids, past the gateway."""
 
         async def draw() -> list[Completion]:
-            return await asyncio.gather(*(self._sampler.sample(request) for request in requests))
+            return await asyncio.gather(*(self._parts.engines.sample(request) for request in requests))
 
         return self._call(draw(), _PROBE_S, "the engine did not answer a probe")
 
@@ -204,7 +202,7 @@ class RolloutService:
         self._running = asyncio.current_task()
         await runner.run()
 
-    async def _settled(self) -> None:
+    async def _await_groups(self) -> None:
         """Until the cancelled runner has reported its groups. It has no task where it was cancelled before it began."""
         if self._running is not None:
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer state, run figures and the Grain iterator of one step, through Orbax.
+"""Checkpoints: weights, optimizer state, run figures and the place in the data of one step, through Orbax.
 
 Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept in one form, leaves by their path, and
 ``load_tree`` reads either.
@@ -6,8 +6,10 @@ Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept 
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -17,6 +19,14 @@ from forgejax.errors import CheckpointError
 
 _SAVE_TIMEOUT_S = 600
 _STATE = "state"  # the item of a run's checkpoint that holds the train state, its weights under "params"
+
+
+class Place(Protocol):
+    """Something that goes through data, as far as a checkpoint knows it; its state is plain data."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -41,19 +51,19 @@ class Checkpoints:
         steps = self._manager.all_steps()
         return min(steps) if steps else None
 
-    def save(self, step: int, state: Any, figures: dict[str, Any], iterator: grain.DatasetIterator[Any]) -> None:
-        """Saves ``state`` (a pytree of arrays), ``figures`` (plain data) and the position of the data pipeline."""
+    def save(self, step: int, state: Any, figures: dict[str, Any], data: Place) -> None:
+        """Saves ``state`` (a pytree of arrays), ``figures`` (plain data) and the place in the data."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_named(state)),
                 figures=ocp.args.JsonSave(figures),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                data=grain.checkpoint.CheckpointSave(_AsBytes(place=data)),
             ),
         )
 
-    def restore(self, like: Any, iterator: grain.DatasetIterator[Any]) -> tuple[int, Any, dict[str, Any]]:
-        """Restores the newest checkpoint: its step, a state laid out as ``like``, its figures; moves the iterator.
+    def restore(self, like: Any, data: Place) -> tuple[int, Any, dict[str, Any]]:
+        """Restores the newest checkpoint: its step, a state laid out as ``like``, its figures; moves ``data``.
 
         Raises CheckpointError if there is none, or if it belongs to another model.
         """
@@ -67,7 +77,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract),
                     figures=ocp.args.JsonRestore(),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
+                    data=grain.checkpoint.CheckpointRestore(_AsBytes(place=data)),
                 ),
             )
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -82,6 +92,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AsBytes:
+    """A place as Grain's checkpoint handler takes whatever is no iterator of its own: in the same form, as bytes."""
+
+    place: Place
+
+    def get_state(self) -> bytes:
+        return json.dumps(self.place.get_state(), indent=4).encode()
+
+    def set_state(self, state: bytes) -> None:
+        self.place.set_state(json.loads(state))
+
+    def start_prefetch(self) -> None:
+        """The handler asks for it; a place begins by itself."""
 
 
 def save_tree(path: Path, tree: Any) -> None:

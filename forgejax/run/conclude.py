@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections import Counter
 from pathlib import Path
 
-from forgejax.pool.journal import LOST_ATTEMPT
-from forgejax.pool.ledger import UNUSED_AT_END
 from forgejax.report.evaluation import NOT_MEASURED
 from forgejax.report.final.html import Report, write_html
 from forgejax.report.final.invariants import Bounds
@@ -17,8 +14,8 @@ from forgejax.report.final.plots import reward_curve
 from forgejax.report.final.summary import Summary, evaluation_fields, gain_fields, level_outcomes, write_summary
 from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.report.storage import write_atomic
-from forgejax.run.build import Outcome
 from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.run.loop import Outcome
 from forgejax.run.rundir import RunDir
 
 CURVE_FILE = "curve.png"
@@ -62,40 +59,36 @@ def bounds(config: TrainConfig) -> Bounds:
 
 
 def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
-    trainer = outcome.trainer
-    tally, groups = trainer.books.tally, trainer.pool.snapshot()
-    groups_not_trained = Counter(groups.groups_not_trained)
-    groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
-    groups_not_trained[LOST_ATTEMPT] += groups.waiting
+    sums, account = outcome.sums, outcome.account
     before, after = (each.result if each else NOT_MEASURED for each in (outcome.before, outcome.after))
     return Summary(
         **evaluation_fields("before", before),
         **evaluation_fields("after", after),
         **gain_fields(before, after),
-        eval_tasks=len(trainer.tasks.eval_tasks),
+        eval_tasks=outcome.eval_tasks,
         seed=config.run.seed,
-        steps=trainer.step,
-        wall_s=tally.wall_s,
-        skipped_steps=tally.skipped_steps,
-        drift_tokens=tally.drift_tokens,
-        logprob_gap_max=tally.gap_max if tally.gap_tokens else None,
-        logprob_gap_mean=tally.gap_mean,
-        logprob_gap_tokens=tally.gap_tokens,
-        tree_token_ratio=tally.tree_token_ratio,
+        steps=outcome.steps,
+        wall_s=sums.wall_s,
+        skipped_steps=sums.skipped_steps,
+        drift_tokens=sums.drift_tokens,
+        logprob_gap_max=sums.gap_max if sums.gap_tokens else None,
+        logprob_gap_mean=sums.gap_mean,
+        logprob_gap_tokens=sums.gap_tokens,
+        tree_token_ratio=sums.tree_token_ratio,
         prefix_cache_hit_rate=outcome.cache_hit_rate,
-        staleness_steps_max=groups.staleness_max,
-        window_disorder_max=groups.disorder_max,
-        tokens_sampled=outcome.tokens_sampled,
-        tokens_trained=tally.trained_tokens,
-        tokens_not_trained=dict(outcome.tokens_not_trained),
-        groups_dispatched=groups.groups_dispatched,
-        groups_trained=groups.groups_trained,
-        groups_not_trained={reason: count for reason, count in sorted(groups_not_trained.items()) if count},
+        staleness_steps_max=outcome.staleness_max,
+        window_disorder_max=outcome.disorder_max,
+        tokens_sampled=account.tokens_sampled,
+        tokens_trained=account.tokens_trained,
+        tokens_not_trained=dict(account.tokens_not_trained),
+        groups_dispatched=account.groups_dispatched,
+        groups_trained=account.groups_trained,
+        groups_not_trained=dict(account.groups_not_trained),
         figures={
             **level_outcomes(before, after),
-            "compiles": trainer.books.compiles.count,
-            "batch_shapes": len(trainer.learner.batch_shapes),
-            "wait_share": tally.wait_s / tally.train_s if tally.train_s else None,
-            "packing_wait_share": tally.packing_wait_s / tally.train_s if tally.train_s else None,
+            "compiles": outcome.compiles,
+            "batch_shapes": outcome.batch_shapes,
+            "wait_share": sums.wait_s / sums.train_s if sums.train_s else None,
+            "packing_wait_share": sums.packing_wait_s / sums.train_s if sums.train_s else None,
         },
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import jax.numpy as jnp
 import msgspec
 import tyro
 
@@ -20,18 +19,15 @@ from forgejax.agents import AgentConfig, StopPolicy
 from forgejax.environments import RewardConfig, TasksConfig
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
-from forgejax.learner import CreditConfig, PackConfig, StepConfig, lay_empty
+from forgejax.learner import CreditConfig, PackConfig, StepConfig
 from forgejax.models import PolicyConfig, read_policy_config
-from forgejax.ops import Kernel, kernel_for
 from forgejax.pool.pool import PoolConfig
 from forgejax.rollout import EngineConfig
 from forgejax.run.warm_start import WarmStartConfig
-from forgejax.sharding import MeshConfig, build_mesh, prepare_platform, resolve
+from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import SamplingLaw
 
 T = TypeVar("T")
-ENGINE_DEVICES = 1
-"""Devices beside the learner's mesh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,23 +147,6 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
     )
     plan = resolve(config.mesh)
     return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
-
-
-def check_mesh(config: TrainConfig) -> None:
-    """Raises MeshError for a mesh this machine cannot give, and ConfigError for rows or heads that the attention kernel
-    of its devices cannot work with: at once, before anything is created for the run."""
-    plan = resolve(config.mesh)
-    prepare_platform(plan, extra_devices=ENGINE_DEVICES)
-    check_kernel(kernel_for(build_mesh(plan)), config)
-
-
-def check_kernel(kernel: Kernel, config: TrainConfig) -> None:
-    """Raises ConfigError, with what to set, where the learner could not attend with this kernel."""
-    rows_of_a_device = lay_empty(config.packing).batches[0].attention
-    try:
-        kernel.check(rows_of_a_device, jnp.dtype(config.policy.compute_dtype), config.policy.head_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], source: str) -> T:

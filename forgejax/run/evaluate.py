@@ -56,13 +56,13 @@ class Evaluated:
     examples: list[Example]
 
 
-def keep(path: Path, evaluated: Evaluated) -> None:
+def save_evaluated(path: Path, evaluated: Evaluated) -> None:
     """Writes it, whole or not at all. Raises StorageFullError."""
     write_atomic(path, msgspec.json.encode(evaluated))
 
 
-def kept(path: Path) -> Evaluated | None:
-    """What ``keep`` wrote, or None if nothing was. Raises CheckpointError for a damaged file."""
+def load_evaluated(path: Path) -> Evaluated | None:
+    """What ``save_evaluated`` wrote, or None if nothing was. Raises CheckpointError for a damaged file."""
     if not path.exists():
         return None
     try:

@@ -5,58 +5,101 @@ take groups -> credit, prefix trees, packing (Grain, ahead of time) -> step -> p
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import grain
+from functools import partial
+from pathlib import Path
 
 from forgejax.chat import ChatFormat
 from forgejax.environments import ReasoningGymTasks
 from forgejax.errors import TrainingError
-from forgejax.learner import Learner
+from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
-from forgejax.report.evaluation import evaluation_row
 from forgejax.report.live.progress import Progress
-from forgejax.rollout import Driver
+from forgejax.rollout import Engines
+from forgejax.run.account import Account, RunAccount, RunSums
 from forgejax.run.actors import RolloutService
-from forgejax.run.books import Books, StepData
+from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import RunConfig
-from forgejax.run.evaluate import Evaluated, examples
+from forgejax.run.evaluate import Evaluated, examples, load_evaluated, save_evaluated
+from forgejax.run.rows import StepRows
+from forgejax.run.steps import StepData, StepSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run leaves to be reported, as plain data. ``finished`` is False for a run that was interrupted."""
+
+    before: Evaluated | None
+    after: Evaluated | None
+    finished: bool
+    steps: int
+    eval_tasks: int
+    sums: RunSums
+    account: Account
+    staleness_max: int
+    disorder_max: int
+    cache_hit_rate: float
+    compiles: int
+    batch_shapes: int
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A run that is ready to go: weights warm, engine and agents up. Its methods belong to the training thread."""
+    """A run that is ready to go: weights warm, engines and agents up. Its methods belong to the training thread."""
 
     config: RunConfig
     learner: Learner
+    engines: Engines
     service: RolloutService
-    driver: Driver
     pool: Pool
     tasks: ReasoningGymTasks
     chat: ChatFormat
-    batches: grain.DatasetIterator[StepData]
+    steps: StepSource
     checkpoints: Checkpoints
-    books: Books
+    account: RunAccount
+    audit: Audit
+    rows: StepRows
     progress: Progress
     step: int = 0
     stopping: bool = False
 
+    def run(self, before_file: Path) -> Outcome:
+        """Evaluates, trains, evaluates again, and closes the account.
+
+        ``before_file`` keeps the first evaluation for the attempts that go on with this run.
+        """
+        with self.progress.phase("compiling", "the engine"):
+            self.account.count_probes(self.service.warm_up())
+        before = self._evaluate_before(before_file)
+        self.service.start_groups()
+        with self.progress.phase("training", f"{self.config.steps - self.step} steps"):
+            self.train()
+        finished = self.step >= self.config.steps
+        self.service.stop_groups()
+        self.pool.close()
+        after = self.evaluate() if finished else None
+        self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
+        self.checkpoints.wait()
+        self.engines.flush()
+        self.account.count_time()
+        return self._outcome(before, after, finished=finished)
+
     def train(self) -> None:
         """Trains until ``run.steps`` steps are done, or until ``stop`` is called; ends with a checkpoint."""
         log = _nothing
-        self.books.mark()
+        self.rows.mark()
         while self.step < self.config.steps and (data := self._take()) is not None:
             metrics = self.learner.update(data.training.packed, version=self.step)
             self.step += 1
             self._publish()
             log()
-            log = self.books.open_step(data, self.step, metrics)
+            log = partial(self._log, data, self.rows.open(data, self.step, metrics))
             if self._due(self.config.probe_every):
-                completions = self.service.probe(self.books.probes(data.training.packed, self.step))
-                self.books.enter_probes(completions, self.step)
+                self._probe(data.training.packed)
             if self._due(self.config.checkpoint_every):
                 log = _done(log)
                 self.save()
@@ -71,13 +114,13 @@ class Trainer:
         tasks = self.tasks.eval_tasks
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
             evaluation = self.service.evaluate(tasks)
-            self.pool.count_tokens("evaluation", evaluation.sampled_tokens)
-            self.books.measure_gap(evaluation.turns, self.step)
-        self.books.metrics.write(evaluation_row(evaluation.result, step=self.step))
+            self.account.count_evaluation(evaluation.sampled_tokens)
+            self.audit.measure_gap(evaluation.turns, self.step)
+        self.rows.write_evaluation(evaluation.result, self.step)
         outcome = evaluation.result.overall.reward
         if outcome is not None:
             self.progress.note(f"held-out outcome after step {self.step}: {outcome:.3f}")
-        self.books.mark()
+        self.rows.mark()
         return Evaluated(result=evaluation.result, examples=examples(evaluation, tasks, self.chat))
 
     def save(self) -> None:
@@ -85,8 +128,8 @@ class Trainer:
         if self.checkpoints.latest == self.step:
             return
         oldest = self.checkpoints.oldest  # until the new one is on the disk, a crash goes back to one of these
-        self.books.stamp()
-        self.checkpoints.save(self.step, self.learner.state, self.books.tally.to_mapping(), self.batches)
+        self.account.count_time()
+        self.checkpoints.save(self.step, self.learner.state, self.account.sums.to_mapping(), self.steps)
         if oldest is not None:
             self.pool.forget(oldest)
 
@@ -96,22 +139,63 @@ class Trainer:
         self.pool.close()
 
     def _take(self) -> StepData | None:
-        """The next batch; None once the run is stopping."""
+        """The next step's data; None once the run is stopping."""
         self.service.check()
         asked_at = time.monotonic()
-        data = None if self.stopping else next(self.batches, None)
+        data = None if self.stopping else self.steps.next()
         if data is None and not self.stopping:  # the pool was closed, and not by us
             self.service.check()
             raise TrainingError("the data pool was closed while the run goes on")
         if data is not None:
-            self.books.took(data, asked_at)
+            self.rows.took(data, asked_at)
         return data
 
     def _publish(self) -> None:
-        """This step's weights to the engine; only then do the groups that made them make room for new ones."""
-        self.driver.publish(self.learner.state.params, self.step)  # copied when it returns
+        """This step's weights to the engines; only then do the groups that made them make room for new ones."""
+        self.engines.publish(self.learner.state.params, self.step)  # copied when it returns
         self.pool.publish(self.step)
         self.pool.retire(self.step - 1)
+
+    def _log(self, data: StepData, complete_row: Callable[[], None]) -> None:
+        """Ends what is to be said of a step: its row, whether its ids are the engines', whether it was sound."""
+        complete_row()
+        self.audit.compare_ids(data.training.packed)
+        skipped = self.account.sums.skipped_in_a_row
+        if skipped >= self.config.max_skipped:
+            raise TrainingError(
+                f"{skipped} steps in a row had a loss or gradient that is not finite; lower "
+                "step.optimizer.learning_rate, or resume from the last checkpoint with --resume"
+            )
+
+    def _probe(self, packed: PackedStep) -> None:
+        completions = self.service.probe(self.audit.probes(packed, self.step))
+        self.account.count_probes(completions)
+        self.audit.measure_probes(completions, self.step)
+
+    def _evaluate_before(self, file: Path) -> Evaluated | None:
+        """The evaluation of the first parameters, which ``file`` keeps for a run that goes on from later ones."""
+        before = load_evaluated(file)
+        if self.step == 0 and not self.stopping:
+            before = self.evaluate()
+            save_evaluated(file, before)
+        return before
+
+    def _outcome(self, before: Evaluated | None, after: Evaluated | None, *, finished: bool) -> Outcome:
+        groups = self.pool.snapshot()
+        return Outcome(
+            before=before,
+            after=after,
+            finished=finished,
+            steps=self.step,
+            eval_tasks=len(self.tasks.eval_tasks),
+            sums=dataclasses.replace(self.account.sums),
+            account=self.account.close(),
+            staleness_max=groups.staleness_max,
+            disorder_max=groups.disorder_max,
+            cache_hit_rate=self.engines.account().cache_hit_rate,
+            compiles=self.rows.compiles.count,
+            batch_shapes=len(self.learner.batch_shapes),
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -64,7 +64,7 @@ def create(root: Path, name: str, stem: str) -> RunDir:
             path = _make_numbered(root, stem)
     except OSError as error:
         raise ConfigError(f"the run directory under {root} cannot be made: {error}; set --run.root") from error
-    return _locked(path, resumed=False)
+    return _lock(path, resumed=False)
 
 
 def reopen(root: Path, name: str) -> RunDir:
@@ -77,7 +77,7 @@ def reopen(root: Path, name: str) -> RunDir:
     if path is None:
         there = ", ".join(sorted(file.parent.name for file in root.glob(f"*/{_CONFIG}"))) or "none"
         raise ConfigError(f"there is no run {name!r} to resume under {root}; runs there: {there}")
-    return _locked(path, resumed=True)
+    return _lock(path, resumed=True)
 
 
 def checkpoints_of(path: Path) -> Path:
@@ -109,7 +109,7 @@ def _make_numbered(root: Path, stem: str) -> Path:
             return path
 
 
-def _locked(path: Path, *, resumed: bool) -> RunDir:
+def _lock(path: Path, *, resumed: bool) -> RunDir:
     """The lock is the kernel's: it goes with the process, however that ends."""
     lock = (path / "lock").open("a+", encoding="utf-8")
     try:

@@ -32,6 +32,7 @@ from forgejax.learner import (
     pack,
     supervised_sample,
 )
+from forgejax.report.live.progress import Progress
 from forgejax.types import Task, TaskSource
 
 _TASKS_FROM = 1_000_000_000
@@ -174,3 +175,20 @@ def imitate(
     """
     for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards), start=1):
         progress(number, float(learner.update(packed, version=0)["loss"]))
+
+
+def describe_weights(path: str) -> list[tuple[str, int, int]]:
+    """What tells the weights in ``policy.path`` from others put there later: names, sizes and times of the files."""
+    found = sorted(Path(path).iterdir()) if path and Path(path).is_dir() else [Path(path)] if path else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+
+
+def note_tenths(progress: Progress, steps: int) -> Callable[[int, float], None]:
+    """For ``imitate``: notes the loss ten times on the way."""
+    every = max(1, steps // 10)
+
+    def note(step: int, loss: float) -> None:
+        if step % every == 0 or step == steps:
+            progress.note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+
+    return note

@@ -27,7 +27,7 @@ from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.lay import lay_plan
 from forgejax.learner.packing.plan import plan_step
 from forgejax.models import PolicyConfig, abstract_policy, count_params, init_params
-from forgejax.run.compiles import Compiles
+from forgejax.run.rows import Compiles
 
 _PEAK_SIZE = 2048  # of the square product that utilisation is measured against
 _ROW_LIMIT = 2048  # tokens of a row, unless one tree is larger

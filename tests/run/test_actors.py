@@ -1,9 +1,9 @@
-"""What holds between the engine's log, the pool and the trainer, seen without any of them."""
+"""What holds between the engines' records, the pool and the trainer, seen without any of them."""
 
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Self, cast
 
 import pytest
 
@@ -15,7 +15,7 @@ DISPATCH = Dispatch(index=0, attempt=0, version=0)
 
 
 class Recorder:
-    """Stands for pool and request log: writes down what is called, and raises what it is told to."""
+    """Stands for pool and engines: writes down what is called, and raises what it is told to."""
 
     def __init__(self, **failures: Exception) -> None:
         self.calls: list[str] = []
@@ -42,7 +42,7 @@ class DispatchingPool(Recorder):
 
 
 class Part:
-    """A gateway, scaffold or driver that starts and stops, and does nothing else."""
+    """A gateway, a scaffold or engines, which starts and stops, and does nothing else."""
 
     healthy = True
 
@@ -61,13 +61,13 @@ class Part:
         self.ended += 1
 
 
-class Engine(Part):
-    """A driver, whose methods are called from the training thread."""
+class Engines(Part):
+    """An inference side that is entered and left from the training thread."""
 
-    def start(self) -> None:  # type: ignore[override]
-        """Begins."""
+    def __enter__(self) -> Self:
+        return self
 
-    def stop(self) -> None:  # type: ignore[override]
+    def __exit__(self, *_: object) -> None:
         self.ended += 1
 
 
@@ -75,8 +75,8 @@ def parts(pool: Any = None, **changed: Any) -> Any:
     run = SimpleNamespace(group_size=2, seed=0, eval_samples=1, eval_concurrency=4)
     agent = SimpleNamespace(deadline_s=1.0, grace_s=1.0)
     config = SimpleNamespace(run=run, agent=agent, reward=None, stop_policy=None, sampling=None)
-    values = {"config": config, "driver": Engine(), "gateway": Part(), "scaffold": Part(), "tasks": None}
-    values |= {"pool": pool or Recorder(), "requests": Recorder(), "baseline": None}
+    values = {"config": config, "engines": Engines(), "gateway": Part(), "scaffold": Part(), "tasks": None}
+    values |= {"pool": pool or Recorder(), "baseline": None}
     return cast(Parts, SimpleNamespace(**(values | changed)))
 
 
@@ -87,9 +87,9 @@ def check_on(service: RolloutService) -> NoReturn:
         time.sleep(0.001)
 
 
-def test_a_group_is_accepted_only_once_the_engines_log_is_on_the_disk() -> None:
+def test_a_group_is_accepted_only_once_the_engines_records_are_on_the_disk() -> None:
     both = Recorder()
-    LoggedFirst(pool=cast(Any, both), requests=cast(Any, both)).finish(cast(Group, None))
+    LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
 
     assert both.calls == ["flush", "finish"]
 
@@ -97,7 +97,7 @@ def test_a_group_is_accepted_only_once_the_engines_log_is_on_the_disk() -> None:
 def test_a_group_whose_requests_cannot_be_logged_is_not_accepted() -> None:
     both = Recorder(flush=EngineError("the request log cannot be written"))
     with pytest.raises(EngineError):
-        LoggedFirst(pool=cast(Any, both), requests=cast(Any, both)).finish(cast(Group, None))
+        LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
 
     assert both.calls == ["flush"]
 
@@ -135,7 +135,7 @@ def test_a_report_that_fails_while_the_groups_are_stopped_is_raised_and_everythi
             service.stop_groups()
         service.stop_groups()
 
-    assert (values.driver.ended, values.gateway.ended, values.scaffold.ended) == (1, 1, 1)
+    assert (values.engines.ended, values.gateway.ended, values.scaffold.ended) == (1, 1, 1)
 
 
 def test_an_agent_that_does_not_start_takes_the_engine_and_the_gateway_down_again() -> None:
@@ -143,14 +143,14 @@ def test_an_agent_that_does_not_start_takes_the_engine_and_the_gateway_down_agai
     with pytest.raises(AgentError, match="no such program"), RolloutService(values):
         pytest.fail("it is not entered")
 
-    assert (values.driver.ended, values.gateway.ended, values.scaffold.ended) == (1, 1, 1)
+    assert (values.engines.ended, values.gateway.ended, values.scaffold.ended) == (1, 1, 1)
 
 
 def test_an_engine_that_has_died_is_an_error_of_the_run() -> None:
     values = parts()
     with RolloutService(values) as service:
         service.check()
-        values.driver.healthy = False
+        values.engines.healthy = False
         with pytest.raises(TrainingError, match="the inference engine has stopped"):
             service.check()
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit, into the model it belongs to and no other."""
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -36,6 +38,39 @@ def test_state_figures_and_the_place_in_the_data_come_back(tmp_path: Path) -> No
     assert (step, figures) == (3, {"gap_max": 1e-7, "steps": 3})
     np.testing.assert_array_equal(found["layer"]["w"], np.full((2, 4), 0.1, np.float32))
     assert next(resumed) == 7
+    again.close()
+
+
+class Counted:
+    """A place in some data, as a checkpoint knows it."""
+
+    def __init__(self, given: int) -> None:
+        self.given = given
+
+    def get_state(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
+
+
+def test_any_place_in_the_data_comes_back_and_lies_there_as_grain_would_have_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1.0), {}, Counted(5))
+    checkpoints.save(2, state(1.0), {}, numbers())
+    checkpoints.wait()
+    by_grain = ocp.CheckpointManager(tmp_path / "by grain")
+    by_grain.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(numbers())))
+    by_grain.wait_until_finished()
+    by_grain.close()
+    (ours,), (theirs,) = ((at / "data").glob("process*") for at in (tmp_path / "2", tmp_path / "by grain" / "1"))
+    assert (ours.name, ours.read_text()) == (theirs.name, theirs.read_text())
+    checkpoints.close()
+
+    shutil.rmtree(tmp_path / "2")
+    again, place = Checkpoints(tmp_path, keep=2), Counted(0)
+    again.restore(state(0.0), place)
+    assert place.given == 5
     again.close()
 
 

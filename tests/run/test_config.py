@@ -1,21 +1,14 @@
 """One TOML file, dotted overrides on top, and errors that name the place."""
 
 import dataclasses
-import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from forgejax.errors import ConfigError, MeshError
-from forgejax.ops import Kernel
-from forgejax.ops.tree.cpu import CpuKernel
-from forgejax.ops.tree.gpu import GpuKernel
-from forgejax.ops.tree.tpu import TpuKernel
+from forgejax.errors import ConfigError
 from forgejax.run.config import (
     TrainConfig,
-    check_kernel,
-    check_mesh,
     from_mapping,
     load_config,
     load_saved,
@@ -43,7 +36,7 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path)
 
 
 def test_an_overridden_configuration_survives_a_round_trip(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "--agent.command", "a", "b", "--warm-start.guessed-levels", "x", "y")
+    config = tiny_config(tmp_path, "--agent.command", "a", "b", "--warm-start.options.guessed-levels", "x", "y")
 
     assert load_saved(to_mapping(config), "again") == config
 
@@ -175,29 +168,3 @@ def test_a_mistyped_option_ends_with_status_2_and_names_the_near_one(
 
     assert caught.value.code == 2
     assert answer in printed.err + printed.out
-
-
-@pytest.mark.parametrize(
-    ("kernel", "overrides", "words"),
-    [
-        (TpuKernel(), (), "blocks of 32 tokens; set packing.block_size to a multiple of 128"),
-        (GpuKernel(), ("--packing.block-size=8",), "blocks of 8 tokens; for float32 heads of 8 set packing.block_size"),
-        (GpuKernel(), ("--policy.compute-dtype=float64",), "got float64; set policy.compute_dtype"),
-    ],
-)
-def test_what_a_kernel_cannot_work_with_is_refused_with_what_to_set(
-    tmp_path: Path, kernel: Kernel, overrides: tuple[str, ...], words: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        check_kernel(kernel, tiny_config(tmp_path, *overrides))
-
-
-def test_the_kernels_take_blocks_of_the_sizes_they_name(tmp_path: Path) -> None:
-    check_kernel(TpuKernel(), tiny_config(tmp_path, "--packing.block-size=128"))
-    check_kernel(GpuKernel(), tiny_config(tmp_path, "--packing.block-size=16"))
-    check_kernel(CpuKernel(), tiny_config(tmp_path, "--policy.compute-dtype=float64"))
-
-
-def test_a_mesh_this_machine_cannot_give_is_refused_before_anything_is_made() -> None:
-    with pytest.raises(MeshError, match="mesh v5e-64 needs 64 v5e chips; this machine has no TPU and no GPU"):
-        check_mesh(load_config(QUICKSTART, ["--mesh=v5e-64"]))

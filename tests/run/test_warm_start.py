@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,13 +17,12 @@ from forgejax.chat import ChatFormat
 from forgejax.environments import ReasoningGymTasks
 from forgejax.errors import ConfigError
 from forgejax.gateway import Gateway
-from forgejax.report.live.progress import NoProgress
 from forgejax.run.config import TrainConfig, load_config, to_mapping
 from forgejax.run.warm_start import Demonstration, Demonstrations, WarmStartConfig, cache_key, make_demonstrations
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec, StopReason, Task, TaskSource
-from tests.run.tiny_run import QUICKSTART, REPOSITORY, compiled_once, tiny_config, tiny_outcome, tiny_place
+from tests.run.tiny_run import QUICKSTART, REPOSITORY, go_on, saved_weights, tiny_config, tiny_place
 
-pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 AGENT = REPOSITORY / "examples" / "quickstart" / "agent.py"
 TOKENIZER = REPOSITORY / "examples" / "quickstart" / "tokenizer"
 DEMONSTRATOR = f"{REPOSITORY / 'examples' / 'quickstart' / 'demonstrations.py'}:CalculatorDemonstrator"
@@ -171,10 +169,6 @@ def test_the_key_depends_on_settings_tokenizer_and_the_agents_words_and_on_nothi
 
 
 def test_a_second_run_takes_the_warm_weights_from_the_cache_and_another_configuration_does_not(tmp_path: Path) -> None:
-    class Notes(NoProgress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
     def weights(tool_rate: float) -> Any:
         config = tiny_config(
             tmp_path / "runs",
@@ -191,9 +185,9 @@ def test_a_second_run_takes_the_warm_weights_from_the_cache_and_another_configur
                 options={"tool_rate": tool_rate, "guessed_levels": ["hard"], "describe": list(DESCRIBE)},
             ),
         )
-        outcome = tiny_outcome(config, tiny_place(config), Notes())
-        leaves = jax.device_get(jax.tree.leaves(outcome.trainer.learner.state.params))
-        return np.concatenate([leaf.ravel() for leaf in leaves])
+        ended = go_on(config, tiny_place(config))
+        notes.extend(ended.notes)
+        return np.concatenate([leaf.ravel() for leaf in saved_weights(config, ended.path)])
 
     notes: list[str] = []
     cold = weights(0.2)

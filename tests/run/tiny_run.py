@@ -1,17 +1,26 @@
 """The quickstart, shrunk until a test can afford it: a one-layer policy, four engine slots, two steps."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from forgejax.report.live.progress import Progress
+from forgejax.models import abstract_policy
+from forgejax.pool.journal import Journal
+from forgejax.report.final.summary import Summary
+from forgejax.report.live.progress import NoProgress
+from forgejax.rollout import RequestLog
 from forgejax.run import rundir
-from forgejax.run.build import Outcome, run
+from forgejax.run.build import run
+from forgejax.run.checkpoint import load_params
+from forgejax.run.conclude import summarise
 from forgejax.run.config import TrainConfig, load_config, to_mapping
+from forgejax.run.loop import Outcome
 from forgejax.run.rundir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,10 +69,63 @@ def tiny_place(config: TrainConfig) -> RunDir:
     return place
 
 
-def tiny_outcome(config: TrainConfig, place: RunDir, progress: Progress) -> Outcome:
+class Notes(NoProgress):
+    """What a run tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A run that has ended."""
+
+    config: TrainConfig
+    path: Path
+    outcome: Outcome
+    notes: list[str]
+
+    @property
+    def summary(self) -> Summary:
+        return summarise(self.outcome, self.config)
+
+
+def play(root: Path, *overrides: str) -> Ended:
+    """A tiny run from its beginning to its end."""
+    config = tiny_config(root, *overrides)
+    return go_on(config, tiny_place(config))
+
+
+def go_on(config: TrainConfig, place: RunDir) -> Ended:
     """Runs it to its end in this process, and lets go of the run directory."""
+    notes = Notes()
     with contextlib.closing(place):
-        return run(config, place, progress, lambda trainer: None)
+        outcome = run(config, place, notes, lambda trainer: None)
+    return Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines)
+
+
+def saved_weights(config: TrainConfig, path: Path) -> list[np.ndarray]:
+    """Every weight in the newest checkpoint of the run at ``path``."""
+    _, like = abstract_policy(config.policy)
+    return jax.tree.leaves(load_params(rundir.checkpoints_of(path), None, like)[1])
+
+
+def logged_tokens(path: Path, purpose: str) -> list[int]:
+    """Sampled tokens of each request of a purpose, by the engine's log of the run at ``path``."""
+    log = RequestLog(path / "requests.log")
+    try:
+        found = [log.find(request_id) for request_id in log._offsets]
+    finally:
+        log.close()
+    return [len(each.sampled_ids) for each in found if each is not None and each.purpose == purpose]
+
+
+def group_states(path: Path) -> list[str]:
+    with contextlib.closing(Journal.open(f"sqlite:///{path}/journal.sqlite")) as journal:
+        return [group.state for group in journal.groups()]
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from forgejax.run.config import load_config, to_mapping
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, SHRUNK, compiled_once
 
 SCRIPT = REPOSITORY / "scripts" / "train.py"
-WORKER = ("--agent.kind=worker", "--agent.command", sys.executable, str(REPOSITORY / "tests" / "tiny_agent.py"))
+WORKER = ("--agent.kind=worker", "--agent.command", sys.executable, str(REPOSITORY / "tests" / "run" / "tiny_agent.py"))
 pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
 Train = Callable[..., int]
 
@@ -67,7 +67,7 @@ class Process:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            "PYTHONPATH": str(REPOSITORY / "tests"),
+            "PYTHONPATH": str(REPOSITORY),
         }
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -103,7 +103,7 @@ def test_a_shard_may_have_more_edges_than_tokens() -> None:
 
 
 def test_all_arrays_are_split_by_rows_and_those_of_tokens_and_edges_by_length_once_it_is_dealt() -> None:
-    whole = _batches(0, 1)[0]
+    whole = _packed(0, 1).batches[0]
     dealt = spread(whole, 2)
     assert {*jax.tree.leaves(batch_axes(whole))} == {"rows"}
 

@@ -1,0 +1,175 @@
+"""The account of a run: where sampled tokens are counted as they come, and where it is closed at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+
+from forgejax.learner import PackStats
+from forgejax.pool.journal import LOST_ATTEMPT
+from forgejax.pool.ledger import UNUSED_AT_END, PoolSnapshot, TokenAccount
+from forgejax.pool.pool import Pool
+from forgejax.rollout import EngineAccount, Engines
+from forgejax.types import Completion
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunSums:
+    """The lineage of the current parameters in sums that no other package keeps; they travel with the checkpoints.
+
+    ``trained_tokens`` is what the device-side term mask counted; ``skipped_tokens`` those of steps that were not
+    finite. ``train_s`` is the wall clock of the steps; ``wait_s`` what of it the trainer waited for data, and
+    ``packing_wait_s`` what it would not have waited had packing taken no time. The gap is |trainer - sampler| of a
+    token's log-probability, over ``gap_tokens`` tokens drawn by the very weights that scored them.
+    """
+
+    steps: int = 0
+    wall_s: float = 0.0
+    trained_tokens: int = 0
+    skipped_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    drift_tokens: int = 0
+    tree_tokens: int = 0
+    unmerged_tokens: int = 0
+    gap_max: float = 0.0
+    gap_sum: float = 0.0
+    gap_tokens: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    packing_wait_s: float = 0.0
+
+    def count_step(self, *, terms: int, skipped: bool) -> None:
+        """The device's figures of one step. A skipped step trained nothing."""
+        self.steps += 1
+        if skipped:
+            self.skipped_tokens += terms
+            self.skipped_steps += 1
+        else:
+            self.trained_tokens += terms
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def count_packing(self, stats: PackStats) -> None:
+        self.tree_tokens += stats.tree_tokens
+        self.unmerged_tokens += stats.unmerged_tokens
+
+    def count_wait(self, seconds: float, *, packing_s: float) -> None:
+        self.wait_s += seconds
+        self.packing_wait_s += packing_s
+
+    def count_gaps(self, gaps: np.ndarray) -> None:
+        if gaps.size:
+            self.gap_max = max(self.gap_max, float(gaps.max()))
+            self.gap_sum += float(gaps.sum())
+            self.gap_tokens += int(gaps.size)
+
+    @property
+    def gap_mean(self) -> float | None:
+        return self.gap_sum / self.gap_tokens if self.gap_tokens else None
+
+    @property
+    def tree_token_ratio(self) -> float | None:
+        return self.unmerged_tokens / self.tree_tokens if self.tree_tokens else None
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, saved: dict[str, Any]) -> RunSums:
+        """Raises msgspec.ValidationError for what ``to_mapping`` did not write."""
+        return msgspec.convert(saved, cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Account:
+    """What became of every sampled token and every dispatched group, over all attempts at the run.
+
+    In a sound run ``sampled == trained + sum(not_trained.values())``, of tokens and of groups (``dispatched``) alike.
+    Counts by reason are above 0 and in the order of their names.
+    """
+
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_not_trained: Mapping[str, int]
+    groups_dispatched: int
+    groups_trained: int
+    groups_not_trained: Mapping[str, int]
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunAccount:
+    """The account while the run is up; for the training thread alone.
+
+    ``sampled_before``: tokens drawn by earlier attempts. ``counted_at``: the moment (``time.monotonic()``) up to which
+    ``sums`` has the run's wall clock.
+    """
+
+    engines: Engines
+    pool: Pool
+    sums: RunSums
+    sampled_before: int
+    counted_at: float
+
+    @classmethod
+    def open(cls, engines: Engines, pool: Pool, sums: RunSums, *, counted_at: float) -> Self:
+        """Counts as lost what earlier attempts drew for episodes that a crash cut off: the pool never heard of it."""
+        sampled_before = max(engines.account().inherited, pool.inherited_tokens)
+        pool.count_tokens(LOST_ATTEMPT, sampled_before - pool.inherited_tokens)
+        return cls(engines=engines, pool=pool, sums=sums, sampled_before=sampled_before, counted_at=counted_at)
+
+    def count_probes(self, completions: Iterable[Completion]) -> None:
+        self.pool.count_tokens("probe", sum(len(each.token_ids) for each in completions))
+
+    def count_evaluation(self, sampled_tokens: int) -> None:
+        self.pool.count_tokens("evaluation", sampled_tokens)
+
+    def count_time(self) -> None:
+        """Brings the wall clock of the sums up to now."""
+        now = time.monotonic()
+        self.sums.wall_s += now - self.counted_at
+        self.counted_at = now
+
+    def close(self) -> Account:
+        """The account at the end: once the pool is closed and rewound to the last step, and nothing is drawn."""
+        return settle(
+            self.engines.account(),
+            self.pool.tokens(),
+            self.pool.snapshot(),
+            self.sums,
+            sampled_before=self.sampled_before,
+        )
+
+
+def settle(
+    engines: EngineAccount, tokens: TokenAccount, groups: PoolSnapshot, sums: RunSums, *, sampled_before: int
+) -> Account:
+    """The account of a run that has ended, from what each part of it counted for itself.
+
+    What the engines drew and gave nobody is known to them alone, and what a skipped step would have trained to the
+    trainer alone. Groups that still wait are unused; those that a crash cut off, and that were not begun again, lost.
+    """
+    not_trained = Counter(tokens.not_trained)
+    not_trained["cancelled"] += engines.cancelled
+    not_trained["request_failed"] += engines.failed
+    not_trained["skipped_step"] += sums.skipped_tokens
+    groups_not_trained = Counter(groups.groups_not_trained)
+    groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
+    groups_not_trained[LOST_ATTEMPT] += groups.waiting
+    return Account(
+        tokens_sampled=sampled_before + engines.sampled,
+        tokens_trained=sums.trained_tokens,
+        tokens_not_trained=_without_zeros(not_trained),
+        groups_dispatched=groups.groups_dispatched,
+        groups_trained=groups.groups_trained,
+        groups_not_trained=_without_zeros(groups_not_trained),
+    )
+
+
+def _without_zeros(counts: Mapping[str, int]) -> dict[str, int]:
+    return {reason: count for reason, count in sorted(counts.items()) if count}

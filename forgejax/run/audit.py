@@ -1,0 +1,95 @@
+"""The audit: is what is trained what the engines were given and drew, and do both sides agree on its probability?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgejax.learner import Learner, PackConfig, PackedBatch, PackedStep, Sample, drift_tokens, pack
+from forgejax.learner.packing.drift import trained_ids
+from forgejax.learner.packing.samples import turn_sample, untrainable_reason
+from forgejax.rollout import Engines
+from forgejax.run.account import RunSums
+from forgejax.types import Completion, SampleRequest, SamplingLaw, Turn
+
+_PROBES = 4
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Compares the trainer with the engines and adds what it finds to ``sums``; for the training thread alone.
+
+    ``law`` is the one that trained tokens are drawn from. ``attempt`` tells the probes of one attempt at the run from
+    those of another.
+    """
+
+    learner: Learner
+    engines: Engines
+    packing: PackConfig
+    law: SamplingLaw
+    attempt: int
+    sums: RunSums
+
+    def compare_ids(self, packed: PackedStep) -> None:
+        """Counts the ids of a trained step that differ from the engines' own records of its requests."""
+        records = self.engines.requests_of({placement.request_id for placement in packed.placements})
+        given = {name: (record.prompt_ids, record.sampled_ids) for name, record in records.items()}
+        self.sums.drift_tokens += drift_tokens(packed, given)
+
+    def measure_gap(self, turns: Iterable[Turn], version: int) -> None:
+        """Scores what the sampler drew with the learner's current weights, of ``version``."""
+        samples: list[Sample] = [
+            turn_sample(turn, 1.0)
+            for turn in turns
+            if len(turn.completion.token_ids) and untrainable_reason(turn, self.packing) is None
+        ]
+        if samples:
+            packed = pack([samples], self.packing, row_shards=self.learner.row_shards)
+            scored = [np.asarray(scores) for scores in self.learner.score(packed)]
+            self.sums.count_gaps(fresh_gaps(scored, packed, version))
+
+    def probes(self, packed: PackedStep, step: int) -> list[SampleRequest]:
+        """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing."""
+        parts = packed.parts
+        return [
+            SampleRequest(
+                request_id=f"probe-{self.attempt}-{step}-{number}",
+                prompt_ids=trained_ids(parts[placement.batch], placement)[0],
+                max_tokens=_PROBE_TOKENS,
+                law=self.law,
+                purpose="probe",
+            )
+            for number, placement in enumerate(packed.placements[:_PROBES])
+        ]
+
+    def measure_probes(self, completions: Sequence[Completion], version: int) -> None:
+        """The gap on what was drawn for the probes."""
+        self.measure_gap(
+            (
+                Turn(index=0, completion=each, parent=None, requested_at=0.0, finished_at=0.0, requested_law=self.law)
+                for each in completions
+            ),
+            version,
+        )
+
+
+def fresh_gaps(scored: Sequence[np.ndarray], packed: PackedStep, version: int) -> np.ndarray:
+    """|trainer - sampler| log-probability of the terms drawn by ``version`` alone, over all rows of a packed step.
+
+    Args:
+        scored: for each of the step's parts the trainer's log-probabilities [B, M] under the weights of ``version``.
+        packed: the same terms with what the sampler recorded.
+        version: tokens of other versions, or with older keys and values in their context, are left out.
+    """
+    gaps = [_fresh(scores, part.batch, version) for scores, part in zip(scored, packed.parts, strict=True)]
+    return np.concatenate(gaps) if gaps else np.zeros(0)
+
+
+def _fresh(scores: np.ndarray, batch: PackedBatch, version: int) -> np.ndarray:
+    fresh = np.asarray(batch.term_mask)
+    for drawn in (batch.version, batch.oldest_version):
+        fresh = fresh & (np.asarray(drawn) == version)
+    return np.abs(scores - np.asarray(batch.old_logp))[fresh]

@@ -1,0 +1,219 @@
+"""The account of a run: what its sums count, how it is closed, and that it opens by just what is left out."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import pytest
+
+from forgejax.gateway import Gateway
+from forgejax.pool.ledger import PoolSnapshot, TokenAccount
+from forgejax.pool.pool import Pool
+from forgejax.report.final.invariants import checks
+from forgejax.report.final.summary import read_summary
+from forgejax.rollout import EngineAccount
+from forgejax.run import rundir
+from forgejax.run.account import Account, RunAccount, RunSums, settle
+from forgejax.run.actors import RolloutService
+from forgejax.run.build import run
+from forgejax.run.conclude import bounds
+from forgejax.run.loop import Trainer
+from forgejax.types import Group, Turn
+from tests.run.tiny_run import Ended, Notes, go_on, group_states, logged_tokens, play, tiny_config, tiny_place
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def test_a_skipped_step_trains_nothing_and_a_sound_one_ends_the_row() -> None:
+    sums = RunSums()
+    for skipped in (False, True, True):
+        sums.count_step(terms=10, skipped=skipped)
+
+    assert (sums.steps, sums.trained_tokens, sums.skipped_tokens) == (3, 10, 20)
+    assert (sums.skipped_steps, sums.skipped_in_a_row) == (2, 2)
+    sums.count_step(terms=5, skipped=False)
+    assert (sums.trained_tokens, sums.skipped_steps, sums.skipped_in_a_row) == (15, 2, 0)
+
+
+def test_gaps_add_up_over_calls_and_nothing_measured_is_no_mean() -> None:
+    sums = RunSums()
+    assert (sums.gap_mean, sums.tree_token_ratio) == (None, None)
+    sums.count_gaps(np.zeros(0))
+    assert sums.gap_mean is None
+    sums.count_gaps(np.array([0.5, 0.1]))
+    sums.count_gaps(np.array([0.3]))
+
+    assert (sums.gap_max, sums.gap_tokens) == (0.5, 3)
+    assert sums.gap_mean == pytest.approx(0.3)
+
+
+def test_sums_come_back_from_plain_data_as_they_were_and_refuse_anything_else() -> None:
+    sums = RunSums(steps=3, wall_s=1.5, trained_tokens=7, gap_max=1e-7, gap_sum=2e-7, gap_tokens=2)
+
+    assert RunSums.from_mapping(sums.to_mapping()) == sums
+    with pytest.raises(msgspec.ValidationError):
+        RunSums.from_mapping({"steps": "three"})
+
+
+def holds(ended: Ended, name: str) -> bool | None:
+    """Whether an invariant of the report holds."""
+    return next(each.holds for each in checks(ended.summary, bounds(ended.config)) if each.name == name)
+
+
+def snapshot(**changed: Any) -> PoolSnapshot:
+    values: dict[str, Any] = dict.fromkeys(PoolSnapshot.__annotations__, 0)
+    return PoolSnapshot(**(values | {"groups_dropped": {}, "groups_failed": {}} | changed))
+
+
+def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
+    account = settle(
+        EngineAccount(sampled=100, cancelled=7, failed=2, inherited=999),
+        TokenAccount(trained=1, waiting=0, not_trained={"probe": 11, "cancelled": 3, "deadline": 0}),
+        snapshot(
+            groups_dispatched=12,
+            groups_trained=4,
+            groups_dropped={"zero_advantage": 2},
+            groups_failed={"deadline": 1, "zero_advantage": 1},
+            finished_waiting=3,
+            waiting=1,
+        ),
+        RunSums(trained_tokens=120, skipped_tokens=7),
+        sampled_before=50,
+    )
+
+    assert account == Account(
+        tokens_sampled=150,
+        tokens_trained=120,
+        tokens_not_trained={"cancelled": 10, "probe": 11, "request_failed": 2, "skipped_step": 7},
+        groups_dispatched=12,
+        groups_trained=4,
+        groups_not_trained={"deadline": 1, "lost_attempt": 1, "unused_at_end": 3, "zero_advantage": 3},
+    )
+    assert list(account.tokens_not_trained) == sorted(account.tokens_not_trained)
+
+
+class TwoEngines:
+    """An inference side that drew more for earlier attempts than the pool was told of."""
+
+    def account(self) -> EngineAccount:
+        return EngineAccount(sampled=30, inherited=25) + EngineAccount(sampled=12, inherited=15)
+
+
+class CountingPool:
+    """A pool as the account knows it, for tokens alone."""
+
+    inherited_tokens = 28
+
+    def __init__(self) -> None:
+        self.counted: dict[str, int] = {"deadline": 28}
+
+    def count_tokens(self, reason: str, tokens: int) -> None:
+        self.counted[reason] = self.counted.get(reason, 0) + tokens
+
+    def tokens(self) -> TokenAccount:
+        return TokenAccount(trained=0, waiting=0, not_trained=self.counted)
+
+    def snapshot(self) -> PoolSnapshot:
+        return snapshot()
+
+
+def test_what_only_the_engines_know_of_earlier_attempts_is_counted_as_lost() -> None:
+    pool = CountingPool()
+    account = RunAccount.open(cast(Any, TwoEngines()), cast(Any, pool), RunSums(), counted_at=0.0)
+    account.count_evaluation(42)
+    closed = account.close()
+
+    assert pool.counted == {"deadline": 28, "lost_attempt": 12, "evaluation": 42}
+    assert closed.tokens_sampled == 25 + 15 + 30 + 12
+    assert closed.tokens_sampled == closed.tokens_trained + sum(closed.tokens_not_trained.values())
+
+
+def test_every_sampled_token_and_every_group_is_accounted_for(ended: Ended) -> None:
+    summary = read_summary(ended.path)
+
+    assert summary.tokens_sampled == summary.tokens_trained + sum(summary.tokens_not_trained.values())
+    assert (summary.account_open_tokens, summary.groups_open) == (0, 0)
+    assert summary.tokens_trained > 0
+    assert summary.tokens_not_trained["evaluation"] == sum(logged_tokens(ended.path, "evaluation")), (
+        "the pool's count against the engine's own log"
+    )
+    assert summary.tokens_not_trained["probe"] == sum(logged_tokens(ended.path, "probe")) > 0
+
+
+def test_a_count_that_is_left_out_opens_the_account_by_just_that_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_tokens, left_out = Pool.count_tokens, []
+
+    def forgetful(pool: Pool, reason: str, tokens: int) -> None:
+        if reason == "probe":
+            left_out.append(tokens)
+        else:
+            count_tokens(pool, reason, tokens)
+
+    monkeypatch.setattr(Pool, "count_tokens", forgetful)
+    ended = play(tmp_path, "--tasks.eval-tasks=0")
+
+    assert ended.summary.account_open_tokens == sum(left_out) > 0
+    assert holds(ended, "Token account") is False
+    assert holds(ended, "Group account") is True
+
+
+def test_a_gateway_that_loses_turns_opens_the_account_by_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Gateway.close
+    lost: list[int] = []
+
+    async def careless(gateway: Gateway, session_id: str) -> tuple[Turn, ...]:
+        turns = await close(gateway, session_id)
+        lost.extend(len(turn.completion.token_ids) for turn in turns[1:])
+        return turns[:1]
+
+    monkeypatch.setattr(Gateway, "close", careless)
+    ended = play(tmp_path, "--tasks.eval-tasks=0")
+
+    assert ended.summary.account_open_tokens == sum(lost) > 0
+    assert holds(ended, "Token account") is False
+
+
+def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, "--tasks.eval-tasks=0")
+    place = tiny_place(config)
+
+    class PowerCutError(Exception):
+        """In place of a crash, which no test could go on after."""
+
+    def cut_after_the_last_step(trainer: Trainer) -> None:
+        save = trainer.save
+
+        def save_and_cut() -> None:
+            save()
+            if trainer.step == config.run.steps:
+                raise PowerCutError
+
+        trainer.save = save_and_cut  # type: ignore[method-assign]
+
+    finish = Pool.finish
+
+    def finish_but_those_of_the_last_version(pool: Pool, group: Group) -> None:
+        if group.dispatch.version < config.run.steps:
+            finish(pool, group)
+
+    with monkeypatch.context() as patched, contextlib.closing(place):
+        patched.setattr(Pool, "finish", finish_but_those_of_the_last_version)
+        patched.setattr(Pool, "fail", lambda *_: None)
+        with pytest.raises(PowerCutError):
+            run(config, place, Notes(), cut_after_the_last_step)
+    dispatched = group_states(place.path).count("dispatched")
+    monkeypatch.setattr(RolloutService, "start_groups", lambda _: None)
+    ended = go_on(config, rundir.reopen(tmp_path, ""))
+
+    assert ended.summary.steps == config.run.steps == 2
+    assert ended.summary.groups_not_trained["lost_attempt"] == dispatched >= 1
+    assert (ended.summary.account_open_tokens, ended.summary.groups_open) == (0, 0)
+    assert ended.summary.wall_s > 0.5

@@ -1,0 +1,34 @@
+"""What a run leaves behind when it has ended."""
+
+import json
+
+import msgspec
+
+from forgejax.report.final.summary import read_summary
+from forgejax.run.conclude import bounds, summarise
+from forgejax.run.loop import Outcome
+from tests.run.tiny_run import Ended
+
+
+def test_an_outcome_is_plain_data_and_a_summary_needs_nothing_else(ended: Ended) -> None:
+    copy = msgspec.json.decode(msgspec.json.encode(ended.outcome), type=Outcome)
+
+    assert copy == ended.outcome
+    assert summarise(copy, ended.config) == read_summary(ended.path)
+    assert (copy.finished, copy.steps, copy.eval_tasks) == (True, 3, 8)
+
+
+def test_the_window_keeps_its_bounds(ended: Ended) -> None:
+    summary, limits = read_summary(ended.path), bounds(ended.config)
+
+    assert (limits.disorder, limits.staleness_steps) == (0, 1)
+    assert summary.window_disorder_max == 0
+    assert summary.staleness_steps_max is not None and summary.staleness_steps_max <= 1
+
+
+def test_the_run_leaves_a_curve_and_one_page_that_needs_nothing_else(ended: Ended) -> None:
+    assert (ended.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    page = (ended.path / "report.html").read_text(encoding="utf-8")
+    assert "The account closes" in page and "python scripts/train.py" in page
+    assert 'src="http' not in page and 'href="http' not in page
+    assert json.loads((ended.path / "summary.json").read_text())["account_open_tokens"] == 0
