@@ -11,7 +11,7 @@ from forgejax.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Weights:
+class PublishedWeights:
     """One published set of weights; compared by identity, so that republishing a version counts as new weights."""
 
     params: Any
@@ -28,7 +28,7 @@ class WeightBox:
         _check_version(version)
         self._device = device
         self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
-        self.current = Weights(params=self._copy(params), version=version)
+        self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def publish(self, params: Any, version: int) -> None:
         """Copies the weights to the engine's device and makes them current.
@@ -43,7 +43,7 @@ class WeightBox:
                 f"published weights of version {version} belong to another model: {_difference(given, self._shape)}; "
                 "publish the tree of parameters the engine was made with"
             )
-        self.current = Weights(params=self._copy(params), version=version)
+        self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def _copy(self, params: Any) -> Any:
         return jax.block_until_ready(jax.device_put(params, self._device, may_alias=False))

@@ -14,7 +14,7 @@ import pytest
 
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalSampler, RequestLog
-from forgejax.rollout.engine.settings import SlotSettings, runs
+from forgejax.rollout.engine.settings import SlotSettings, split_draws
 from forgejax.types import Completion, FinishReason, SampleRequest, SamplingLaw
 from tests.rollout import tiny
 
@@ -228,7 +228,7 @@ async def test_logprobs_after_a_swap_are_those_of_new_weights_over_old_keys_and_
             )
         state = engine.insert(prefix, engine.init_decode_state(), 0, SlotSettings(budget=9, seed=1))
         state, result = engine.generate(fresh, state, rows=1)
-        (run,) = runs(result, [0])
+        (run,) = split_draws(result, [0])
         assert run.token_ids[0] == done.token_ids[index]
         expected.append(run.logprobs[0])
     np.testing.assert_allclose(done.logprobs[2:], expected, atol=1e-5)
