@@ -105,7 +105,7 @@ class Programs:
             carry: tuple[KVMemory, SlotState], _: None
         ) -> tuple[tuple[KVMemory, SlotState], tuple[jax.Array, jax.Array, jax.Array]]:
             kv, slots = carry
-            attend = kv.attend(slots.position_S[:, None], _longest(slots) + 1)
+            attend = kv.attend(slots.position_S[:, None], _find_longest(slots) + 1)
             hidden_S1D, kv = policy(slots.token_S[:, None], slots.position_S[:, None], attend, kv)
             token_S, logp_S = draw(policy.logits(hidden_S1D[:, 0]), slots.laws, slots.position_S + 1)
             return (kv, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
@@ -125,7 +125,7 @@ class Programs:
         return DecodeState(kv=kv, slots=slots), jnp.concatenate(columns, axis=1)
 
 
-def _longest(slots: SlotState) -> jax.Array:
+def _find_longest(slots: SlotState) -> jax.Array:
     """The furthest position an active slot feeds; free slots read less than their own, and nobody reads them."""
     return jnp.max(jnp.where(slots.active_S, slots.position_S, 0))
 

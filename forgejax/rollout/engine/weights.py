@@ -40,7 +40,7 @@ class WeightBox:
         given = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         if given != self._shape:
             raise EngineError(
-                f"published weights of version {version} belong to another model: {_difference(given, self._shape)}; "
+                f"published weights of version {version} belong to another model: {_describe(given, self._shape)}; "
                 "publish the tree of parameters the engine was made with"
             )
         self.current = PublishedWeights(params=self._copy(params), version=version)
@@ -54,7 +54,7 @@ def _check_version(version: int) -> None:
         raise EngineError(f"policy version {version}: expected 0 to {2**31 - 1}; tokens carry it as an int32")
 
 
-def _difference(given: Any, expected: Any) -> str:
+def _describe(given: Any, expected: Any) -> str:
     got, want = (
         dict(jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda leaf: isinstance(leaf, tuple)))
         for x in (given, expected)
