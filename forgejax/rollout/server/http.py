@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from forgejax.errors import EngineError, ForgejaxError
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
+from forgejax.rollout.server.metrics import DriverCollector
 from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
 from forgejax.types import Completion, SampleRequest
 
@@ -59,7 +59,7 @@ class RolloutServer:
         self._publishing = publishing
         self._turn_to_publish = asyncio.Lock()
         self._registry = CollectorRegistry()
-        self._registry.register(_DriverCollector(driver))
+        self._registry.register(DriverCollector(driver))
 
     def make_app(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES)
@@ -174,39 +174,3 @@ async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line])
 
 def _refuse(status: int, why: str) -> web.Response:
     return web.Response(status=status, text=json.dumps({"error": why}), content_type="application/json")
-
-
-class _DriverCollector:
-    """The driver's account as Prometheus metrics."""
-
-    def __init__(self, driver: Driver):
-        self._driver = driver
-
-    def collect(self) -> Iterable[Metric]:
-        metrics = self._driver.metrics()
-        for name, figure in (
-            ("healthy", float(metrics.healthy)),
-            ("policy_version", metrics.version),
-            ("slots", metrics.slots),
-            ("active_requests", metrics.active),
-            ("waiting_requests", metrics.waiting),
-        ):
-            yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
-        for name, figure in (
-            ("requests", metrics.requests),
-            ("decode_steps", metrics.steps),
-            ("prompt_tokens", metrics.prompt_tokens),
-            ("cached_prompt_tokens", metrics.cached_tokens),
-            ("busy_seconds", metrics.busy_s),
-        ):
-            yield CounterMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
-        for name, by_purpose in (
-            ("sampled", metrics.tokens_sampled),
-            ("returned", metrics.tokens_returned),
-            ("cancelled", metrics.tokens_cancelled),
-            ("failed", metrics.tokens_failed),
-        ):
-            family = CounterMetricFamily(f"forgejax_rollout_tokens_{name}", f"tokens {name}", labels=["purpose"])
-            for purpose, count in by_purpose.items():
-                family.add_metric([purpose], count)
-            yield family

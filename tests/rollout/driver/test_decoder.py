@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import forgejax.rollout.driver
+from forgejax.errors import EngineError
 from forgejax.rollout import Driver, PolicyEngine
 from forgejax.rollout.engine.kv.base import ExtendedPrompt, KVCache, KVMemory
 from forgejax.rollout.engine.weights import PublishedWeights
@@ -46,6 +48,8 @@ class SmallCache:
 
     def check_integrity(self) -> None:
         self.calls.append("check")
+        for slot in self.reserved:
+            raise AssertionError(f"slot {slot} is still reserved")
 
 
 class SmallEngine(PolicyEngine):
@@ -72,6 +76,16 @@ async def test_a_request_without_room_waits_and_draws_the_same_tokens_when_a_slo
     assert "full" in engine.cache.calls and engine.cache.reserved == {}
     ends = ["share 0 of 27", "release 0", "share 1 of 27", "release 1"]
     assert calls == ["reserve 0", "reserve 1", *ends, "reserve 0", *ends[:2], "check"]
+
+
+async def test_keys_and_values_that_do_not_add_up_at_the_end_are_told() -> None:
+    engine = SmallEngine(tiny.POLICY, tiny.engine().config, jax.devices()[1])
+    with Driver(engine, tiny.params()) as driver:
+        (done,) = await sample_all(driver, [tiny.request("r", [1, 2], 4)])
+        engine.cache.reserved[3] = 7  # of no request
+    assert len(done.token_ids) == 4
+    with pytest.raises(EngineError, match=r"the engine failed: AssertionError\('slot 3"):
+        driver.submit(tiny.request("late", [1]))
 
 
 def test_the_driver_knows_of_keys_and_values_no_more_than_their_contract() -> None:
