@@ -126,7 +126,7 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
     law = SamplingLaw(temperature=config.grpc_temperature)
     service = OrchestratorService(driver, law=law, stop_ids=frozenset(config.grpc_stop_ids))
     publishing = None if config.publish_root is None else Publishing(root=config.publish_root, read=load_tree)
-    runner = web.AppRunner(RolloutServer(driver, publishing).app(), handler_cancellation=True)
+    runner = web.AppRunner(RolloutServer(driver, publishing).make_app(), handler_cancellation=True)
     grpc_server = grpc.aio.server()
     jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, grpc_server)
     try:

@@ -58,6 +58,7 @@ class SampleRequest:
     """One prompt for the engine: ids in, nothing about text, chat or agents."""
 
     request_id: str
+    session_id: str = ""  # requests of one session go to one engine, where their prefixes are
     prompt_ids: TokenIds
     max_tokens: int
     law: SamplingLaw = SamplingLaw()

@@ -47,7 +47,7 @@ class Decoding:
 
     def __init__(self, engine: PolicyEngine, weights: WeightBox, prompt: np.ndarray):
         self.engine, self.weights = engine, weights
-        self.prefix = engine.append(weights, engine.first_prefix(int(prompt[0])), prompt[1:])
+        self.prefix = engine.append(weights, engine.begin_sequence(int(prompt[0])), prompt[1:])
         self.state: DecodeState = engine.init_decode_state()
         for slot in range(engine.config.slots):
             settings = SlotSettings(budget=engine.config.max_context, seed=slot)
@@ -101,9 +101,9 @@ def measure(options: Options, params: Any, slots: int, flops: float, bandwidth: 
     prompt = np.random.default_rng(0).integers(0, policy.vocab_size, options.prompt_tokens).astype(np.int32)
     weights = engine.load_params(params)
     decoding = Decoding(engine, weights, prompt)
-    first = engine.first_prefix(int(prompt[0]))
+    first = engine.begin_sequence(int(prompt[0]))
     step_s, prefill_s = seconds(
-        decoding.step, lambda: engine.append(weights, first, prompt[1:]).rows, repeats=options.repeats
+        decoding.step, lambda: engine.append(weights, first, prompt[1:]).kv, repeats=options.repeats
     )
     drawn = slots * options.tokens_per_step
     count = count_params(params)

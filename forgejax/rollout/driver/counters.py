@@ -47,7 +47,7 @@ class Counters:
         self.requests = self.steps = self.prompt_tokens = self.cached_tokens = 0
         self.busy_s = 0.0
 
-    def snapshot(self, *, healthy: bool, version: int, slots: int, active: int, waiting: int) -> DriverMetrics:
+    def take_snapshot(self, *, healthy: bool, version: int, slots: int, active: int, waiting: int) -> DriverMetrics:
         return DriverMetrics(
             healthy=healthy,
             version=version,

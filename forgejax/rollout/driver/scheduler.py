@@ -1,79 +1,12 @@
-"""Open requests: who waits, who decodes in which slot, and what each has drawn."""
+"""Open requests: who waits, and who decodes in which slot."""
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-from forgejax.rollout.engine.weights import Weights
-from forgejax.types import Completion, FinishReason, SampleRequest, TokenIds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """A run of newly drawn tokens of one request; the arrays are parallel."""
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    versions: NDArray[np.int32]
-    oldest_versions: NDArray[np.int32]
-
-
-OnDraw = Callable[[Draw], bool | None]
-"""Called in the driver's thread with each run; returning True ends the generation after the run's last token."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One open request. Only the driver's thread touches it after its submission."""
-
-    request: SampleRequest
-    prompt_ids: TokenIds
-    on_draw: OnDraw | None
-    submitted_at: float
-    future: Future[Completion] = field(default_factory=Future)
-    started_at: float | None = None
-    only_weights: Weights | None = None  # those that computed all its keys and values, if one set did
-    oldest_version: int | None = None  # of the keys and values this job's next token will see
-    cached_tokens: int = 0
-    certain_run: int = 0  # tokens in a row above the repetition probability
-    callback_error: Exception | None = None
-    drawn: int = 0  # tokens in ``draws``
-    draws: list[Draw] = field(default_factory=list)
-
-    def add(self, draw: Draw) -> None:
-        self.draws.append(draw)
-        self.drawn += len(draw.token_ids)
-
-    def sampled_ids(self) -> NDArray[np.int32]:
-        return np.concatenate([np.zeros(0, np.int32), *(draw.token_ids for draw in self.draws)])
-
-    def completion(self, reason: FinishReason, now: float) -> Completion:
-        """What the caller gets: everything drawn so far."""
-
-        def joined(name: str, dtype: type[np.generic]) -> NDArray[np.generic]:
-            return np.concatenate([np.zeros(0, dtype), *(getattr(draw, name) for draw in self.draws)])
-
-        started_at = now if self.started_at is None else self.started_at
-        return Completion(
-            request_id=self.request.request_id,
-            prompt_ids=self.prompt_ids,
-            token_ids=self.sampled_ids(),
-            logprobs=joined("logprobs", np.float32),  # type: ignore[arg-type]
-            versions=joined("versions", np.int32),  # type: ignore[arg-type]
-            oldest_versions=joined("oldest_versions", np.int32),  # type: ignore[arg-type]
-            finish_reason=reason,
-            law=self.request.law,
-            cached_tokens=self.cached_tokens,
-            queued_s=started_at - self.submitted_at,
-            generate_s=now - started_at,
-        )
+from forgejax.rollout.driver.job import Job
 
 
 class Scheduler:
@@ -90,9 +23,12 @@ class Scheduler:
     def enqueue(self, job: Job) -> None:
         self._waiting.append(job)
 
-    def admit(self) -> tuple[int, Job] | None:
-        """Gives the longest-waiting job the lowest free slot; None if there is no job or no slot."""
-        if not self._waiting or not self._free:
+    def admit(self, reserve: Callable[[int, Job], bool]) -> tuple[int, Job] | None:
+        """Gives the longest-waiting job the lowest free slot, if ``reserve`` finds room for it there.
+
+        None if there is no job, no slot or no room: nobody overtakes a job that waits for room.
+        """
+        if not self._waiting or not self._free or not reserve(self._free[0], self._waiting[0]):
             return None
         slot, job = heapq.heappop(self._free), self._waiting.popleft()
         self.active[slot] = job

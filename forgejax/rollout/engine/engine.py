@@ -19,11 +19,13 @@ from flax import nnx
 from forgejax.models import Policy, PolicyConfig
 from forgejax.rollout.engine._jetstream import engine_api, tokenizer_api, tokenizer_pb2
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.rollout.engine.kv.rows import KVRows, zero_rows
-from forgejax.rollout.engine.programs import DecodeState, Prefix, Programs, Slots
+from forgejax.rollout.engine.kv.base import KVCache, KVMemory, PrefilledSequence
+from forgejax.rollout.engine.kv.contiguous import ContiguousCache
+from forgejax.rollout.engine.kv.rows import make_rows
+from forgejax.rollout.engine.programs import DecodeState, Programs, SlotState
 from forgejax.rollout.engine.sampling import Laws
 from forgejax.rollout.engine.settings import SlotSettings
-from forgejax.rollout.engine.weights import WeightBox, Weights
+from forgejax.rollout.engine.weights import PublishedWeights, WeightBox
 from forgejax.types import TokenIds
 
 # A chunk is padded to the next bucket unless that wastes more than a third of it; then a smaller bucket goes first.
@@ -44,7 +46,7 @@ class IdTokenizer(tokenizer_api.Tokenizer):
 
 
 class PolicyEngine(engine_api.Engine):
-    """A policy on one device. ``params`` arguments take the ``WeightBox`` of ``load_params`` or one ``Weights``."""
+    """A policy on one device. ``params`` arguments take a ``WeightBox`` or one set of ``PublishedWeights``."""
 
     def __init__(self, policy: PolicyConfig, config: EngineConfig, device: jax.Device | None = None):
         self.policy, self.config = policy, config
@@ -54,7 +56,7 @@ class PolicyEngine(engine_api.Engine):
         self._programs = Programs(policy=policy, tokens_per_step=config.tokens_per_step)
         # Program constants of JAX are placed on the default device unless told otherwise.
         with jax.default_device(self.device):
-            self._empty = jax.device_put(zero_rows(policy, 1, config.row_tokens), self.device)
+            self._empty = self._make_memory(1)
 
     # -- JetStream's contract ------------------------------------------------------------------------------------
 
@@ -65,8 +67,8 @@ class PolicyEngine(engine_api.Engine):
         return WeightBox(params, version, self.device)
 
     def prefill(
-        self, *, params: Any, existing_prefix: Prefix | None = None, padded_tokens: Any, true_length: int
-    ) -> Prefix:
+        self, *, params: Any, existing_prefix: PrefilledSequence | None = None, padded_tokens: Any, true_length: int
+    ) -> PrefilledSequence:
         """Appends ``padded_tokens[:true_length]`` to a prefix; the existing one stays valid.
 
         The caller keeps the whole sequence within ``max_context``; one program is compiled per padded length.
@@ -75,19 +77,19 @@ class PolicyEngine(engine_api.Engine):
         if not 1 <= true_length <= len(tokens):
             raise ValueError(f"true_length {true_length}: expected 1 to {len(tokens)}, the padded length")
         if existing_prefix is None:
-            existing_prefix = self.first_prefix(int(tokens[0]))
+            existing_prefix = self.begin_sequence(int(tokens[0]))
             if true_length == 1:
                 return existing_prefix
             tokens, true_length = np.append(tokens[1:], np.int32(0)), true_length - 1
-        weights = _current(params)
+        weights = _take_current(params)
         return self._programs.extend(weights.params, existing_prefix, self._put(tokens), np.int32(true_length))
 
     def insert(
-        self, prefix: Prefix, decode_state: DecodeState, slot: int, settings: SlotSettings | None = None
+        self, prefix: PrefilledSequence, decode_state: DecodeState, slot: int, settings: SlotSettings | None = None
     ) -> DecodeState:
         """Puts a prefix into a slot and starts it under ``settings`` (by default the whole policy, to the end)."""
         settings = settings if settings is not None else SlotSettings(budget=self.config.max_context)
-        return self._programs.insert(prefix, decode_state, np.int32(slot), settings.arrays(self.config.max_stop_ids))
+        return self._programs.insert(prefix, decode_state, np.int32(slot), settings.to_arrays(self.config.max_stop_ids))
 
     def generate(
         self, params: Any, decode_state: DecodeState, rows: int | None = None
@@ -96,7 +98,7 @@ class PolicyEngine(engine_api.Engine):
 
         ``rows``: only the first slots up to this many are served (all by default), at the cost of those alone.
         """
-        weights = _current(params)
+        weights = _take_current(params)
         served = self.config.slots if rows is None else rows
         bucket = min(bucket for bucket in self.config.decode_rows if bucket >= served)
         state, data = self._programs.generate(bucket, weights.params, decode_state, np.int32(weights.version))
@@ -107,28 +109,26 @@ class PolicyEngine(engine_api.Engine):
         """A state with every slot free."""
         S = self.config.slots
 
-        def filled(value: float, dtype: Any, *shape: int) -> jax.Array:
+        def fill(value: float, dtype: Any, *shape: int) -> jax.Array:
             return self._put(np.full((S, *shape), value, dtype))
 
         laws = Laws(
-            temperature_S=filled(1.0, np.float32),
-            top_p_S=filled(1.0, np.float32),
-            top_k_S=filled(0, np.int32),
-            key_S2=filled(0, np.uint32, 2),
+            temperature_S=fill(1.0, np.float32),
+            top_p_S=fill(1.0, np.float32),
+            top_k_S=fill(0, np.int32),
+            key_S2=fill(0, np.uint32, 2),
         )
-        slots = Slots(
-            token_S=filled(0, np.int32),
-            position_S=filled(0, np.int32),
-            drawn_S=filled(0, np.int32),
-            budget_S=filled(0, np.int32),
-            active_S=filled(0, np.bool_),
-            stop_SN=filled(-1, np.int32, self.config.max_stop_ids),
+        slots = SlotState(
+            token_S=fill(0, np.int32),
+            position_S=fill(0, np.int32),
+            drawn_S=fill(0, np.int32),
+            budget_S=fill(0, np.int32),
+            active_S=fill(0, np.bool_),
+            stop_SN=fill(-1, np.int32, self.config.max_stop_ids),
             laws=laws,
         )
         with jax.default_device(self.device):
-            return DecodeState(
-                rows=jax.device_put(zero_rows(self.policy, S, self.config.row_tokens), self.device), slots=slots
-            )
+            return DecodeState(kv=self._make_memory(S), slots=slots)
 
     def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
         return jax.sharding.SingleDeviceSharding(self.device)
@@ -161,16 +161,22 @@ class PolicyEngine(engine_api.Engine):
 
     # -- What our driver needs beyond it ---------------------------------------------------------------------------
 
-    def first_prefix(self, token: int) -> Prefix:
-        """The sequence of one token: nothing computed, the token waits to be fed."""
-        return self.prefix_of(self._empty, 0, token)
+    def make_cache(self) -> KVCache:
+        """The host's side of the keys and values, for one driver."""
+        return ContiguousCache(self.policy, self.config, self.device, self)
 
-    def prefix_of(self, rows: KVRows, length: int, last: int) -> Prefix:
-        """A sequence whose first ``length`` tokens are already in ``rows``."""
-        return Prefix(rows=rows, length=self._put(np.int32(length)), last=self._put(np.int32(last)))
+    def begin_sequence(self, token: int) -> PrefilledSequence:
+        """See ``Prefiller``."""
+        return self.resume_sequence(self._empty, 0, token)
 
-    def append(self, params: WeightBox | Weights, prefix: Prefix, ids: TokenIds) -> Prefix:
-        """The prefix continued by any number of tokens, in as many padded chunks as that takes."""
+    def resume_sequence(self, kv: KVMemory, length: int, token: int) -> PrefilledSequence:
+        """See ``Prefiller``."""
+        return PrefilledSequence(kv=kv, length=self._put(np.int32(length)), last=self._put(np.int32(token)))
+
+    def append(
+        self, params: WeightBox | PublishedWeights, prefix: PrefilledSequence, ids: TokenIds
+    ) -> PrefilledSequence:
+        """The sequence continued by any number of tokens, in as many padded chunks as that takes."""
         buckets = self.config.prefill_buckets
         while len(ids):
             fitting = [bucket for bucket in buckets if len(ids) <= bucket <= max(_PADDING * len(ids), buckets[0])]
@@ -183,12 +189,15 @@ class PolicyEngine(engine_api.Engine):
         return prefix
 
     def release(self, decode_state: DecodeState, kept: np.ndarray) -> DecodeState:
-        """Ends the generations of the slots where ``kept`` [S] is False; their rows stay as they are."""
+        """Ends the generations of the slots where ``kept`` [S] is False; their keys and values stay as they are."""
         return self._programs.release(decode_state, self._put(np.asarray(kept, np.bool_)))
+
+    def _make_memory(self, sequences: int) -> KVMemory:
+        return jax.device_put(make_rows(self.policy, sequences, self.config.row_tokens), self.device)
 
     def _put(self, value: Any) -> jax.Array:
         return jax.device_put(value, self.device)
 
 
-def _current(params: WeightBox | Weights) -> Weights:
+def _take_current(params: WeightBox | PublishedWeights) -> PublishedWeights:
     return params.current if isinstance(params, WeightBox) else params

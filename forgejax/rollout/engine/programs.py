@@ -15,23 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from forgejax.models import Policy, PolicyConfig
-from forgejax.rollout.engine.kv.rows import KVRows, attend_rows
+from forgejax.rollout.engine.kv.base import KVMemory, PrefilledSequence
 from forgejax.rollout.engine.sampling import Laws, draw
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
-    """A prefilled sequence: ``length`` tokens in ``rows`` (one row), and the ``last`` token, not yet fed."""
-
-    rows: KVRows
-    length: jax.Array
-    last: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Slots:
+class SlotState:
     """What each slot is doing. ``position`` is where ``token`` will be fed; ``stop_SN`` is padded with -1."""
 
     token_S: jax.Array
@@ -46,10 +36,10 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeState:
-    """The KV rows of all slots and what each is doing."""
+    """The keys and values of all slots and what each is doing."""
 
-    rows: KVRows
-    slots: Slots
+    kv: KVMemory
+    slots: SlotState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +55,24 @@ class Programs:
         return policy
 
     @functools.partial(jax.jit, static_argnums=0)
-    def extend(self, params: Any, prefix: Prefix, tokens_T: jax.Array, count: jax.Array) -> Prefix:
+    def extend(
+        self, params: Any, prefix: PrefilledSequence, tokens_T: jax.Array, count: jax.Array
+    ) -> PrefilledSequence:
         """Feeds the waiting token and all but the last of ``tokens_T[:count]``; the rest of the chunk is padding."""
         fed_T = jnp.concatenate([prefix.last[None], tokens_T[:-1]])
         positions_T = prefix.length + jnp.arange(fed_T.shape[0], dtype=jnp.int32)
         length = prefix.length + count
-        attend = attend_rows(positions_T[None], length)
-        _, rows = self._policy(params)(fed_T[None], positions_T[None], attend, prefix.rows)
-        return Prefix(rows=rows, length=length, last=tokens_T[count - 1])
+        attend = prefix.kv.attend(positions_T[None], length)
+        _, kv = self._policy(params)(fed_T[None], positions_T[None], attend, prefix.kv)
+        return PrefilledSequence(kv=kv, length=length, last=tokens_T[count - 1])
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def insert(self, prefix: Prefix, state: DecodeState, slot: jax.Array, settings: dict[str, Any]) -> DecodeState:
-        """Starts a prefix in a slot; ``settings`` as ``SlotSettings.arrays`` gives them. The state is donated."""
-        rows = jax.tree.map(
-            lambda all_rows, row: jax.lax.dynamic_update_slice_in_dim(all_rows, row, slot, axis=1),
-            state.rows,
-            prefix.rows,
-        )
-        own = Slots(
+    def insert(
+        self, prefix: PrefilledSequence, state: DecodeState, slot: jax.Array, settings: dict[str, Any]
+    ) -> DecodeState:
+        """Starts a prefix in a slot; ``settings`` as ``SlotSettings.to_arrays`` gives them. The state is donated."""
+        kv = state.kv.insert(prefix.kv, slot)
+        own = SlotState(
             token_S=prefix.last,
             position_S=prefix.length,
             drawn_S=jnp.int32(0),
@@ -97,7 +87,7 @@ class Programs:
             ),
         )
         slots = jax.tree.map(lambda every, one: every.at[slot].set(one), state.slots, own)
-        return DecodeState(rows=rows, slots=slots)
+        return DecodeState(kv=kv, slots=slots)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def release(self, state: DecodeState, kept_S: jax.Array) -> DecodeState:
@@ -112,17 +102,17 @@ class Programs:
         policy = self._policy(params)
 
         def one_token(
-            carry: tuple[KVRows, Slots], _: None
-        ) -> tuple[tuple[KVRows, Slots], tuple[jax.Array, jax.Array, jax.Array]]:
-            rows, slots = carry
-            attend = attend_rows(slots.position_S[:, None], _longest(slots) + 1)
-            hidden_S1D, rows = policy(slots.token_S[:, None], slots.position_S[:, None], attend, rows)
+            carry: tuple[KVMemory, SlotState], _: None
+        ) -> tuple[tuple[KVMemory, SlotState], tuple[jax.Array, jax.Array, jax.Array]]:
+            kv, slots = carry
+            attend = kv.attend(slots.position_S[:, None], _find_longest(slots) + 1)
+            hidden_S1D, kv = policy(slots.token_S[:, None], slots.position_S[:, None], attend, kv)
             token_S, logp_S = draw(policy.logits(hidden_S1D[:, 0]), slots.laws, slots.position_S + 1)
-            return (rows, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
+            return (kv, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
 
         served = jax.tree.map(lambda x: x[:count], state.slots)
-        (rows, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
-            one_token, (state.rows, served), None, length=self.tokens_per_step
+        (kv, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
+            one_token, (state.kv, served), None, length=self.tokens_per_step
         )
         slots = jax.tree.map(lambda every, some: every.at[:count].set(some), state.slots, served)
         columns = [
@@ -132,15 +122,15 @@ class Programs:
             jax.lax.bitcast_convert_type(logps_kS, jnp.int32).T,
             jnp.full((count, 1), version),
         ]
-        return DecodeState(rows=rows, slots=slots), jnp.concatenate(columns, axis=1)
+        return DecodeState(kv=kv, slots=slots), jnp.concatenate(columns, axis=1)
 
 
-def _longest(slots: Slots) -> jax.Array:
-    """The furthest position an active slot feeds; free slots read less than their row, and nobody reads them."""
+def _find_longest(slots: SlotState) -> jax.Array:
+    """The furthest position an active slot feeds; free slots read less than their own, and nobody reads them."""
     return jnp.max(jnp.where(slots.active_S, slots.position_S, 0))
 
 
-def _advance(slots: Slots, token_S: jax.Array) -> Slots:
+def _advance(slots: SlotState, token_S: jax.Array) -> SlotState:
     """Moves the active slots on by the token they drew; the others stay frozen."""
     active_S = slots.active_S
     step_S = active_S.astype(jnp.int32)

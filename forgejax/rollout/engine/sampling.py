@@ -38,15 +38,15 @@ def draw(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tuple[jax.
     # Sorting the vocabulary costs more than the rest of the draw; nothing in training needs it.
     weight_SV = jax.lax.cond(
         jnp.any(truncated_S & ~greedy_S),
-        lambda: jnp.where(_kept(logp_SV, laws), jnp.exp(logp_SV), 0.0),
+        lambda: jnp.where(_mark_kept(logp_SV, laws), jnp.exp(logp_SV), 0.0),
         lambda: jnp.exp(logp_SV),
     )
-    sampled_S = _choose(weight_SV, _uniforms(laws.key_S2, positions_S))
+    sampled_S = _choose(weight_SV, _draw_uniforms(laws.key_S2, positions_S))
     token_S = jnp.where(greedy_S, jnp.argmax(logp_SV, axis=-1), sampled_S).astype(jnp.int32)
     return token_S, jnp.take_along_axis(logp_SV, token_S[:, None], axis=-1)[:, 0]
 
 
-def _uniforms(key_S2: jax.Array, positions_S: jax.Array) -> jax.Array:
+def _draw_uniforms(key_S2: jax.Array, positions_S: jax.Array) -> jax.Array:
     """Two uniforms in [0, 1) per slot, fixed by its key and the position to be drawn."""
 
     def one(key_2: jax.Array, position: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ def _invert(weight_SN: jax.Array, uniform_S: jax.Array) -> jax.Array:
     return jnp.argmax(cumulative_SN > (uniform_S * cumulative_SN[:, -1])[:, None], axis=-1)
 
 
-def _kept(logp_SV: jax.Array, laws: Laws) -> jax.Array:
+def _mark_kept(logp_SV: jax.Array, laws: Laws) -> jax.Array:
     """Which tokens a truncated law may draw: the top_k, and of those (renormalised) the fewest whose mass is top_p.
 
     Tokens that tie with the last one kept are kept as well.

@@ -22,7 +22,7 @@ class SlotSettings:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
 
-    def arrays(self, max_stop_ids: int) -> dict[str, Any]:
+    def to_arrays(self, max_stop_ids: int) -> dict[str, Any]:
         """The settings as the device program takes them; the caller has checked the number of stop ids."""
         stop_ids = np.full(max_stop_ids, -1, np.int32)
         stop_ids[: len(self.stop_ids)] = sorted(self.stop_ids)
@@ -38,7 +38,7 @@ class SlotSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SlotDraw:
     """The tokens one slot drew in one decode step."""
 
     slot: int
@@ -46,11 +46,11 @@ class Run:
     logprobs: NDArray[np.float32]
 
 
-def runs(result: engine_api.ResultTokens, slots: list[int]) -> Iterator[Run]:
+def split_draws(result: engine_api.ResultTokens, slots: list[int]) -> Iterator[SlotDraw]:
     """Unpacks a decode step (see ``engine``) for the given slots; waits for the device."""
     data = np.asarray(result.data)
     first = result.length_idx[1]
     bits = data[:, first : first + result.tokens_idx[1]].copy().view(np.float32)
     for slot in slots:
         count = int(data[slot, result.valid_idx[0] : result.valid_idx[1]].sum())
-        yield Run(slot=slot, token_ids=data[slot, :count].copy(), logprobs=bits[slot, :count].copy())
+        yield SlotDraw(slot=slot, token_ids=data[slot, :count].copy(), logprobs=bits[slot, :count].copy())

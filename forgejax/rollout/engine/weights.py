@@ -11,7 +11,7 @@ from forgejax.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Weights:
+class PublishedWeights:
     """One published set of weights; compared by identity, so that republishing a version counts as new weights."""
 
     params: Any
@@ -28,7 +28,7 @@ class WeightBox:
         _check_version(version)
         self._device = device
         self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
-        self.current = Weights(params=self._copy(params), version=version)
+        self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def publish(self, params: Any, version: int) -> None:
         """Copies the weights to the engine's device and makes them current.
@@ -40,10 +40,10 @@ class WeightBox:
         given = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         if given != self._shape:
             raise EngineError(
-                f"published weights of version {version} belong to another model: {_difference(given, self._shape)}; "
+                f"published weights of version {version} belong to another model: {_describe(given, self._shape)}; "
                 "publish the tree of parameters the engine was made with"
             )
-        self.current = Weights(params=self._copy(params), version=version)
+        self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def _copy(self, params: Any) -> Any:
         return jax.block_until_ready(jax.device_put(params, self._device, may_alias=False))
@@ -54,7 +54,7 @@ def _check_version(version: int) -> None:
         raise EngineError(f"policy version {version}: expected 0 to {2**31 - 1}; tokens carry it as an int32")
 
 
-def _difference(given: Any, expected: Any) -> str:
+def _describe(given: Any, expected: Any) -> str:
     got, want = (
         dict(jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda leaf: isinstance(leaf, tuple)))
         for x in (given, expected)

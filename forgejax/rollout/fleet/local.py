@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from forgejax.rollout.driver.driver import Driver
+from forgejax.rollout.driver.job import OnDraw
 from forgejax.rollout.driver.request_log import RequestLog
-from forgejax.rollout.driver.scheduler import OnDraw
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.types import Completion, OnTokens, SampleRequest
 
@@ -21,7 +21,7 @@ class LocalSampler:
 
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
         """See ``types.Sampler``. ``on_tokens`` is called in the driver's thread."""
-        return await asyncio.wrap_future(self._driver.submit(request, _on_draw(on_tokens)))
+        return await asyncio.wrap_future(self._driver.submit(request, _adapt(on_tokens)))
 
 
 class LocalEngines(LocalSampler):
@@ -73,7 +73,7 @@ class LocalEngines(LocalSampler):
         return self._driver.healthy
 
 
-def _on_draw(on_tokens: OnTokens | None) -> OnDraw | None:
+def _adapt(on_tokens: OnTokens | None) -> OnDraw | None:
     if on_tokens is None:
         return None
     return lambda draw: on_tokens(draw.token_ids.tolist())

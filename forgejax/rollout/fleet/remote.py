@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from forgejax.errors import EngineError
-from forgejax.rollout.server.wire import DrawBody, EndBody, Line, completion_of, request_body
+from forgejax.rollout.server.wire import DrawBody, EndBody, Line, encode_request, join_completion
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
 _LINE_BYTES = 1 << 20
@@ -49,10 +49,10 @@ class RemoteSampler:
         if self._session is None:
             raise EngineError("the remote sampler is not open; use it in an `async with` block")
         try:
-            async with self._session.post(f"{self._url}/generate", data=request_body(request)) as response:
+            async with self._session.post(f"{self._url}/generate", data=encode_request(request)) as response:
                 if response.status != 200:
                     raise EngineError(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
-                return await _read(request, response, on_tokens)
+                return await _read_lines(request, response, on_tokens)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise EngineError(
                 f"request {request.request_id}: no answer from {self._url} ({error!r}); is scripts/serve.py running "
@@ -60,7 +60,9 @@ class RemoteSampler:
             ) from error
 
 
-async def _read(request: SampleRequest, response: aiohttp.ClientResponse, on_tokens: OnTokens | None) -> Completion:
+async def _read_lines(
+    request: SampleRequest, response: aiohttp.ClientResponse, on_tokens: OnTokens | None
+) -> Completion:
     draws: list[DrawBody] = []
     begun = time.monotonic()
     async for raw in response.content:
@@ -71,11 +73,11 @@ async def _read(request: SampleRequest, response: aiohttp.ClientResponse, on_tok
         if line.error is not None:
             raise EngineError(line.error)
         if line.end is not None:
-            return completion_of(request, draws, line.end)
+            return join_completion(request, draws, line.end)
         if line.draw is not None:
             draws.append(line.draw)
             if on_tokens is not None and on_tokens(line.draw.token_ids) is True:
                 elapsed = time.monotonic() - begun
                 end = EndBody(finish_reason=FinishReason.STOP, cached_tokens=0, queued_s=0.0, generate_s=elapsed)
-                return completion_of(request, draws, end)
+                return join_completion(request, draws, end)
     raise EngineError(f"request {request.request_id}: the server closed the answer before its end; ask again")

@@ -15,7 +15,7 @@ import numpy as np
 
 from forgejax.errors import EngineError
 from forgejax.rollout.driver.driver import Driver
-from forgejax.rollout.driver.scheduler import Draw
+from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
 from forgejax.types import Completion, Purpose, SampleRequest, SamplingLaw
 
@@ -60,11 +60,11 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
         try:
             future = asyncio.wrap_future(self._driver.submit(sample, on_draw))
         except EngineError as error:
-            await context.abort(_status(self._driver), str(error))
+            await context.abort(_pick_status(self._driver), str(error))
         future.add_done_callback(lambda _: drawn.put_nowait(None))
         try:
             while (token_ids := await drawn.get()) is not None:
-                yield _response(token_ids)
+                yield _make_response(token_ids)
             await self._confirm(future, context)
         finally:
             future.cancel()
@@ -81,10 +81,10 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
-def _status(driver: Driver) -> grpc.StatusCode:
+def _pick_status(driver: Driver) -> grpc.StatusCode:
     return grpc.StatusCode.FAILED_PRECONDITION if driver.healthy else grpc.StatusCode.UNAVAILABLE
 
 
-def _response(token_ids: list[int]) -> jetstream_pb2.DecodeResponse:
+def _make_response(token_ids: list[int]) -> jetstream_pb2.DecodeResponse:
     stream = jetstream_pb2.DecodeResponse.StreamContent
     return jetstream_pb2.DecodeResponse(stream_content=stream(samples=[stream.Sample(token_ids=token_ids)]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from forgejax.errors import EngineError, ForgejaxError
 from forgejax.rollout.driver.driver import Driver
-from forgejax.rollout.driver.scheduler import Draw
-from forgejax.rollout.server.wire import Line, draw_line, end_line, parse_request
+from forgejax.rollout.driver.job import Draw
+from forgejax.rollout.server.metrics import DriverCollector
+from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
 from forgejax.types import Completion, SampleRequest
 
 _HEARTBEAT_S = 5.0
@@ -59,9 +59,9 @@ class RolloutServer:
         self._publishing = publishing
         self._turn_to_publish = asyncio.Lock()
         self._registry = CollectorRegistry()
-        self._registry.register(_DriverCollector(driver))
+        self._registry.register(DriverCollector(driver))
 
-    def app(self) -> web.Application:
+    def make_app(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES)
         app.add_routes(
             [
@@ -75,14 +75,14 @@ class RolloutServer:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         try:
-            sample = parse_request(await _body(request), f"remote-{uuid.uuid4().hex}")
+            sample = decode_request(await _read_body(request), f"remote-{uuid.uuid4().hex}")
         except ValueError as error:
-            return _refusal(400, str(error))
+            return _refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
             future = _submit(self._driver, sample, lines)
         except ForgejaxError as error:
-            return _refusal(409 if self._driver.healthy else 503, str(error))
+            return _refuse(409 if self._driver.healthy else 503, str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
         try:
             await response.prepare(request)
@@ -103,16 +103,16 @@ class RolloutServer:
 
     async def publish(self, request: web.Request) -> web.Response:
         if self._publishing is None:
-            return _refusal(403, "this server takes no weights; start it with a publish directory")
+            return _refuse(403, "this server takes no weights; start it with a publish directory")
         try:
-            body = msgspec.json.decode(await _body(request), type=PublishBody)
+            body = msgspec.json.decode(await _read_body(request), type=PublishBody)
         except ValueError as error:
-            return _refusal(400, str(error))
+            return _refuse(400, str(error))
         async with self._turn_to_publish:
             try:
                 await asyncio.to_thread(self._load, self._publishing, Path(body.path), body.version)
             except ForgejaxError as error:
-                return _refusal(409, str(error))
+                return _refuse(409, str(error))
         return web.json_response({"version": body.version})
 
     def _load(self, publishing: Publishing, path: Path, version: int) -> None:
@@ -134,21 +134,21 @@ def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -
         if not loop.is_closed():
             loop.call_soon_threadsafe(lines.put_nowait, line)
 
-    def drawn(draw: Draw) -> None:
-        put(draw_line(draw))
+    def put_draw(draw: Draw) -> None:
+        put(encode_draw(draw))
 
-    def ended(future: Future[Completion]) -> None:
+    def put_end(future: Future[Completion]) -> None:
         if future.cancelled():
             return
         error = future.exception()
-        put(end_line(future.result()) if error is None else Line(error=str(error)))
+        put(encode_end(future.result()) if error is None else Line(error=str(error)))
 
-    future = driver.submit(sample, drawn)
-    future.add_done_callback(ended)
+    future = driver.submit(sample, put_draw)
+    future.add_done_callback(put_end)
     return future
 
 
-async def _body(request: web.Request) -> bytes:
+async def _read_body(request: web.Request) -> bytes:
     """The whole body. Raises ValueError for one that does not arrive or cannot be unpacked."""
     try:
         async with asyncio.timeout(_CLIENT_S):
@@ -172,41 +172,5 @@ async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line])
             return
 
 
-def _refusal(status: int, why: str) -> web.Response:
+def _refuse(status: int, why: str) -> web.Response:
     return web.Response(status=status, text=json.dumps({"error": why}), content_type="application/json")
-
-
-class _DriverCollector:
-    """The driver's account as Prometheus metrics."""
-
-    def __init__(self, driver: Driver):
-        self._driver = driver
-
-    def collect(self) -> Iterable[Metric]:
-        metrics = self._driver.metrics()
-        for name, figure in (
-            ("healthy", float(metrics.healthy)),
-            ("policy_version", metrics.version),
-            ("slots", metrics.slots),
-            ("active_requests", metrics.active),
-            ("waiting_requests", metrics.waiting),
-        ):
-            yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
-        for name, figure in (
-            ("requests", metrics.requests),
-            ("decode_steps", metrics.steps),
-            ("prompt_tokens", metrics.prompt_tokens),
-            ("cached_prompt_tokens", metrics.cached_tokens),
-            ("busy_seconds", metrics.busy_s),
-        ):
-            yield CounterMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
-        for name, by_purpose in (
-            ("sampled", metrics.tokens_sampled),
-            ("returned", metrics.tokens_returned),
-            ("cancelled", metrics.tokens_cancelled),
-            ("failed", metrics.tokens_failed),
-        ):
-            family = CounterMetricFamily(f"forgejax_rollout_tokens_{name}", f"tokens {name}", labels=["purpose"])
-            for purpose, count in by_purpose.items():
-                family.add_metric([purpose], count)
-            yield family

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from forgejax.rollout.driver.scheduler import Draw
+from forgejax.rollout.driver.job import Draw
 from forgejax.types import Completion, FinishReason, Purpose, SampleRequest, SamplingLaw
 
 
@@ -24,11 +24,12 @@ class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``types.SampleRequest``; an id left out is made up by the server."""
+    """``types.SampleRequest``; a request id left out is made up by the server, a session id left out is ""."""
 
     prompt_ids: list[int]
     max_tokens: int
     request_id: str | None = None
+    session_id: str = ""
     law: LawBody = LawBody()
     stop_ids: list[int] = []
     seed: int | None = None
@@ -36,7 +37,7 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class DrawBody(msgspec.Struct, frozen=True):
-    """``scheduler.Draw``: parallel lists."""
+    """``job.Draw``: parallel lists."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -61,10 +62,11 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
 
 
-def request_body(request: SampleRequest) -> bytes:
+def encode_request(request: SampleRequest) -> bytes:
     law = request.law
     body = GenerateBody(
         request_id=request.request_id,
+        session_id=request.session_id,
         prompt_ids=np.asarray(request.prompt_ids).tolist(),
         max_tokens=request.max_tokens,
         law=LawBody(temperature=law.temperature, top_p=law.top_p, top_k=law.top_k),
@@ -75,13 +77,14 @@ def request_body(request: SampleRequest) -> bytes:
     return msgspec.json.encode(body)
 
 
-def parse_request(body: bytes, made_up_id: str) -> SampleRequest:
+def decode_request(body: bytes, made_up_id: str) -> SampleRequest:
     """The request in a body. Raises ValueError saying what is wrong with it."""
     given = msgspec.json.decode(body, type=GenerateBody)  # its errors are ValueErrors that name the field
     if any(not 0 <= token < 2**31 for token in given.prompt_ids):
         raise ValueError("prompt_ids: expected token ids from 0 to 2^31 - 1")
     return SampleRequest(
         request_id=given.request_id or made_up_id,
+        session_id=given.session_id,
         prompt_ids=np.array(given.prompt_ids, np.int32),
         max_tokens=given.max_tokens,
         law=SamplingLaw(temperature=given.law.temperature, top_p=given.law.top_p, top_k=given.law.top_k),
@@ -91,7 +94,7 @@ def parse_request(body: bytes, made_up_id: str) -> SampleRequest:
     )
 
 
-def draw_line(draw: Draw) -> Line:
+def encode_draw(draw: Draw) -> Line:
     return Line(
         draw=DrawBody(
             token_ids=draw.token_ids.tolist(),
@@ -102,7 +105,7 @@ def draw_line(draw: Draw) -> Line:
     )
 
 
-def end_line(completion: Completion) -> Line:
+def encode_end(completion: Completion) -> Line:
     return Line(
         end=EndBody(
             finish_reason=completion.finish_reason,
@@ -113,17 +116,17 @@ def end_line(completion: Completion) -> Line:
     )
 
 
-def completion_of(request: SampleRequest, draws: list[DrawBody], end: EndBody) -> Completion:
-    def joined(name: str, dtype: Any) -> Any:
+def join_completion(request: SampleRequest, draws: list[DrawBody], end: EndBody) -> Completion:
+    def join(name: str, dtype: Any) -> Any:
         return np.array([value for draw in draws for value in getattr(draw, name)], dtype)
 
     return Completion(
         request_id=request.request_id,
         prompt_ids=np.asarray(request.prompt_ids, np.int32),
-        token_ids=joined("token_ids", np.int32),
-        logprobs=joined("logprobs", np.float32),
-        versions=joined("versions", np.int32),
-        oldest_versions=joined("oldest_versions", np.int32),
+        token_ids=join("token_ids", np.int32),
+        logprobs=join("logprobs", np.float32),
+        versions=join("versions", np.int32),
+        oldest_versions=join("oldest_versions", np.int32),
         finish_reason=end.finish_reason,
         law=request.law,
         cached_tokens=end.cached_tokens,

@@ -34,14 +34,14 @@ class PagePool:
 
     def load(self, pages: Sequence[int]) -> KVRows:
         """One new row that begins with these pages; the rest of it is zero."""
-        return _load(self._pages, self._indices(dict(enumerate(pages))))
+        return _load(self._pages, self._put_indices(dict(enumerate(pages))))
 
     def save(self, rows: KVRows, row: int, fresh: Mapping[int, int]) -> None:
         """Copies pages of a row into the pool: {index of the page in the row: page of the pool}."""
         if fresh:
-            self._pages = _save(self._pages, rows, np.int32(row), self._indices(fresh))
+            self._pages = _save(self._pages, rows, np.int32(row), self._put_indices(fresh))
 
-    def _indices(self, chosen: Mapping[int, int]) -> jax.Array:
+    def _put_indices(self, chosen: Mapping[int, int]) -> jax.Array:
         indices_N = np.full(self._row_pages, self._capacity, np.int32)  # one past the pool: neither read nor written
         for index, page in chosen.items():
             indices_N[index] = page

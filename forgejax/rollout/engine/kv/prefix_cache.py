@@ -55,7 +55,7 @@ class PrefixCache:
         """
         if version != self._version:
             return Match(length=0, pages=())
-        path = self._path(ids, (len(ids) - 1) // self._page_tokens)
+        path = self._find_path(ids, (len(ids) - 1) // self._page_tokens)
         self._touch(path)
         return Match(length=len(path) * self._page_tokens, pages=tuple(node.page for node in path))
 
@@ -68,14 +68,14 @@ class PrefixCache:
         if version != self._version:
             return {}
         count = len(ids) // self._page_tokens
-        path = self._path(ids, count)
+        path = self._find_path(ids, count)
         self._touch(path)
         fresh: dict[int, int] = {}
         for index in range(len(path), count):
             page = self._allocate(path)
             if page is None:
                 break
-            node = _Node(id=self._next_id, page=page, key=(path[-1].id if path else _ROOT, self._bytes(ids, index)))
+            node = _Node(id=self._next_id, page=page, key=(path[-1].id if path else _ROOT, self._cut(ids, index)))
             self._next_id += 1
             self._nodes[node.key] = node
             path.append(node)
@@ -98,10 +98,10 @@ class PrefixCache:
                 raise AssertionError("prefix cache: a page outlived or outaged the one before it")
             seen.add(node.id)
 
-    def _path(self, ids: TokenIds, most: int) -> list[_Node]:
+    def _find_path(self, ids: TokenIds, most: int) -> list[_Node]:
         path: list[_Node] = []
         for index in range(most):
-            node = self._nodes.get((path[-1].id if path else _ROOT, self._bytes(ids, index)))
+            node = self._nodes.get((path[-1].id if path else _ROOT, self._cut(ids, index)))
             if node is None:
                 break
             path.append(node)
@@ -122,5 +122,5 @@ class PrefixCache:
         del self._nodes[oldest.key]
         return oldest.page
 
-    def _bytes(self, ids: TokenIds, index: int) -> bytes:
+    def _cut(self, ids: TokenIds, index: int) -> bytes:
         return ids[index * self._page_tokens : (index + 1) * self._page_tokens].tobytes()

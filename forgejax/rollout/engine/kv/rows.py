@@ -1,4 +1,4 @@
-"""Contiguous KV rows and attention over them: one ``Attend`` for prefill and for decode.
+"""``KVMemory`` as contiguous rows, and attention over them: one ``Attend`` for prefill and for decode.
 
 Dimension key: L layers, B rows, K kv heads, T cached tokens, C head dim, Q query tokens, G query heads per kv head.
 """
@@ -24,23 +24,26 @@ class KVRows:
     k_LBKTC: jax.Array
     v_LBKTC: jax.Array
 
+    def attend(self, positions_BQ: jax.Array, length: jax.Array) -> Attend:
+        """See ``KVMemory``. Rows beyond B are left alone."""
+        return _attend_rows(positions_BQ, length)
 
-def zero_rows(policy: PolicyConfig, rows: int, tokens: int) -> KVRows:
+    def insert(self, one: KVRows, index: jax.Array) -> KVRows:
+        """See ``KVMemory``."""
+        return jax.tree.map(
+            lambda all_rows, row: jax.lax.dynamic_update_slice_in_dim(all_rows, row, index, axis=1), self, one
+        )
+
+
+def make_rows(policy: PolicyConfig, rows: int, tokens: int) -> KVRows:
     """Empty rows in the policy's compute dtype (keys and values are distinct buffers: they are donated)."""
     shape = (policy.num_layers, rows, policy.num_kv_heads, tokens, policy.head_size)
     dtype = jnp.dtype(policy.compute_dtype)
     return KVRows(k_LBKTC=jnp.zeros(shape, dtype), v_LBKTC=jnp.zeros(shape, dtype))
 
 
-def attend_rows(positions_BQ: jax.Array, length: jax.Array) -> Attend:
+def _attend_rows(positions_BQ: jax.Array, length: jax.Array) -> Attend:
     """Attention of B x Q queries over the first B rows of a ``KVRows`` memory.
-
-    Each query's key and value are written at its position, then it sees the positions of its row up to its own. Rows
-    beyond B are left alone; a position past the row's end is not written.
-
-    Args:
-        positions_BQ: where each query stands in its row.
-        length: traced scalar; keys from it on are not read. It must exceed every position whose output is used.
 
     The softmax runs over blocks of keys in FP32 (Milakov & Gimelshein 2018, arXiv 1805.02867), with a trip count known
     only at run time: the cost follows the longest live sequence, not the row length, and one program serves them all.

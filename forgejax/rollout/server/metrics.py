@@ -1,0 +1,45 @@
+"""The driver's account as Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from forgejax.rollout.driver.driver import Driver
+
+
+class DriverCollector:
+    """A Prometheus collector over one driver; every name begins with ``forgejax_rollout_``."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+
+    def collect(self) -> Iterable[Metric]:
+        metrics = self._driver.metrics()
+        for name, figure in (
+            ("healthy", float(metrics.healthy)),
+            ("policy_version", metrics.version),
+            ("slots", metrics.slots),
+            ("active_requests", metrics.active),
+            ("waiting_requests", metrics.waiting),
+        ):
+            yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
+        for name, figure in (
+            ("requests", metrics.requests),
+            ("decode_steps", metrics.steps),
+            ("prompt_tokens", metrics.prompt_tokens),
+            ("cached_prompt_tokens", metrics.cached_tokens),
+            ("busy_seconds", metrics.busy_s),
+        ):
+            yield CounterMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
+        for name, by_purpose in (
+            ("sampled", metrics.tokens_sampled),
+            ("returned", metrics.tokens_returned),
+            ("cancelled", metrics.tokens_cancelled),
+            ("failed", metrics.tokens_failed),
+        ):
+            family = CounterMetricFamily(f"forgejax_rollout_tokens_{name}", f"tokens {name}", labels=["purpose"])
+            for purpose, count in by_purpose.items():
+                family.add_metric([purpose], count)
+            yield family
