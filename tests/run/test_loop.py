@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from forgejax.errors import AgentError, ForgejaxError, StorageFullError, TrainingError
-from forgejax.learner import Learner
+from forgejax.learner import Learner, PackedStep
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
 from forgejax.report.sinks.jsonl import read_metrics
@@ -168,11 +168,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
     """Makes the advantages of the steps that start on these versions NaN."""
     update = Learner.update
 
-    def poisoned(learner: Learner, batches: Any, version: int, **trunks: Any) -> Any:
+    def poisoned(learner: Learner, step: PackedStep, version: int) -> Any:
         if version in versions:
             nan = np.float32(np.nan)
-            batches = [dataclasses.replace(each, advantage=np.asarray(each.advantage) * nan) for each in batches]
-        return update(learner, batches, version, **trunks)
+            batches = [dataclasses.replace(each, advantage=np.asarray(each.advantage) * nan) for each in step.batches]
+            step = dataclasses.replace(step, batches=tuple(batches))
+        return update(learner, step, version)
 
     monkeypatch.setattr(Learner, "update", poisoned)
 
