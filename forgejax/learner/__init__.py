@@ -1,6 +1,6 @@
 """Credit, prefix trees, packing and one pure jitted step."""
 
-from forgejax.learner.credit.credit import CreditConfig, credit, judge
+from forgejax.learner.credit.credit import CreditConfig, assign_credit, make_judge
 from forgejax.learner.learner import Learner
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
 from forgejax.learner.packing.config import PackConfig
@@ -32,10 +32,10 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "TrainingBatch",
-    "credit",
+    "assign_credit",
     "drift_tokens",
-    "judge",
     "lay_empty",
+    "make_judge",
     "make_train_step",
     "pack",
     "supervised_sample",

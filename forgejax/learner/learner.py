@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackedTrunk
-from forgejax.learner.packing.deal import batch_axes, spread
+from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.step.train_step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
 from forgejax.learner.step.trunk_step import TrunkStep, make_trunk_step
 from forgejax.sharding import ONE_DEVICE, Layout
@@ -111,6 +111,6 @@ class Learner:
             ValueError: the blocks of a row cannot be dealt evenly to the devices that share it.
         """
         if (shards := self._layout.shards("length")) > 1:
-            batch = spread(batch, shards)
+            batch = deal_rows(batch, shards)
         self.batch_shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
         return self._layout.put(batch, batch_axes(batch))

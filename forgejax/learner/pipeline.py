@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from forgejax.errors import TrainingError
-from forgejax.learner.credit.credit import CreditConfig, credit
+from forgejax.learner.credit.credit import CreditConfig, assign_credit
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.pack import pack
@@ -36,8 +36,8 @@ class PackGroups:
     row_shards: int = 1
 
     def __call__(self, groups: Sequence[Group]) -> TrainingBatch:
-        """Raises TrainingError if no token of the groups can be trained (``judge`` drops such groups earlier)."""
-        credits = [credit(group, self.credit, self.packing) for group in groups]
+        """Raises TrainingError if no token of the groups can be trained (``make_judge`` drops such groups earlier)."""
+        credits = [assign_credit(group, self.credit, self.packing) for group in groups]
         untrained: Counter[str] = Counter()
         for found in credits:
             untrained.update(found.untrained)

@@ -89,7 +89,7 @@ def fresh_gaps(scored: Sequence[np.ndarray], packed: PackedStep, version: int) -
 
 
 def _fresh(scores: np.ndarray, batch: PackedBatch, version: int) -> np.ndarray:
-    fresh = np.asarray(batch.term_mask)
-    for drawn in (batch.version, batch.oldest_version):
+    fresh = np.asarray(batch.term_mask_BM)
+    for drawn in (batch.version_BM, batch.oldest_version_BM):
         fresh = fresh & (np.asarray(drawn) == version)
-    return np.abs(scores - np.asarray(batch.old_logp))[fresh]
+    return np.abs(scores - np.asarray(batch.old_logp_BM))[fresh]

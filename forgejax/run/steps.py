@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import grain
 
-from forgejax.learner import CreditConfig, PackConfig, PackGroups, TrainingBatch, judge
+from forgejax.learner import CreditConfig, PackConfig, PackGroups, TrainingBatch, make_judge
 from forgejax.pool.dataset import GroupBatch, GroupDataset
 from forgejax.pool.pool import Pool
 from forgejax.report.figures import group_figures
@@ -51,7 +51,7 @@ class PooledSteps:
 
     def __init__(self, pool: Pool, *, credit: CreditConfig, packing: PackConfig, row_shards: int) -> None:
         self._pack_groups = PackGroups(credit=credit, packing=packing, row_shards=row_shards)
-        prepared = GroupDataset(pool, judge(credit, packing)).map(self._prepare)
+        prepared = GroupDataset(pool, make_judge(credit, packing)).map(self._prepare)
         self._ahead: grain.DatasetIterator[StepData] = iter(
             grain.experimental.ThreadPrefetchIterDataset(prepared, prefetch_buffer_size=1)
         )

@@ -14,8 +14,8 @@ from forgejax.learner.packing.tree import PrefixTree, build_tree
 def unmerged_forest(samples: Sequence[Sample]) -> Forest:
     """A forest of as many trees, whatever they have in common; each trained token weighs the same."""
     trees = [build_tree([sample]) for sample in samples]
-    node = np.cumsum([0, *(len(tree.tokens) for tree in trees)])
-    edge = np.cumsum([0, *(len(tree.edge_src) for tree in trees)])
+    node = np.cumsum([0, *(len(tree.tokens_T) for tree in trees)])
+    edge = np.cumsum([0, *(len(tree.edge_src_E) for tree in trees)])
     roots = np.repeat(node[:-1], np.diff(node))
 
     def joined(name: str, offset: np.ndarray | None = None) -> np.ndarray:
@@ -25,16 +25,16 @@ def unmerged_forest(samples: Sequence[Sample]) -> Forest:
 
     tree = PrefixTree(
         samples=tuple(samples),
-        order=np.arange(len(samples)),
-        tokens=joined("tokens"),
-        positions=joined("positions"),
-        end=joined("end", node),
-        parent=np.where(joined("parent") < 0, -1, joined("parent") + roots).astype(np.int32),
-        samples_through=joined("samples_through"),
-        edge_src=joined("edge_src", node),
-        edge_tgt=joined("edge_tgt"),
-        edge_temperature=joined("edge_temperature"),
-        term_edge=joined("term_edge", edge),
-        shared=joined("shared"),
+        order_R=np.arange(len(samples)),
+        tokens_T=joined("tokens_T"),
+        positions_T=joined("positions_T"),
+        end_T=joined("end_T", node),
+        parent_T=np.where(joined("parent_T") < 0, -1, joined("parent_T") + roots).astype(np.int32),
+        samples_through_T=joined("samples_through_T"),
+        edge_src_E=joined("edge_src_E", node),
+        edge_tgt_E=joined("edge_tgt_E"),
+        edge_temperature_E=joined("edge_temperature_E"),
+        term_edge_M=joined("term_edge_M", edge),
+        shared_R=joined("shared_R"),
     )
-    return Forest(tree=tree, weights=np.full(len(samples), 1 / len(tree.term_edge)))
+    return Forest(tree=tree, weights_R=np.full(len(samples), 1 / len(tree.term_edge_M)))

@@ -92,7 +92,7 @@ def groups_of(options: Options, case: str) -> list[list[Sample]]:
         group = CASES[case](draw)
         found.append(group)
         tree = options.count == "tree"
-        total += len(build_tree(group).tokens) if tree else sum(sample.fed_tokens for sample in group)
+        total += len(build_tree(group).tokens_T) if tree else sum(sample.fed_tokens for sample in group)
     return found
 
 

@@ -81,7 +81,11 @@ def train_flops(options: Options, step: PackedStep) -> float:
     policy = options.policy
     embeddings = (1 if policy.tied_embeddings else 2) * policy.vocab_size * policy.d_model
     weights = count_params(abstract_policy(policy)[1]) - embeddings
-    rows = [(batch.term_edge[row], batch.term_mask[row]) for batch in step.batches for row in range(len(batch.tokens))]
+    rows = [
+        (batch.term_edge_BM[row], batch.term_mask_BM[row])
+        for batch in step.batches
+        for row in range(len(batch.tokens_BT))
+    ]
     edges = sum(len(np.unique(edge[mask])) for edge, mask in rows)
     attention = 4 * policy.num_layers * policy.num_heads * policy.head_size * step.stats.tree_pairs
     return 3.0 * (2 * weights * step.stats.tree_tokens + 2 * policy.d_model * policy.vocab_size * edges + attention)

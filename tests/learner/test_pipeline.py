@@ -68,7 +68,7 @@ def test_one_changed_id_anywhere_is_drift() -> None:
 def test_a_broken_index_in_the_packed_batch_is_drift() -> None:
     groups = [_group(0, (1.0, 0.0))]
     packed = _pack(groups).packed
-    packed.batches[0].tokens[0, 0] += 1  # the root that all four samples share
+    packed.batches[0].tokens_BT[0, 0] += 1  # the root that all four samples share
 
     assert drift_tokens(packed, _given(groups)) == 4
 
@@ -79,7 +79,7 @@ def test_the_same_groups_give_the_same_batch() -> None:
     first, second = _pack(groups).packed, _pack(groups).packed
 
     assert first.placements == second.placements
-    assert all((a.tokens == b.tokens).all() for a, b in zip(first.batches, second.batches, strict=True))
+    assert all((a.tokens_BT == b.tokens_BT).all() for a, b in zip(first.batches, second.batches, strict=True))
 
 
 def test_nothing_to_train_is_said_in_a_sentence() -> None:

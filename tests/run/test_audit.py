@@ -41,7 +41,7 @@ def test_the_gap_is_measured_only_on_tokens_that_one_version_drew_and_saw() -> N
         drawn("b", [-1.5, -2.5], [3, 4], [3, 4]),  # the first was drawn by version 3
     ]
     packed = pack([samples], PACKING)
-    scored = [np.asarray(batch.old_logp) + np.float32(0.25) for batch in packed.batches]
+    scored = [np.asarray(batch.old_logp_BM) + np.float32(0.25) for batch in packed.batches]
 
     assert fresh_gaps(scored, packed, 4).tolist() == [0.25] * 3
     assert fresh_gaps(scored, packed, 3).tolist() == [0.25]

@@ -171,7 +171,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
     def poisoned(learner: Learner, step: PackedStep, version: int) -> Any:
         if version in versions:
             nan = np.float32(np.nan)
-            batches = [dataclasses.replace(each, advantage=np.asarray(each.advantage) * nan) for each in step.batches]
+            batches = [
+                dataclasses.replace(each, advantage_BM=np.asarray(each.advantage_BM) * nan) for each in step.batches
+            ]
             step = dataclasses.replace(step, batches=tuple(batches))
         return update(learner, step, version)
 

@@ -52,6 +52,6 @@ def test_a_step_has_the_groups_of_its_batch_packed_and_comes_again_after_going_b
     assert first.training.packed.stats.trained_tokens == 12
     assert first.packing_began <= first.packing_ended
     for ours, theirs in zip(first.training.packed.batches, again.training.packed.batches, strict=True):
-        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.tokens_BT, theirs.tokens_BT)
     assert steps.next() is None
     steps.close()

@@ -24,7 +24,7 @@ import pytest
 from jax.experimental import topologies
 
 from forgejax.learner import PackConfig, PackedBatch, PackedStep, StepConfig, make_train_step, pack, supervised_sample
-from forgejax.learner.packing.deal import batch_axes, spread
+from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.step.trunk_step import make_trunk_step
 from forgejax.models import PolicyConfig, abstract_policy
 from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
@@ -118,7 +118,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 def _in(layout: Layout, batch: PackedBatch) -> PackedBatch:
     if (shards := layout.shards("length")) > 1:
-        batch = spread(batch, shards)
+        batch = deal_rows(batch, shards)
     return _placed(batch, jax.tree.map(lambda _, names: layout.sharding(*names), batch, batch_axes(batch)))
 
 

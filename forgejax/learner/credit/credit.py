@@ -53,17 +53,17 @@ class GroupCredit:
     untrained: Mapping[str, int]
 
 
-def judge(config: CreditConfig, packing: PackConfig) -> Judge:
-    """Says of a finished group whether it is worth training, exactly as ``credit`` would train it."""
+def make_judge(config: CreditConfig, packing: PackConfig) -> Judge:
+    """Says of a finished group whether it is worth training, exactly as ``assign_credit`` would train it."""
 
     def verdict(group: Group) -> Verdict:
-        found = credit(group, config, packing)
+        found = assign_credit(group, config, packing)
         return Verdict(drop=found.drop, untrained=found.untrained)
 
     return verdict
 
 
-def credit(group: Group, config: CreditConfig, packing: PackConfig) -> GroupCredit:
+def assign_credit(group: Group, config: CreditConfig, packing: PackConfig) -> GroupCredit:
     """The samples of a group with their advantages.
 
     Masked trajectories neither train nor enter a baseline. The group is dropped as ``too_few_members`` if fewer than 2

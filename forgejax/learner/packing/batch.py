@@ -5,76 +5,80 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 from forgejax.ops import TreeMeta
+
+Array = np.ndarray | jax.Array
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "tokens",
-        "positions",
-        "samples_through",
+        "tokens_BT",
+        "positions_BT",
+        "samples_through_BT",
         "attention",
-        "edge_src",
-        "edge_tgt",
-        "edge_temperature",
-        "term_edge",
-        "term_sample",
-        "term_mask",
-        "old_logp",
-        "advantage",
-        "weight",
-        "version",
-        "oldest_version",
+        "edge_src_BE",
+        "edge_tgt_BE",
+        "edge_temperature_BE",
+        "term_edge_BM",
+        "term_sample_BM",
+        "term_mask_BM",
+        "old_logp_BM",
+        "advantage_BM",
+        "weight_BM",
+        "version_BM",
+        "oldest_version_BM",
     ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """B rows of T tokens, E edges and M terms, each dimension padded; a pytree whose every array begins with B. The
-    arrays are numpy's or jax's, or what a tree transformation puts in their place.
+    """B rows of T tokens, E edges and M terms, each dimension padded; a pytree whose every array begins with B.
 
-    Indices count within their row, so that rows may lie on different devices. Padding: tokens see only themselves,
-    edges are read at node 0 and belong to no term, terms have a false mask and weight 0.
+    The arrays are numpy's or jax's, of the shapes and dtypes annotated, or what a tree transformation puts in their
+    place. Indices count within their row, so that rows may lie on different devices. Padding: tokens see only
+    themselves, edges are read at node 0 and belong to no term, terms have a false mask and weight 0.
 
     Attributes:
-        tokens: [B, T] int32.
-        positions: [B, T] int32 depth in the tree.
-        samples_through: [B, T] int32 how many samples feed the token at this node; identical ones count each, and a
-            group in several rows counts in each row what lies there. 0 on padding.
+        tokens_BT: what each node is fed.
+        positions_BT: depth in the tree.
+        samples_through_BT: how many samples feed the token at this node; identical ones count each, and a group in
+            several rows counts in each row what lies there. 0 on padding.
         attention: who sees whom; a ``SplitMeta`` on devices that share the length of rows.
-        edge_src: [B, E] int32 node at which the edge's log-probability is read.
-        edge_tgt: [B, E] int32 token predicted there.
-        edge_temperature: [B, E] float32 by which the logits are divided.
-        term_edge: [B, M] int32 edge of each trained token of each sample.
-        term_sample: [B, M] int32 which of the row's samples the term belongs to; padding has M - 1.
-        term_mask: [B, M] bool; false on padding.
-        old_logp: [B, M] float32 log-probability under the behaviour policy.
-        advantage: [B, M] float32.
-        weight: [B, M] float32: the normaliser, counted on the unmerged samples of the whole step.
-        version: [B, M] int32 policy version that drew the token; -1: none of this run.
-        oldest_version: [B, M] int32 oldest version in the context the sampler drew it from.
+        edge_src_BE: node at which the edge's log-probability is read.
+        edge_tgt_BE: token predicted there.
+        edge_temperature_BE: by which the logits are divided.
+        term_edge_BM: edge of each trained token of each sample.
+        term_sample_BM: which of the row's samples the term belongs to; padding has M - 1.
+        term_mask_BM: false on padding.
+        old_logp_BM: log-probability under the behaviour policy.
+        advantage_BM: of the term's sample.
+        weight_BM: the normaliser, counted on the unmerged samples of the whole step.
+        version_BM: policy version that drew the token; -1: none of this run.
+        oldest_version_BM: oldest version in the context the sampler drew it from.
     """
 
-    tokens: Any
-    positions: Any
-    samples_through: Any
+    tokens_BT: Annotated[Any, Int32[Array, "B T"]]
+    positions_BT: Annotated[Any, Int32[Array, "B T"]]
+    samples_through_BT: Annotated[Any, Int32[Array, "B T"]]
     attention: TreeMeta | Any
-    edge_src: Any
-    edge_tgt: Any
-    edge_temperature: Any
-    term_edge: Any
-    term_sample: Any
-    term_mask: Any
-    old_logp: Any
-    advantage: Any
-    weight: Any
-    version: Any
-    oldest_version: Any
+    edge_src_BE: Annotated[Any, Int32[Array, "B E"]]
+    edge_tgt_BE: Annotated[Any, Int32[Array, "B E"]]
+    edge_temperature_BE: Annotated[Any, Float32[Array, "B E"]]
+    term_edge_BM: Annotated[Any, Int32[Array, "B M"]]
+    term_sample_BM: Annotated[Any, Int32[Array, "B M"]]
+    term_mask_BM: Annotated[Any, Bool[Array, "B M"]]
+    old_logp_BM: Annotated[Any, Float32[Array, "B M"]]
+    advantage_BM: Annotated[Any, Float32[Array, "B M"]]
+    weight_BM: Annotated[Any, Float32[Array, "B M"]]
+    version_BM: Annotated[Any, Int32[Array, "B M"]]
+    oldest_version_BM: Annotated[Any, Int32[Array, "B M"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

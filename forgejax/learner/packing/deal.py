@@ -17,7 +17,7 @@ from forgejax.learner.packing.config import EDGE_BUCKETS
 from forgejax.ops import SplitMeta, TreeMeta, split_meta
 
 
-def spread(batch: PackedBatch, shards: int) -> PackedBatch:
+def deal_rows(batch: PackedBatch, shards: int) -> PackedBatch:
     """The batch as it is stored on ``shards`` devices a row, a shard's tokens and edges behind those of the one before.
 
     ``attention`` becomes a ``SplitMeta``. Each shard has the edges that it stores the source of, ``edge_src`` counts
@@ -31,17 +31,17 @@ def spread(batch: PackedBatch, shards: int) -> PackedBatch:
     Raises:
         ValueError: the blocks of a row cannot be dealt evenly.
     """
-    meta, (B, T) = batch.attention, batch.tokens.shape
+    meta, (B, T) = batch.attention, batch.tokens_BT.shape
     block, n_blocks = meta.block_size, T // meta.block_size
     if n_blocks % shards:
         raise ValueError(
             f"rows of {T} tokens are {n_blocks} blocks of {block}, which do not deal evenly to {shards} shards: "
             f"make packing.row_length a multiple of {shards} x packing.block_size = {shards * block}"
         )
-    edges = [np.unique(of_row[mask]) for of_row, mask in zip(batch.term_edge, batch.term_mask, strict=True)]
-    sources = [of_row[used] for of_row, used in zip(batch.edge_src, edges, strict=True)]
-    room = -(-batch.edge_src.shape[1] // shards)
-    logical_at_BN = np.stack([_dealt(meta, row, sources[row], shards, room) for row in range(B)])
+    edges = [np.unique(of_row[mask]) for of_row, mask in zip(batch.term_edge_BM, batch.term_mask_BM, strict=True)]
+    sources = [of_row[used] for of_row, used in zip(batch.edge_src_BE, edges, strict=True)]
+    room = -(-batch.edge_src_BE.shape[1] // shards)
+    logical_at_BN = np.stack([_deal_blocks(meta, row, sources[row], shards, room) for row in range(B)])
     split = split_meta(meta, logical_at_BN, shards)
 
     local_T = T // shards
@@ -50,28 +50,29 @@ def spread(batch: PackedBatch, shards: int) -> PackedBatch:
     # A node has any number of edges, and so has a shard: in steps of a bucket, so that shapes stay few.
     bucket = max(1, int(EDGE_BUCKETS[0] * local_T))
     room = max(room, -(-most // bucket) * bucket)
-    edge_at = [_places(at // local_T, shards, room) for at in stored]
+    edge_at = [_assign_places(at // local_T, shards, room) for at in stored]
 
     arrays = {
-        name: _permuted(getattr(batch, name), logical_at_BN) for name in ("tokens", "positions", "samples_through")
+        name: _permute_blocks(getattr(batch, name), logical_at_BN)
+        for name in ("tokens_BT", "positions_BT", "samples_through_BT")
     }
     placed = [np.zeros((B, shards * room), np.int32) for _ in range(2)] + [np.ones((B, shards * room), np.float32)]
-    edge_src, edge_tgt, edge_temperature = placed
-    term_edge = np.zeros_like(batch.term_edge)
+    edge_src_BE, edge_tgt_BE, edge_temperature_BE = placed
+    term_edge_BM = np.zeros_like(batch.term_edge_BM)
     for row, (used, at, place) in enumerate(zip(edges, stored, edge_at, strict=True)):
-        edge_src[row, place] = at % local_T
-        edge_tgt[row, place] = batch.edge_tgt[row, used]
-        edge_temperature[row, place] = batch.edge_temperature[row, used]
-        mask = batch.term_mask[row]
-        term_edge[row, mask] = place[np.searchsorted(used, batch.term_edge[row, mask])]
+        edge_src_BE[row, place] = at % local_T
+        edge_tgt_BE[row, place] = batch.edge_tgt_BE[row, used]
+        edge_temperature_BE[row, place] = batch.edge_temperature_BE[row, used]
+        mask = batch.term_mask_BM[row]
+        term_edge_BM[row, mask] = place[np.searchsorted(used, batch.term_edge_BM[row, mask])]
     return dataclasses.replace(
         batch,
         **arrays,
         attention=split,
-        edge_src=edge_src,
-        edge_tgt=edge_tgt,
-        edge_temperature=edge_temperature,
-        term_edge=term_edge,
+        edge_src_BE=edge_src_BE,
+        edge_tgt_BE=edge_tgt_BE,
+        edge_temperature_BE=edge_temperature_BE,
+        term_edge_BM=term_edge_BM,
     )
 
 
@@ -82,14 +83,14 @@ def batch_axes(batch: PackedBatch) -> PackedBatch:
     split = jax.tree.map(lambda _: by_row, batch)
     if not isinstance(batch.attention, SplitMeta):
         return split
-    names = ("tokens", "positions", "samples_through", "edge_src", "edge_tgt", "edge_temperature")
+    names = ("tokens_BT", "positions_BT", "samples_through_BT", "edge_src_BE", "edge_tgt_BE", "edge_temperature_BE")
     own = jax.tree.map(lambda _: by_shard, batch.attention.shards)
     return dataclasses.replace(
         split, **dict.fromkeys(names, by_shard), attention=dataclasses.replace(split.attention, shards=own)
     )
 
 
-def _dealt(
+def _deal_blocks(
     meta: TreeMeta, row: int, sources: Int[np.ndarray, " n_edges"], shards: int, room: int
 ) -> Int[np.ndarray, " n_blocks"]:
     """The row's blocks in the order in which they are stored.
@@ -112,7 +113,7 @@ def _dealt(
     return np.array([block for own in dealt for block in sorted(own)])
 
 
-def _places(shard_of: Int[np.ndarray, " n_edges"], shards: int, room: int) -> Int[np.ndarray, " n_edges"]:
+def _assign_places(shard_of: Int[np.ndarray, " n_edges"], shards: int, room: int) -> Int[np.ndarray, " n_edges"]:
     """Where each edge goes among ``room`` places a shard, in order."""
     order = np.argsort(shard_of, kind="stable")
     first = np.searchsorted(shard_of[order], np.arange(shards))
@@ -121,6 +122,6 @@ def _places(shard_of: Int[np.ndarray, " n_edges"], shards: int, room: int) -> In
     return places
 
 
-def _permuted(values_BT: np.ndarray, logical_at_BN: Int[np.ndarray, "B n_blocks"]) -> np.ndarray:
+def _permute_blocks(values_BT: np.ndarray, logical_at_BN: Int[np.ndarray, "B n_blocks"]) -> np.ndarray:
     blocks = values_BT.reshape(*logical_at_BN.shape, -1)
     return np.take_along_axis(blocks, logical_at_BN[:, :, None], axis=1).reshape(values_BT.shape)

@@ -39,12 +39,12 @@ def trained_ids(part: Part, placement: Placement) -> tuple[TokenIds, TokenIds]:
     a trunk attends to the trunk's row first.
     """
     batch, row, terms = part.batch, placement.row, slice(placement.start, placement.stop)
-    tokens = np.asarray(batch.tokens)[row]
+    tokens = np.asarray(batch.tokens_BT)[row]
     if part.trunk is not None:
-        tokens = np.concatenate([np.asarray(part.trunk.tokens)[row], tokens])
-    edges = np.asarray(batch.term_edge)[row, terms]
-    sources = np.asarray(batch.edge_src)[row, edges] + len(tokens) - batch.tokens.shape[1]
-    sampled = np.asarray(batch.edge_tgt)[row, edges]
+        tokens = np.concatenate([np.asarray(part.trunk.tokens_BT)[row], tokens])
+    edges = np.asarray(batch.term_edge_BM)[row, terms]
+    sources = np.asarray(batch.edge_src_BE)[row, edges] + len(tokens) - batch.tokens_BT.shape[1]
+    sampled = np.asarray(batch.edge_tgt_BE)[row, edges]
     index = np.arange(int(sources[-1]) + 1)
     seen = index[np.asarray(batch.attention.end)[row, index] > sources[-1]]
     context = seen[: np.searchsorted(seen, sources[0], side="right")]

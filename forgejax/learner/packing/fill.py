@@ -19,7 +19,7 @@ def fill_rows(forest: Forest, config: PackConfig, shards: int) -> list[list[Rang
     times rows.
     """
     rows = _place_best_fit(forest, _keep_whole(forest, config), config)
-    needed = -(-len(forest.tree.tokens) // config.row_length)
+    needed = -(-len(forest.tree.tokens_T) // config.row_length)
     if count_padded_rows(needed, config.rows, shards) < count_padded_rows(len(rows), config.rows, shards):
         whole = (0, len(forest.tree.samples))
         everything = cut_samples(forest, whole, config.row_length, config.term_limit, fewest="ranges")

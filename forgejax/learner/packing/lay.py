@@ -73,90 +73,104 @@ class _Layer:
 
 
 class _Arrays:
-    """The arrays of B rows, padding until a row is laid. Attributes are named as ``PackedBatch``'s, by their shapes."""
+    """The arrays of B rows, padding until a row is laid. Attributes are named as ``PackedBatch``'s."""
 
     def __init__(self, rows: int, shape: Shape, config: PackConfig) -> None:
         B, T, (E, M) = rows, config.row_length, shape
-        self.B, self.T, self.M = B, T, M
-        self.nodes = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions", "samples_through")}
-        self.edges = {name: np.zeros((B, E), np.int32) for name in ("edge_src", "edge_tgt")}
-        self.edge_temperature = np.ones((B, E), np.float32)
-        self.terms = {name: np.zeros((B, M), np.int32) for name in ("term_edge", "version", "oldest_version")}
-        self.terms |= {name: np.zeros((B, M), np.float32) for name in ("old_logp", "advantage", "weight")}
-        self.term_sample = np.full((B, M), M - 1, np.int32)
-        self.term_mask = np.zeros((B, M), np.bool_)
-        self.end = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
-        self.lengths = np.zeros(B, np.int32)
+        self.tokens_BT, self.positions_BT, self.samples_through_BT = (np.zeros((B, T), np.int32) for _ in range(3))
+        self.end_BT = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+        self.lengths_B = np.zeros(B, np.int32)
+        self.edge_src_BE, self.edge_tgt_BE = (np.zeros((B, E), np.int32) for _ in range(2))
+        self.edge_temperature_BE = np.ones((B, E), np.float32)
+        self.term_edge_BM, self.version_BM, self.oldest_version_BM = (np.zeros((B, M), np.int32) for _ in range(3))
+        self.old_logp_BM, self.advantage_BM, self.weight_BM = (np.zeros((B, M), np.float32) for _ in range(3))
+        self.term_sample_BM = np.full((B, M), M - 1, np.int32)
+        self.term_mask_BM = np.zeros((B, M), np.bool_)
 
     def lay_row(self, row: int, plan: RowPlan, *, batch: int) -> list[Placement]:
         """Copies the trees of a row behind one another, and lays the row's trunk under them."""
         placements = []
-        at = (0, 0, 0, 0)  # nodes, edges, terms and samples so far
+        filled = _Filled()
         for bin in plan.bins:
-            placed, at = self._lay_bin(row, bin, at, batch)
+            placed, filled = self._lay_bin(row, bin, filled, batch)
             placements += placed
-        self.lengths[row] = at[0]
+        self.lengths_B[row] = filled.nodes
         if len(plan.path):
             self._lay_path(row, plan)
         return placements
 
-    def _lay_bin(
-        self, row: int, bin: Bin, at: tuple[int, int, int, int], batch: int
-    ) -> tuple[list[Placement], tuple[int, int, int, int]]:
+    def _lay_bin(self, row: int, bin: Bin, filled: _Filled, batch: int) -> tuple[list[Placement], _Filled]:
         """The placements of a tree's samples, and how far the row is filled behind it."""
-        node, edge, term, sample_count = at
         tree = bin.forest.part(bin.start, bin.stop)
-        samples, weights = tree.samples, bin.forest.weights[bin.start : bin.stop]
-        nodes, edges = slice(node, node + len(tree.tokens)), slice(edge, edge + len(tree.edge_src))
-        terms = slice(term, term + len(tree.term_edge))
-        for name, found in (
-            ("tokens", tree.tokens),
-            ("positions", tree.positions),
-            ("samples_through", tree.samples_through),
-        ):
-            self.nodes[name][row, nodes] = found
-        self.end[row, nodes] = tree.end + node
-        self.edges["edge_src"][row, edges] = tree.edge_src + node
-        self.edges["edge_tgt"][row, edges] = tree.edge_tgt
-        self.edge_temperature[row, edges] = tree.edge_temperature
+        samples = tree.samples
+        behind = _Filled(
+            nodes=filled.nodes + len(tree.tokens_T),
+            edges=filled.edges + len(tree.edge_src_E),
+            terms=filled.terms + len(tree.term_edge_M),
+            samples=filled.samples + len(samples),
+        )
+        nodes = row, slice(filled.nodes, behind.nodes)
+        edges = row, slice(filled.edges, behind.edges)
+        terms = row, slice(filled.terms, behind.terms)
+        self.tokens_BT[nodes] = tree.tokens_T
+        self.positions_BT[nodes] = tree.positions_T
+        self.samples_through_BT[nodes] = tree.samples_through_T
+        self.end_BT[nodes] = tree.end_T + filled.nodes
+        self.edge_src_BE[edges] = tree.edge_src_E + filled.nodes
+        self.edge_tgt_BE[edges] = tree.edge_tgt_E
+        self.edge_temperature_BE[edges] = tree.edge_temperature_E
         counts = np.array([len(sample.token_ids) for sample in samples])
-        for name, found in (
-            ("term_edge", tree.term_edge + edge),
-            ("version", np.concatenate([sample.versions for sample in samples])),
-            ("oldest_version", np.concatenate([sample.oldest_versions for sample in samples])),
-            ("old_logp", np.concatenate([sample.old_logp for sample in samples])),
-            ("advantage", np.repeat([sample.advantage for sample in samples], counts)),
-            ("weight", np.repeat(weights, counts)),
-        ):
-            self.terms[name][row, terms] = found
-        self.term_sample[row, terms] = np.repeat(np.arange(len(samples)) + sample_count, counts)
-        self.term_mask[row, terms] = True
-        stops = term + counts.cumsum()
+        self.term_edge_BM[terms] = tree.term_edge_M + filled.edges
+        self.version_BM[terms] = np.concatenate([sample.versions for sample in samples])
+        self.oldest_version_BM[terms] = np.concatenate([sample.oldest_versions for sample in samples])
+        self.old_logp_BM[terms] = np.concatenate([sample.old_logp for sample in samples])
+        self.advantage_BM[terms] = np.repeat([sample.advantage for sample in samples], counts)
+        self.weight_BM[terms] = np.repeat(bin.forest.weights_R[bin.start : bin.stop], counts)
+        self.term_sample_BM[terms] = np.repeat(np.arange(filled.samples, behind.samples), counts)
+        self.term_mask_BM[terms] = True
+        stops = filled.terms + counts.cumsum()
         placements = [
             Placement(request_id=sample.request_id, batch=batch, row=row, start=int(stop - count), stop=int(stop))
             for sample, count, stop in zip(samples, counts, stops, strict=True)
         ]
-        return placements, (nodes.stop, edges.stop, terms.stop, sample_count + len(samples))
+        return placements, behind
 
     def _lay_path(self, row: int, plan: RowPlan) -> None:
         """A chain of tokens from node 0 on, on which the row's trees lie; samples that go on run through all of it."""
-        here = slice(len(plan.path))
-        self.nodes["tokens"][row, here] = plan.path
-        self.nodes["positions"][row, here] = np.arange(len(plan.path))
-        self.nodes["samples_through"][row, here] += plan.continued
-        self.end[row, here] = len(plan.path)
-        self.lengths[row] = len(plan.path)
+        here = row, slice(len(plan.path))
+        self.tokens_BT[here] = plan.path
+        self.positions_BT[here] = np.arange(len(plan.path))
+        self.samples_through_BT[here] += plan.continued
+        self.end_BT[here] = self.lengths_B[row] = len(plan.path)
 
     def batch(self, block: int) -> PackedBatch:
         return PackedBatch(
-            **self.nodes,
-            **self.edges,
-            **self.terms,
-            attention=tree_meta(self.end, self.lengths, block),
-            edge_temperature=self.edge_temperature,
-            term_sample=self.term_sample,
-            term_mask=self.term_mask,
+            tokens_BT=self.tokens_BT,
+            positions_BT=self.positions_BT,
+            samples_through_BT=self.samples_through_BT,
+            attention=tree_meta(self.end_BT, self.lengths_B, block),
+            edge_src_BE=self.edge_src_BE,
+            edge_tgt_BE=self.edge_tgt_BE,
+            edge_temperature_BE=self.edge_temperature_BE,
+            term_edge_BM=self.term_edge_BM,
+            term_sample_BM=self.term_sample_BM,
+            term_mask_BM=self.term_mask_BM,
+            old_logp_BM=self.old_logp_BM,
+            advantage_BM=self.advantage_BM,
+            weight_BM=self.weight_BM,
+            version_BM=self.version_BM,
+            oldest_version_BM=self.oldest_version_BM,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Filled:
+    """How much of a row is laid."""
+
+    nodes: int = 0
+    edges: int = 0
+    terms: int = 0
+    samples: int = 0
 
 
 def _lay_trunk(layer: _Layer, plan: TrunkPlan, config: PackConfig) -> PackedTrunk:

@@ -51,7 +51,7 @@ def _check_lengths(groups: Sequence[Sequence[Sample]], config: PackConfig) -> No
             )
 
 
-def _normalise_weights(groups: Sequence[Sequence[Sample]], config: PackConfig) -> Float[np.ndarray, " N"]:
+def _normalise_weights(groups: Sequence[Sequence[Sample]], config: PackConfig) -> Float[np.ndarray, " R"]:
     """The loss weight of each sample's terms: its own, over its group's Z, which counts unmerged trained tokens times
     the weight of their sample."""
     own = [np.array([sample.weight for sample in group]) for group in groups]

@@ -187,7 +187,7 @@ def _plan_trunk(slots: Sequence[_Slot]) -> TrunkPlan:
 def _bound_cost(units: Sequence[TrunkUnit], forest: Forest, config: PackConfig, row_shards: int) -> float:
     """What trunks cost at least, in rows: the forest's other nodes fill theirs, and none is repeated."""
     slots = -(-len(units) // row_shards) * row_shards
-    others = len(forest.tree.tokens) - sum(unit.length for unit in units)
+    others = len(forest.tree.tokens_T) - sum(unit.length for unit in units)
     return slots * TRUNK_COST + others / config.row_length
 
 

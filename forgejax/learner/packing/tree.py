@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float32, Int32, Int64
 from numpy.typing import NDArray
 
 from forgejax.learner.packing.samples import Sample
@@ -20,40 +21,40 @@ Ints = NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PrefixTree:
-    """A forest of T nodes, E unique edges and M terms.
+    """A forest of T nodes, E unique edges and M terms of R samples.
 
     Attributes:
         samples: in DFS order of the node at which they end.
-        order: [S] which of the samples given to ``build_tree`` each is.
-        tokens: [T] node tokens; the last token of a sample is predicted but never fed, so it is no node by itself.
-        positions: [T] depth of the node, which the rotary embedding uses.
-        end: [T] index after the node's subtree.
-        parent: [T] index of the parent, -1 at a root.
-        samples_through: [T] how many samples are fed through the node; identical samples count each.
-        edge_src: [E] the node at which an edge's log-probability is read.
-        edge_tgt: [E] the token predicted there.
-        edge_temperature: [E]. Edges are unique in (source, target, temperature).
-        term_edge: [M] the edge of each trained token, samples one after another.
-        shared: [S] how many leading nodes each sample shares with the sample before it.
+        order_R: which of the samples given to ``build_tree`` each is.
+        tokens_T: node tokens; the last token of a sample is predicted but never fed, so it is no node by itself.
+        positions_T: depth of the node, which the rotary embedding uses.
+        end_T: index after the node's subtree.
+        parent_T: index of the parent, -1 at a root.
+        samples_through_T: how many samples are fed through the node; identical samples count each.
+        edge_src_E: the node at which an edge's log-probability is read.
+        edge_tgt_E: the token predicted there.
+        edge_temperature_E: edges are unique in (source, target, temperature).
+        term_edge_M: the edge of each trained token, samples one after another.
+        shared_R: how many leading nodes each sample shares with the sample before it.
     """
 
     samples: tuple[Sample, ...]
-    order: NDArray[np.int64]
-    tokens: Ints
-    positions: Ints
-    end: Ints
-    parent: Ints
-    samples_through: Ints
-    edge_src: Ints
-    edge_tgt: Ints
-    edge_temperature: NDArray[np.float32]
-    term_edge: Ints
-    shared: Ints
+    order_R: Int64[np.ndarray, " R"]
+    tokens_T: Int32[np.ndarray, " T"]
+    positions_T: Int32[np.ndarray, " T"]
+    end_T: Int32[np.ndarray, " T"]
+    parent_T: Int32[np.ndarray, " T"]
+    samples_through_T: Int32[np.ndarray, " T"]
+    edge_src_E: Int32[np.ndarray, " E"]
+    edge_tgt_E: Int32[np.ndarray, " E"]
+    edge_temperature_E: Float32[np.ndarray, " E"]
+    term_edge_M: Int32[np.ndarray, " M"]
+    shared_R: Int32[np.ndarray, " R"]
 
     @property
     def attention_pairs(self) -> int:
         """Query-key pairs: every node sees itself and its ancestors."""
-        return int((self.positions.astype(np.int64) + 1).sum())
+        return int((self.positions_T.astype(np.int64) + 1).sum())
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
@@ -98,17 +99,17 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
     _, first, term_edge = np.unique(key, return_index=True, return_inverse=True)
     return PrefixTree(
         samples=tuple(ordered),
-        order=np.array(order),
-        tokens=tokens,
-        positions=positions,
-        end=end,
-        parent=parent,
-        samples_through=samples_through(end_of_share - 1, end),
-        edge_src=term_src[first].astype(np.int32),
-        edge_tgt=term_tgt[first].astype(np.int32),
-        edge_temperature=temperatures[which[first]],
-        term_edge=term_edge.astype(np.int32),
-        shared=shared,
+        order_R=np.array(order),
+        tokens_T=tokens,
+        positions_T=positions,
+        end_T=end,
+        parent_T=parent,
+        samples_through_T=samples_through(end_of_share - 1, end),
+        edge_src_E=term_src[first].astype(np.int32),
+        edge_tgt_E=term_tgt[first].astype(np.int32),
+        edge_temperature_E=temperatures[which[first]],
+        term_edge_M=term_edge.astype(np.int32),
+        shared_R=shared,
     )
 
 

@@ -47,7 +47,7 @@ def plan_trunks(forest: Forest, config: PackConfig, *, needed: bool = False) -> 
     search = _Search(
         fed=forest.fed.tolist(),
         contexts=contexts,
-        shared=forest.tree.shared.tolist(),
+        shared=forest.tree.shared_R.tolist(),
         nodes=forest.nodes.tolist(),
         row=config.row_length,
         needed=needed,
@@ -167,7 +167,7 @@ def _with_prefixes(units: Sequence[TrunkUnit], forest: Forest) -> list[TrunkUnit
     for unit in units:
         start, common = unit.start, unit.length
         lowest = grown[-1].stop if grown else 0
-        while start > lowest and (common := min(common, int(forest.tree.shared[start]))) == forest.fed[start - 1]:
+        while start > lowest and (common := min(common, int(forest.tree.shared_R[start]))) == forest.fed[start - 1]:
             start -= 1
         grown.append(dataclasses.replace(unit, start=start))
     return grown

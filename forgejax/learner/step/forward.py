@@ -84,12 +84,12 @@ class ForwardPass:
         policy = nnx.merge(self.graphdef, params)
         keep = self.keep
         if keep == "auto":
-            keep = kept_within(policy.config, batch.tokens.size, self.activation_gib, layout=self.layout)
+            keep = kept_within(policy.config, batch.tokens_BT.size, self.activation_gib, layout=self.layout)
         hidden_BTD, left, load = policy.with_router_load(
-            batch.tokens,
-            batch.positions,
+            batch.tokens_BT,
+            batch.positions_BT,
             around(_tree_attend(batch.attention, self.layout)),
-            token_weight_BT=jnp.asarray(batch.samples_through).astype(jnp.float32),
+            token_weight_BT=jnp.asarray(batch.samples_through_BT).astype(jnp.float32),
             memory=PerLayer(parts),
             keep=keep,
         )
@@ -112,12 +112,14 @@ def _edge_terms(
             *(None,) * (x.ndim - 1),
         )
 
-    source_BSE, target_BSE, temperature_BSE = map(by_shard, (batch.edge_src, batch.edge_tgt, batch.edge_temperature))
+    source_BSE, target_BSE, temperature_BSE = map(
+        by_shard, (batch.edge_src_BE, batch.edge_tgt_BE, batch.edge_temperature_BE)
+    )
     hidden_BSED = jax.vmap(_gather_rows)(by_shard(hidden_BTD), source_BSE)
     with jax.named_scope("vocabulary"):
         found_BSE = drawn_logps(hidden_BSED, policy.unembedding(), target_BSE, temperature_BSE, vocab_chunk)
     logp_BE, entropy_BE = (constrain(x.reshape(len(x), -1), "rows", None) for x in found_BSE)
-    return _gather_rows(logp_BE, batch.term_edge), _gather_rows(entropy_BE, batch.term_edge)
+    return _gather_rows(logp_BE, batch.term_edge_BM), _gather_rows(entropy_BE, batch.term_edge_BM)
 
 
 def _gather_rows(values: jax.Array, index: Any) -> jax.Array:

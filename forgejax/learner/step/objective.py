@@ -24,16 +24,18 @@ def objective(
     ``version`` is the policy version of the weights: log-probability gaps are measured on the terms it drew.
     """
     logp_BM, entropy_BM, router = terms
-    advantage_BM, weight_BM, mask_BM = (jnp.asarray(x) for x in (batch.advantage, batch.weight, batch.term_mask))
+    advantage_BM, weight_BM, mask_BM = (
+        jnp.asarray(x) for x in (batch.advantage_BM, batch.weight_BM, batch.term_mask_BM)
+    )
     fixed_BM = jax.lax.stop_gradient(logp_BM)
     # Supervised tokens have no behaviour policy: their ratio is one.
-    old_logp_BM = fixed_BM if config.name == "sft" else jnp.asarray(batch.old_logp)
+    old_logp_BM = fixed_BM if config.name == "sft" else jnp.asarray(batch.old_logp_BM)
     loss_BM, clipped_BM = LOSSES[config.name](logp_BM, old_logp_BM, advantage_BM, config)
     log_ratio_BM = log_ratio(fixed_BM, old_logp_BM)
     correct = CORRECTIONS[config.correction.name].factor
-    factor_BM = correct(log_ratio_BM, advantage_BM, jnp.asarray(batch.term_sample), mask_BM, config.correction)
+    factor_BM = correct(log_ratio_BM, advantage_BM, jnp.asarray(batch.term_sample_BM), mask_BM, config.correction)
     loss = jnp.where(mask_BM, weight_BM * factor_BM * loss_BM, 0.0).sum()
-    fresh_BM = mask_BM & (jnp.asarray(batch.version) == version) & (jnp.asarray(batch.oldest_version) == version)
+    fresh_BM = mask_BM & (jnp.asarray(batch.version_BM) == version) & (jnp.asarray(batch.oldest_version_BM) == version)
     counted = tally(
         loss=jax.lax.stop_gradient(loss),
         logp=fixed_BM,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forgejax.errors import ConfigError
-from forgejax.learner.credit.credit import CreditConfig, credit, judge, returns_to_go
+from forgejax.learner.credit.credit import CreditConfig, assign_credit, make_judge, returns_to_go
 from forgejax.learner.packing.config import PackConfig
 from forgejax.types import Trajectory
 from tests.learner.samples import group, trajectory, turn
@@ -39,7 +39,7 @@ def test_turns_are_ordered_by_the_arrival_of_their_request() -> None:
 
 
 def test_leave_one_out_advantages_reach_every_sample() -> None:
-    found = credit(group([_member(0, 1.0), _member(1, 0.0), _member(2, 0.5)]), CreditConfig(), _PACKING)
+    found = assign_credit(group([_member(0, 1.0), _member(1, 0.0), _member(2, 0.5)]), CreditConfig(), _PACKING)
 
     assert found.drop is None
     assert found.untrained == {}
@@ -50,7 +50,7 @@ def test_leave_one_out_advantages_reach_every_sample() -> None:
 def test_a_masked_trajectory_neither_trains_nor_enters_a_baseline() -> None:
     failed = trajectory(2, [turn(0, requested_at=0.0)], [(100.0, 1.0)], masked="environment_failed")
 
-    found = credit(group([_member(0, 1.0), _member(1, 0.0), failed]), CreditConfig(), _PACKING)
+    found = assign_credit(group([_member(0, 1.0), _member(1, 0.0), failed]), CreditConfig(), _PACKING)
 
     assert {one.advantage for one in found.samples} == {1.0, -1.0}
     assert found.untrained == {"environment_failed": 2}
@@ -59,7 +59,7 @@ def test_a_masked_trajectory_neither_trains_nor_enters_a_baseline() -> None:
 def test_one_member_is_no_group() -> None:
     failed = trajectory(1, [turn(0, requested_at=0.0)], [], masked="environment_failed")
 
-    found = credit(group([_member(0, 1.0), failed]), CreditConfig(), _PACKING)
+    found = assign_credit(group([_member(0, 1.0), failed]), CreditConfig(), _PACKING)
 
     assert (found.drop, found.untrained) == ("too_few_members", {"environment_failed": 2, "too_few_members": 4})
 
@@ -73,9 +73,9 @@ def test_a_group_is_dropped_by_its_advantages_and_never_by_its_totals() -> None:
     same = group([_member(0, 1.0), _member(1, 1.0)])
     spread = group([late(0, 1.0), late(1, 0.0)])
 
-    verdict = judge(CreditConfig(), _PACKING)(same)
+    verdict = make_judge(CreditConfig(), _PACKING)(same)
     assert (verdict.drop, verdict.untrained) == ("zero_advantage", {"zero_advantage": 8})
-    assert judge(CreditConfig(), _PACKING)(spread).drop is None
+    assert make_judge(CreditConfig(), _PACKING)(spread).drop is None
 
 
 def test_only_the_advantages_of_trained_tokens_count() -> None:
@@ -83,7 +83,7 @@ def test_only_the_advantages_of_trained_tokens_count() -> None:
         turns = [turn(0, requested_at=0.0, untrainable="side_call"), turn(1, requested_at=2.0)]
         return trajectory(number, turns, [(reward, 1.0)])  # granted before the trainable turn was asked for
 
-    found = judge(CreditConfig(baseline="loo_step"), _PACKING)(group([member(0, 1.0), member(1, 0.0)]))
+    found = make_judge(CreditConfig(baseline="loo_step"), _PACKING)(group([member(0, 1.0), member(1, 0.0)]))
 
     assert (found.drop, found.untrained) == ("zero_advantage", {"side_call": 4, "zero_advantage": 4})
 
@@ -99,7 +99,7 @@ def test_only_the_advantages_of_trained_tokens_count() -> None:
 def test_a_turn_that_cannot_be_trained_is_counted_by_its_reason(bad: object, reason: str) -> None:
     first = trajectory(0, [turn(0, requested_at=0.0), bad], [(1.0, 5.0)])  # type: ignore[list-item]
 
-    found = credit(group([first, _member(1, 0.0)]), CreditConfig(), _PACKING)
+    found = assign_credit(group([first, _member(1, 0.0)]), CreditConfig(), _PACKING)
 
     assert found.untrained == {reason: 2}
     assert len(found.samples) == 3
@@ -109,7 +109,7 @@ def test_a_log_probability_that_is_no_number_is_never_trained() -> None:
     broken = turn(0, requested_at=0.0)
     broken.completion.logprobs[0] = np.nan
 
-    found = credit(group([trajectory(0, [broken], [(1.0, 1.0)]), _member(1, 0.0)]), CreditConfig(), _PACKING)
+    found = assign_credit(group([trajectory(0, [broken], [(1.0, 1.0)]), _member(1, 0.0)]), CreditConfig(), _PACKING)
 
     assert found.untrained == {"invalid_logprob": 2}
 
@@ -117,15 +117,15 @@ def test_a_log_probability_that_is_no_number_is_never_trained() -> None:
 def test_a_group_without_trainable_tokens_is_dropped_under_its_own_name() -> None:
     members = [trajectory(n, [turn(0, requested_at=0.0, untrainable="x")], [(n, 1.0)]) for n in range(2)]
 
-    assert credit(group(members), CreditConfig(), _PACKING).drop == "nothing_trainable"
+    assert assign_credit(group(members), CreditConfig(), _PACKING).drop == "nothing_trainable"
 
 
 def test_the_control_hands_the_same_advantages_to_other_trajectories() -> None:
     members = [_member(n, float(n * n), turns=1) for n in range(8)]
-    plain = credit(group(members, index=3), CreditConfig(), _PACKING)
-    shuffled = credit(group(members, index=3), CreditConfig(shuffle_advantages=True), _PACKING)
-    again = credit(group(members, index=3), CreditConfig(shuffle_advantages=True), _PACKING)
-    other = credit(group(members, index=4), CreditConfig(shuffle_advantages=True), _PACKING)
+    plain = assign_credit(group(members, index=3), CreditConfig(), _PACKING)
+    shuffled = assign_credit(group(members, index=3), CreditConfig(shuffle_advantages=True), _PACKING)
+    again = assign_credit(group(members, index=3), CreditConfig(shuffle_advantages=True), _PACKING)
+    other = assign_credit(group(members, index=4), CreditConfig(shuffle_advantages=True), _PACKING)
 
     values = [[one.advantage for one in found.samples] for found in (plain, shuffled, again, other)]
     assert values[0] != values[1]
@@ -140,7 +140,7 @@ def test_every_sampled_token_is_trained_or_has_a_reason() -> None:
         trajectory(1, [turn(0, requested_at=0.0), turn(1, requested_at=1.0, untrainable="x")], []),
         trajectory(2, [turn(0, requested_at=0.0)], [], masked="y"),
     ]
-    found = credit(group(members), CreditConfig(), _PACKING)
+    found = assign_credit(group(members), CreditConfig(), _PACKING)
 
     trained = sum(len(one.token_ids) for one in found.samples)
     assert trained + sum(found.untrained.values()) == group(members).sampled_tokens

@@ -12,7 +12,7 @@ from forgejax import sharding
 from forgejax.learner.learner import Learner
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.deal import batch_axes, spread
+from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig
@@ -78,7 +78,7 @@ def test_devices_that_share_rows_find_the_loss_and_the_gradient_of_one(experts: 
         for ours, theirs in zip(jax.tree.leaves(found.tally), jax.tree.leaves(expected.tally), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     scored, expected_scores = (np.asarray(each.score(packed)[0]) for each in (shared, alone))
-    mask = packed.batches[0].term_mask
+    mask = packed.batches[0].term_mask_BM
     np.testing.assert_allclose(scored[mask], expected_scores[mask], rtol=1e-5)
 
 
@@ -104,12 +104,12 @@ def test_a_shard_may_have_more_edges_than_tokens() -> None:
 
 def test_all_arrays_are_split_by_rows_and_those_of_tokens_and_edges_by_length_once_it_is_dealt() -> None:
     whole = _packed(0, 1).batches[0]
-    dealt = spread(whole, 2)
+    dealt = deal_rows(whole, 2)
     assert {*jax.tree.leaves(batch_axes(whole))} == {"rows"}
 
     axes = batch_axes(dealt)
-    assert axes.tokens == axes.edge_src == axes.edge_tgt == axes.edge_temperature == ("rows", "length")
-    assert axes.positions == axes.samples_through == ("rows", "length")
+    assert axes.tokens_BT == axes.edge_src_BE == axes.edge_tgt_BE == axes.edge_temperature_BE == ("rows", "length")
+    assert axes.positions_BT == axes.samples_through_BT == ("rows", "length")
     assert isinstance(axes.attention, SplitMeta)
-    assert axes.term_edge == axes.weight == axes.attention.stored_at == ("rows",)
+    assert axes.term_edge_BM == axes.weight_BM == axes.attention.stored_at == ("rows",)
     jax.tree.map(lambda array, names: array.shape[: len(names)], dealt, axes)  # raises where the structures differ

@@ -43,12 +43,12 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
         assert context.tolist() == one.context_ids.tolist()
         assert sampled.tolist() == one.token_ids.tolist()
         terms = (place.row, slice(place.start, place.stop))
-        assert batch.old_logp[terms].tolist() == one.old_logp.tolist()
-        assert set(batch.advantage[terms].tolist()) == {float(np.float32(one.advantage))}
-        assert batch.term_mask[terms].all()
-    assert sum(int(batch.term_mask.sum()) for batch in packed.batches) == packed.stats.trained_tokens
-    assert sum(float(batch.weight.sum()) for batch in packed.batches) == pytest.approx(1.0, abs=1e-6)
-    assert all(batch.tokens.shape == (shards, 16) for batch in packed.batches)
+        assert batch.old_logp_BM[terms].tolist() == one.old_logp.tolist()
+        assert set(batch.advantage_BM[terms].tolist()) == {float(np.float32(one.advantage))}
+        assert batch.term_mask_BM[terms].all()
+    assert sum(int(batch.term_mask_BM.sum()) for batch in packed.batches) == packed.stats.trained_tokens
+    assert sum(float(batch.weight_BM.sum()) for batch in packed.batches) == pytest.approx(1.0, abs=1e-6)
+    assert all(batch.tokens_BT.shape == (shards, 16) for batch in packed.batches)
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,7 +61,7 @@ def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: 
 
     @functools.cache
     def nodes(start: int, stop: int) -> int:
-        return len(build_tree(tree_samples[start:stop]).tokens)
+        return len(build_tree(tree_samples[start:stop]).tokens_T)
 
     @functools.cache
     def feasible(start: int, stop: int) -> bool:
@@ -112,7 +112,7 @@ def test_trees_are_cut_to_fill_rows_only_where_that_saves_rows() -> None:
     assert (len(whole.batches), whole.stats.tree_tokens) == (3, 21)
     assert (len(cut_up.batches), cut_up.stats.tree_tokens) == (2, 24)  # one group in two rows: its 3 shared nodes twice
     assert cut_up.stats.row_fill == 1.0
-    weights = [sum(float(batch.weight.sum()) for batch in step.batches) for step in (whole, cut_up)]
+    weights = [sum(float(batch.weight_BM.sum()) for batch in step.batches) for step in (whole, cut_up)]
     np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_the_last_micro_batch_of_few_rows_is_a_half_or_a_quarter_as_tall() -> No
     config = PackConfig(row_length=8, rows=4, block_size=8)
 
     heights = [
-        [len(batch.tokens) for batch in pack([[sample([n] * 8, [1])] for n in range(count)], config).batches]
+        [len(batch.tokens_BT) for batch in pack([[sample([n] * 8, [1])] for n in range(count)], config).batches]
         for count in (1, 2, 3, 4, 5, 8, 10)
     ]
 
@@ -143,8 +143,8 @@ def test_the_normaliser_counts_unmerged_tokens_of_the_samples_own_group() -> Non
     by_group = pack([first, second], PackConfig(row_length=16, block_size=8)).batches[0]
     by_batch = pack([first, second], PackConfig(row_length=16, block_size=8, loss_norm="batch")).batches[0]
 
-    assert sorted(by_group.weight[by_group.term_mask].tolist()) == [0.125] * 4 + [0.5]
-    np.testing.assert_allclose(by_batch.weight[by_batch.term_mask], 0.2)
+    assert sorted(by_group.weight_BM[by_group.term_mask_BM].tolist()) == [0.125] * 4 + [0.5]
+    np.testing.assert_allclose(by_batch.weight_BM[by_batch.term_mask_BM], 0.2)
 
 
 def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
@@ -173,8 +173,8 @@ def test_padding_counts_no_sample_and_every_fed_token_counts_once_for_its_sample
     packed = pack([shared, alone], PackConfig(row_length=16, rows=1, block_size=8))
 
     (batch,) = packed.batches
-    assert batch.samples_through[0].tolist() == [3, 3, 3, 1, 1, 2, 2, 1, 1, *[0] * 7]
-    assert batch.samples_through.sum() == packed.stats.unmerged_tokens
+    assert batch.samples_through_BT[0].tolist() == [3, 3, 3, 1, 1, 2, 2, 1, 1, *[0] * 7]
+    assert batch.samples_through_BT.sum() == packed.stats.unmerged_tokens
 
 
 def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
@@ -202,7 +202,7 @@ def test_a_prefix_that_groups_share_lies_in_a_row_once() -> None:
     assert packed.stats.tree_tokens == 4 + 3
     assert packed.stats.tree_token_ratio == pytest.approx(6 * 5 / 7)
     (batch,) = packed.batches
-    weight_of = {one.request_id: batch.weight[one.row, one.start] for one in packed.placements}
+    weight_of = {one.request_id: batch.weight_BM[one.row, one.start] for one in packed.placements}
     assert set(weight_of.values()) == {np.float32(1 / 6)}
 
 

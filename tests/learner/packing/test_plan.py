@@ -47,7 +47,7 @@ def test_a_bin_weighs_what_its_tree_does() -> None:
 
     for start, stop in itertools.combinations(range(count + 1), 2):
         tree, bin = forest.part(start, stop), Bin(forest=forest, start=start, stop=stop)
-        assert bin.size == (len(tree.tokens), len(tree.edge_src), len(tree.term_edge))
+        assert bin.size == (len(tree.tokens_T), len(tree.edge_src_E), len(tree.term_edge_M))
         assert bin.pairs == tree.attention_pairs
 
 
@@ -62,11 +62,11 @@ def test_a_plan_made_by_hand_is_laid_as_it_says() -> None:
     step = lay_plan(StepPlan(batches=(), trunks=(TrunkPlan(trunk=((trunk,),), leaves=leaves),)), config)
 
     (laid,) = step.trunks
-    assert laid.trunk.tokens[0, :3].tolist() == [1, 2, 3]
-    assert laid.trunk.samples_through[0, :4].tolist() == [3, 3, 2, 0]
-    assert [leaf.tokens[0, :2].tolist() for leaf in laid.leaves] == [[4, 5], [4, 5]]
-    assert [leaf.positions[0, :2].tolist() for leaf in laid.leaves] == [[3, 4], [3, 4]]
-    assert [leaf.edge_tgt[0, :2].tolist() for leaf in laid.leaves] == [[5, 6], [5, 7]]
+    assert laid.trunk.tokens_BT[0, :3].tolist() == [1, 2, 3]
+    assert laid.trunk.samples_through_BT[0, :4].tolist() == [3, 3, 2, 0]
+    assert [leaf.tokens_BT[0, :2].tolist() for leaf in laid.leaves] == [[4, 5], [4, 5]]
+    assert [leaf.positions_BT[0, :2].tolist() for leaf in laid.leaves] == [[3, 4], [3, 4]]
+    assert [leaf.edge_tgt_BE[0, :2].tolist() for leaf in laid.leaves] == [[5, 6], [5, 7]]
     assert [(at.request_id, at.batch, at.row, at.start, at.stop) for at in step.placements] == [
         ("ended", 0, 0, 0, 1),
         ("a6", 1, 0, 0, 2),

@@ -13,7 +13,7 @@ from tests.learner.samples import random_group, sample
 def _paths(tree: PrefixTree) -> list[tuple[int, ...]]:
     """The token path from the root to every node, along the parents."""
     paths: list[tuple[int, ...]] = []
-    for token, parent in zip(tree.tokens, tree.parent, strict=True):
+    for token, parent in zip(tree.tokens_T, tree.parent_T, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), int(token)))
     return paths
 
@@ -29,19 +29,19 @@ def test_a_tree_has_every_prefix_once_and_every_term_reads_its_own_context(seed:
     assert sorted(paths) == sorted({ids[:n] for ids in fed for n in range(1, len(ids) + 1)})
     assert sorted(map(id, tree.samples)) == sorted(map(id, samples))
 
-    triples = list(zip(tree.edge_src, tree.edge_tgt, tree.edge_temperature, strict=True))
+    triples = list(zip(tree.edge_src_E, tree.edge_tgt_E, tree.edge_temperature_E, strict=True))
     assert len(set(triples)) == len(triples)
     term = 0
     for one in tree.samples:
         ids = (*one.context_ids.tolist(), *one.token_ids.tolist())
         for t, target in enumerate(one.token_ids):
-            edge = tree.term_edge[term]
-            assert paths[tree.edge_src[edge]] == ids[: len(one.context_ids) + t]
-            assert tree.edge_tgt[edge] == target
-            assert tree.edge_temperature[edge] == np.float32(one.temperature)
+            edge = tree.term_edge_M[term]
+            assert paths[tree.edge_src_E[edge]] == ids[: len(one.context_ids) + t]
+            assert tree.edge_tgt_E[edge] == target
+            assert tree.edge_temperature_E[edge] == np.float32(one.temperature)
             term += 1
-    assert term == len(tree.term_edge)
-    assert set(tree.term_edge) == set(range(len(triples)))
+    assert term == len(tree.term_edge_M)
+    assert set(tree.term_edge_M) == set(range(len(triples)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,11 +51,11 @@ def test_one_integer_a_node_says_who_sees_it(seed: int, count: int) -> None:
 
     paths = _paths(tree)
     index = np.arange(len(paths))
-    sees = (index[None] <= index[:, None]) & (index[:, None] < tree.end[None])
+    sees = (index[None] <= index[:, None]) & (index[:, None] < tree.end_T[None])
     for i, path in enumerate(paths):
         ancestors = [j for j, other in enumerate(paths) if path[: len(other)] == other]
         assert np.flatnonzero(sees[i]).tolist() == ancestors
-        assert tree.positions[i] == len(path) - 1
+        assert tree.positions_T[i] == len(path) - 1
     assert tree.attention_pairs == sees.sum()
 
 
@@ -67,8 +67,8 @@ def test_each_node_counts_the_samples_that_pass_through_it(seed: int, vocab: int
     tree = build_tree(samples)
 
     fed = [tuple(one.fed_ids.tolist()) for one in samples]
-    assert tree.samples_through.tolist() == [sum(ids[: len(path)] == path for ids in fed) for path in _paths(tree)]
-    assert tree.samples_through.sum() == sum(one.fed_tokens for one in samples)
+    assert tree.samples_through_T.tolist() == [sum(ids[: len(path)] == path for ids in fed) for path in _paths(tree)]
+    assert tree.samples_through_T.sum() == sum(one.fed_tokens for one in samples)
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,23 +76,23 @@ def test_each_node_counts_the_samples_that_pass_through_it(seed: int, vocab: int
 def test_the_heaviest_child_comes_first_and_neighbours_know_what_they_share(seed: int, count: int) -> None:
     tree = build_tree(random_group(np.random.default_rng(seed), vocab=3, samples=count))
 
-    sizes = tree.end - np.arange(len(tree.end))
-    for parent in range(-1, len(tree.end)):
-        children = np.flatnonzero(tree.parent == parent)
+    sizes = tree.end_T - np.arange(len(tree.end_T))
+    for parent in range(-1, len(tree.end_T)):
+        children = np.flatnonzero(tree.parent_T == parent)
         assert (np.diff(sizes[children]) <= 0).all()
-    for left, right, shared in zip(tree.samples, tree.samples[1:], tree.shared[1:], strict=False):
+    for left, right, shared in zip(tree.samples, tree.samples[1:], tree.shared_R[1:], strict=False):
         pairs = zip(left.fed_ids, right.fed_ids, strict=False)
         common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(left.fed_tokens, right.fed_tokens))
         assert shared == common
-    assert tree.shared[0] == 0
+    assert tree.shared_R[0] == 0
 
 
 def test_identical_samples_share_edges_and_keep_their_own_terms() -> None:
     tree = build_tree([sample([1, 2], [3, 4], advantage=1.0), sample([1, 2], [3, 4], advantage=-1.0)])
 
-    assert tree.tokens.tolist() == [1, 2, 3]
-    assert len(tree.edge_src) == 2
-    assert tree.term_edge.tolist() == [0, 1, 0, 1]
+    assert tree.tokens_T.tolist() == [1, 2, 3]
+    assert len(tree.edge_src_E) == 2
+    assert tree.term_edge_M.tolist() == [0, 1, 0, 1]
 
 
 def test_merging_time_follows_the_tokens() -> None:
@@ -104,5 +104,5 @@ def test_merging_time_follows_the_tokens() -> None:
     tree = build_tree(samples)
     spent = time.process_time() - start
 
-    assert len(tree.tokens) == 4000 + 64 * 1002
+    assert len(tree.tokens_T) == 4000 + 64 * 1002
     assert spent < 1.0  # 320,000 tokens; a Python loop over them takes longer

@@ -187,7 +187,7 @@ def test_samples_that_end_in_a_trunk_beyond_what_its_row_holds_go_into_ordinary_
     assert packed.batches
     assert sorted(at.request_id for at in packed.placements) == sorted(one.request_id for one in group)
     assert packed.stats.trained_tokens == sum(len(one.token_ids) for one in group)
-    assert packed.trunks[0].trunk.term_mask.any()
+    assert packed.trunks[0].trunk.term_mask_BM.any()
     assert drift_tokens(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 0
 
 
@@ -203,4 +203,4 @@ def test_a_row_beyond_the_largest_bucket_is_an_error_that_says_so() -> None:
 def test_rows_of_two_or_three_tokens_have_an_edge_in_every_batch(room: int) -> None:
     packed = _with_trunks([[sample(range(room + 1), [n]) for n in range(2)]], PackConfig(row_length=room, block_size=1))
 
-    assert min(part.batch.edge_src.shape[1] for part in packed.parts) == 1
+    assert min(part.batch.edge_src_BE.shape[1] for part in packed.parts) == 1

@@ -34,7 +34,7 @@ def test_a_merged_group_routes_and_learns_as_its_samples_do_one_by_one() -> None
     samples = random_group(np.random.default_rng(3), vocab=2, samples=8, longest=12)
     weights = np.full(8, 1 / sum(len(one.token_ids) for one in samples))
     together, alone = Forest.of(samples, weights), [Forest.of([one], weights[:1]) for one in samples]
-    assert len(together.tree.tokens) < sum(len(each.tree.tokens) for each in alone)
+    assert len(together.tree.tokens_T) < sum(len(each.tree.tokens_T) for each in alone)
     with jax.enable_x64(True):
         params = init_params(_POLICY)
         step = make_train_step(abstract_policy(_POLICY)[0], params, StepConfig(vocab_chunk=16))

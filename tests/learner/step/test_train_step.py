@@ -177,7 +177,7 @@ def test_every_tree_of_a_bucket_runs_the_same_program() -> None:
         packed = pack([random_group(np.random.default_rng(seed), samples=3, longest=8)], _CONFIG)
         (batch,) = packed.batches
         learner.update(packed, seed)
-        shape = *batch.tokens.shape, *batch.edge_src.shape, *batch.term_edge.shape
+        shape = *batch.tokens_BT.shape, *batch.edge_src_BE.shape, *batch.term_edge_BM.shape
         return step.accumulate._cache_size(), step.apply._cache_size(), shape
 
     assert len({programs_after(seed) for seed in range(5)}) == 1
@@ -222,7 +222,7 @@ def test_supervised_samples_run_the_same_step_and_are_learned() -> None:
     learner = Learner(abstract_policy(_config())[0], init_params(_config()), config)
     told = [supervised_sample("a", [1, 2], [3, 4]), supervised_sample("b", [1, 5], [6])]
     packed = pack([told], PackConfig(row_length=16, rows=1, block_size=8, loss_norm="batch"))
-    logps = np.asarray(learner.score(packed)[0])[packed.batches[0].term_mask]
+    logps = np.asarray(learner.score(packed)[0])[packed.batches[0].term_mask_BM]
 
     losses = [float(learner.update(packed, step)["loss"]) for step in range(30)]
 
@@ -255,7 +255,7 @@ def test_log_probabilities_and_entropy_are_those_at_the_edges_temperature() -> N
         return jax.nn.log_softmax(policy.logits(hidden) / 0.5)[0, 2:]
 
     expected = np.asarray(law(one.fed_ids))
-    logp = learner.score(packed)[0][packed.batches[0].term_mask]
+    logp = learner.score(packed)[0][packed.batches[0].term_mask_BM]
     entropy = learner.update(packed, 0)["entropy"]
 
     np.testing.assert_allclose(logp, [expected[0, 4], expected[1, 5]], rtol=1e-5)

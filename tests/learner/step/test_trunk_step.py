@@ -216,7 +216,7 @@ def test_a_wrong_token_in_a_trunk_drifts_once_for_every_sample_behind_it() -> No
     prompt = list(range(12))
     group = [sample(prompt, [n, 1, 2, 3, 4], name=f"r{n}") for n in range(8)]
     packed = _pack([group])
-    packed.trunks[0].trunk.tokens[0, 3] += 1
+    packed.trunks[0].trunk.tokens_BT[0, 3] += 1
 
     assert drift_tokens(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 8
 
@@ -242,10 +242,10 @@ def test_every_term_lies_in_one_place_and_every_token_counts_once_for_its_sample
         one, part = by_id[at.request_id], packed.parts[at.batch]
         context, sampled = trained_ids(part, at)
         assert (context.tolist(), sampled.tolist()) == (one.context_ids.tolist(), one.token_ids.tolist())
-        assert part.batch.old_logp[at.row, at.start : at.stop].tolist() == one.old_logp.tolist()
-    masks = [part.batch.term_mask.sum() for part in packed.parts]
+        assert part.batch.old_logp_BM[at.row, at.start : at.stop].tolist() == one.old_logp.tolist()
+    masks = [part.batch.term_mask_BM.sum() for part in packed.parts]
     assert sum(masks) == packed.stats.trained_tokens == sum(len(one.token_ids) for members in groups for one in members)
-    assert sum(part.batch.samples_through.sum() for part in packed.parts) == packed.stats.unmerged_tokens
-    assert sum(part.batch.weight.sum() for part in packed.parts) == pytest.approx(1.0, abs=1e-6)
-    assert packed.stats.padded_tokens == sum(part.batch.tokens.size for part in packed.parts)
+    assert sum(part.batch.samples_through_BT.sum() for part in packed.parts) == packed.stats.unmerged_tokens
+    assert sum(part.batch.weight_BM.sum() for part in packed.parts) == pytest.approx(1.0, abs=1e-6)
+    assert packed.stats.padded_tokens == sum(part.batch.tokens_BT.size for part in packed.parts)
     assert packed.stats.pair_imbalance >= 1.0
