@@ -2,13 +2,12 @@
 
 from forgejax.learner.credit.credit import CreditConfig, assign_credit, make_judge
 from forgejax.learner.learner import Learner
+from forgejax.learner.pack import PackGroups, TrainingBatch, pack
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample, supervised_sample
-from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.learner.step.corrections import CorrectionConfig
 from forgejax.learner.step.losses import LossConfig
 from forgejax.learner.step.optimizer import OptimizerConfig

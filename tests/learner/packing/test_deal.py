@@ -10,10 +10,10 @@ import pytest
 
 from forgejax import sharding
 from forgejax.learner.learner import Learner
+from forgejax.learner.pack import pack
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.deal import batch_axes, deal_rows
-from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig
 from forgejax.models import Kept, MoEConfig, PolicyConfig, abstract_policy, init_params

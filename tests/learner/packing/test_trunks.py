@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forgejax.learner.pack import pack
 from forgejax.learner.packing import plan
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens
 from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.lay import choose_shape
-from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.plan import Bin, RowPlan
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.packing.tree import PrefixTree

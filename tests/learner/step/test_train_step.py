@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from forgejax import sharding
 from forgejax.learner.learner import Learner
+from forgejax.learner.pack import pack
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample, supervised_sample
 from forgejax.learner.step.losses import LossConfig
 from forgejax.learner.step.optimizer import OptimizerConfig

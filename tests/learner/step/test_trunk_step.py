@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from forgejax import sharding
 from forgejax.errors import ConfigError
 from forgejax.learner.learner import Learner
+from forgejax.learner.pack import pack
 from forgejax.learner.packing import lay
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens, trained_ids
-from forgejax.learner.packing.pack import pack
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig
 from forgejax.learner.step.trunk_step import make_trunk_step

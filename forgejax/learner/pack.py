@@ -1,21 +1,66 @@
-"""Packing: samples of one step to its arrays. Everything here is numpy.
+"""From finished groups, or from samples, to what one step takes. Everything here is numpy.
 
-Shapes come from a few buckets, so that a run compiles a handful of programs and never one per tree.
+Rewards become advantages (``credit``), a plan decides what lies where (``packing/plan``), and is laid into arrays
+(``packing/lay``). Shapes come from a few buckets, so that a run compiles a handful of programs and never one per tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from forgejax.errors import TrainingError
+from forgejax.learner.credit.credit import CreditConfig, assign_credit
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.lay import lay_plan
 from forgejax.learner.packing.plan import plan_step
 from forgejax.learner.packing.samples import Sample
+from forgejax.types import Group
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """One optimizer step's data and its account.
+
+    ``groups`` are the indices of the groups in it; ``untrained`` counts their sampled tokens that are not trained, by
+    reason. Every sampled token of the groups is in ``untrained`` or in ``packed.stats.trained_tokens``.
+    """
+
+    packed: PackedStep
+    groups: tuple[int, ...]
+    untrained: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackGroups:
+    """Groups to a TrainingBatch: credit, merge, pack. Deterministic, so that a resumed pipeline gives the same."""
+
+    credit: CreditConfig
+    packing: PackConfig
+    row_shards: int = 1
+
+    def __call__(self, groups: Sequence[Group]) -> TrainingBatch:
+        """Raises TrainingError if no token of the groups can be trained (``make_judge`` drops such groups earlier)."""
+        credits = [assign_credit(group, self.credit, self.packing) for group in groups]
+        untrained: Counter[str] = Counter()
+        for found in credits:
+            untrained.update(found.untrained)
+        kept = [found.samples for found in credits if found.samples]
+        if not kept:
+            raise TrainingError(
+                f"none of {len(groups)} groups has a token to train ({dict(untrained)}): judge groups before batching"
+            )
+        return TrainingBatch(
+            packed=pack(kept, self.packing, row_shards=self.row_shards),
+            groups=tuple(group.dispatch.index for group in groups),
+            untrained=dict(untrained),
+        )
 
 
 def pack(groups: Sequence[Sequence[Sample]], config: PackConfig, *, row_shards: int = 1) -> PackedStep:

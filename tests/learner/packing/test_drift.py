@@ -5,9 +5,9 @@ import pytest
 
 from forgejax.errors import TrainingError
 from forgejax.learner.credit.credit import CreditConfig
+from forgejax.learner.pack import PackGroups, TrainingBatch
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.drift import drift_tokens
-from forgejax.learner.pipeline import PackGroups, TrainingBatch
 from forgejax.types import Group
 from tests.learner.samples import group, trajectory, turn
 

@@ -1,25 +1,15 @@
 from __future__ import annotations
 
-import functools
-import itertools
-import time
-from typing import Any, Literal
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgejax.errors import ConfigError
+from forgejax.learner.pack import pack
 from forgejax.learner.packing.batch import Part
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.cut import cut_samples
 from forgejax.learner.packing.drift import trained_ids
-from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.packing.pack import pack
-from forgejax.learner.packing.tree import build_tree
-from forgejax.sharding.topology import Platform
 from tests.learner.samples import random_group, sample
 
 
@@ -49,57 +39,6 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
     assert sum(int(batch.term_mask_BM.sum()) for batch in packed.batches) == packed.stats.trained_tokens
     assert sum(float(batch.weight_BM.sum()) for batch in packed.batches) == pytest.approx(1.0, abs=1e-6)
     assert all(batch.tokens_BT.shape == (shards, 16) for batch in packed.batches)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**9), count=st.integers(1, 7), room=st.integers(12, 24))
-def test_a_cut_takes_the_fewest_tokens_of_all_cuts(seed: int, count: int, room: int) -> None:
-    forest = Forest.of(random_group(np.random.default_rng(seed), samples=count, longest=8), np.ones(count))
-    tree_samples = forest.tree.samples
-    if max(one.fed_tokens for one in tree_samples) > room:
-        return
-
-    @functools.cache
-    def nodes(start: int, stop: int) -> int:
-        return len(build_tree(tree_samples[start:stop]).tokens_T)
-
-    @functools.cache
-    def feasible(start: int, stop: int) -> bool:
-        terms = sum(len(one.token_ids) for one in tree_samples[start:stop])
-        distinct = len({(*one.context_ids, *one.token_ids) for one in tree_samples[start:stop]})
-        size = nodes(start, stop)
-        return size <= room and min(terms, size - 1 + distinct) <= room
-
-    costs = []  # tokens, ranges
-    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, count), n) for n in range(count)):
-        ranges = list(itertools.pairwise([0, *cuts, count]))
-        if all(feasible(*one) for one in ranges):
-            costs.append((sum(nodes(*one) for one in ranges), len(ranges)))
-
-    laws: list[tuple[Literal["tokens", "ranges"], tuple[int, int]]] = [
-        ("tokens", min(costs)),
-        ("ranges", min(costs, key=lambda cost: cost[::-1])),
-    ]
-    for fewest, best in laws:
-        found = cut_samples(forest, (0, count), room, 10**6, fewest=fewest)
-
-        assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
-        assert found[-1][1] == count
-        assert all(feasible(*one) for one in found)
-        assert (sum(nodes(*one) for one in found), len(found)) == best
-
-
-def test_cutting_time_follows_the_samples() -> None:
-    rng = np.random.default_rng(0)
-    samples = [sample([1, 2, 3, n], [4, 5], name=str(n)) for n in rng.permutation(3000).tolist()]
-    forest = Forest.of(samples, np.ones(3000))
-
-    start = time.process_time()
-    ranges = cut_samples(forest, (0, 3000), 3 + 2 * 2500, 10**6)
-    spent = time.process_time() - start
-
-    assert len(ranges) == 2
-    assert spent < 1.0  # a row holds 2,500 of the samples: trying every pair of ends takes far longer
 
 
 def test_trees_are_cut_to_fill_rows_only_where_that_saves_rows() -> None:
@@ -235,43 +174,3 @@ def test_an_empty_batch_has_the_shapes_of_one_that_trains_half_of_its_tokens() -
         x.shape for x in vars(real).values() if isinstance(x, np.ndarray)
     ]
     assert batch.attention.n_pairs.sum() == 0
-
-
-def test_a_row_that_is_no_multiple_of_its_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="multiple"):
-        PackConfig(row_length=100, block_size=64)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ({"row_length": 1}, "rows of at least 2 tokens"),
-        ({"block_size": -1}, "packing.block_size -1"),
-        ({"pair_cost": float("nan")}, "packing.pair_cost nan"),
-        ({"token_cost": -1.0}, "numbers of at least 0"),
-        ({"token_cost": 0.0, "pair_cost": 0.0}, "one above"),
-    ],
-)
-def test_what_no_row_can_be_or_cost_is_refused_with_what_was_given(wrong: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        PackConfig(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("platform", "row_length", "length_shards", "block"),
-    [("cpu", 512, 1, 64), ("gpu", 480, 1, 32), ("tpu", 8192, 1, 512), ("tpu", 4224, 1, 128), ("tpu", 8192, 64, 128)],
-)
-def test_blocks_follow_the_platform_and_divide_what_a_device_has_of_a_row(
-    platform: Platform, row_length: int, length_shards: int, block: int
-) -> None:
-    config = PackConfig(row_length=row_length).on(platform, length_shards)
-
-    assert (config.block_size, config.trunks) == (block, length_shards == 1)
-    assert PackConfig(row_length=row_length, block_size=16).on(platform, 1).block_size == 16
-
-
-def test_a_row_whose_blocks_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"row_length 96 on a mesh with context = 4: expected a multiple of 4 x .* 128"
-    ):
-        PackConfig(row_length=96, block_size=32).on("cpu", 4)
