@@ -67,6 +67,12 @@ class Forest:
 
     def size(self, start: int, stop: int) -> tuple[int, int, int]:
         """Nodes, edges and terms of the tree of samples start to stop."""
+        found = self._sizes.get((start, stop))
+        if found is None:
+            found = self._sizes[start, stop] = self._measure(start, stop)
+        return found
+
+    def _measure(self, start: int, stop: int) -> tuple[int, int, int]:
         first, last = int(self.terms[start]), int(self.terms[stop])
         shared = int(self.tree.shared_R[start])
         if shared:
@@ -142,6 +148,11 @@ class Forest:
             lenders.append(path[-1] if path else -1)
             path.append(at)
         return lenders
+
+    @functools.cached_property
+    def _sizes(self) -> dict[Range, tuple[int, int, int]]:
+        """Those measured so far: rows are filled by them, and laid."""
+        return {}
 
     @functools.cached_property
     def _seen(self) -> NDArray[np.int64]:
