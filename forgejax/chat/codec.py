@@ -88,7 +88,7 @@ class TextCodec:
         """The text of ``ids`` without hidden ones; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(self.visible(ids), skip_special_tokens=False)
 
-    def token_text(self, id_: int) -> str:
+    def decode_token(self, id_: int) -> str:
         """One token as text, hidden or not."""
         return self._tokenizer.decode([id_], skip_special_tokens=False)
 

@@ -34,7 +34,7 @@ def test_prompt_ids_are_the_tokenizers_own(tokenizer_folder: Path, chat_format: 
 
 
 def test_the_end_of_turn_is_found_in_the_template_and_is_a_stop_id(chat_format: ChatFormat) -> None:
-    assert chat_format.codec.token_text(chat_format.end_of_turn_id) == "<|im_end|>"
+    assert chat_format.codec.decode_token(chat_format.end_of_turn_id) == "<|im_end|>"
     assert chat_format.stop_ids == {chat_format.end_of_turn_id}
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, CallPart, MalformedPart, Part, TextPart
+from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, CallSpan, MalformedSpan, Span, TextSpan
 
 PROPERTIES = {
     "n": {"type": "integer"},
@@ -26,16 +26,16 @@ TOOLS: Any = [
 ]
 
 
-def parse(name: str, text: str, run: int = 1) -> list[Part]:
-    """The parts of a reply pushed in runs of characters, neighbouring text joined."""
+def parse(name: str, text: str, run: int = 1) -> list[Span]:
+    """The spans of a reply pushed in runs of characters, neighbouring text joined."""
     parser = TOOL_CALL_FORMATS[name].parser(TOOLS)
-    parts: list[Part] = []
-    for part in [p for at in range(0, len(text), run) for p in parser.push(text[at : at + run])] + parser.finish():
-        if parts and isinstance(part, TextPart) and isinstance(parts[-1], TextPart):
-            parts[-1] = TextPart(text=parts[-1].text + part.text)
+    spans: list[Span] = []
+    for span in [p for at in range(0, len(text), run) for p in parser.push(text[at : at + run])] + parser.finish():
+        if spans and isinstance(span, TextSpan) and isinstance(spans[-1], TextSpan):
+            spans[-1] = TextSpan(text=spans[-1].text + span.text)
         else:
-            parts.append(part)
-    return parts
+            spans.append(span)
+    return spans
 
 
 def xml(name: str, function: str, **values: str) -> str:
@@ -49,11 +49,14 @@ def xml(name: str, function: str, **values: str) -> str:
 @pytest.mark.parametrize("run", [1, 7, 1000])
 @pytest.mark.parametrize("name", ["qwen3_coder", "minimax"])
 def test_values_are_typed_by_the_schema_and_strings_stay_as_they_are(name: str, run: int) -> None:
+    opening, closing = TOOL_CALL_FORMATS[name].markers
     given = {"n": "3", "x": "2.5", "yes": "true", "box": '{"a": [1]}', "row": "[1, 2]", "maybe": "null", "either": "7"}
-    text = "Let me see.\n" + xml(name, "f", s=" 5\n<b> ", free="12", **given)
+    call = xml(name, "f", s=" 5\n<b> ", free="12", **given)
+    text = "Let me see.\n" + call
+    body = call.removeprefix(opening).removesuffix(closing)
     assert parse(name, text, run) == [
-        TextPart(text="Let me see."),
-        CallPart(
+        TextSpan(text="Let me see."),
+        CallSpan(
             name="f",
             arguments={
                 "s": " 5\n<b> ",
@@ -66,15 +69,16 @@ def test_values_are_typed_by_the_schema_and_strings_stay_as_they_are(name: str, 
                 "maybe": None,
                 "either": 7,
             },
+            raw=body.strip() if name == "minimax" else body,
         ),
     ]
 
 
 def test_python_words_are_qwen3_coders_alone() -> None:
     (call,) = parse("qwen3_coder", xml("qwen3_coder", "f", s="True", yes="False"))
-    assert isinstance(call, CallPart) and call.arguments == {"s": "True", "yes": False}
+    assert isinstance(call, CallSpan) and call.arguments == {"s": "True", "yes": False}
     (malformed,) = parse("minimax", xml("minimax", "f", s="True", yes="False"))
-    assert isinstance(malformed, MalformedPart)
+    assert isinstance(malformed, MalformedSpan)
 
 
 @pytest.mark.parametrize("name", ["qwen3_coder", "minimax"])
@@ -92,17 +96,17 @@ def test_python_words_are_qwen3_coders_alone() -> None:
 )
 def test_a_malformed_xml_call_is_kept_as_text(name: str, function: str, values: dict[str, str], problem: str) -> None:
     text = xml(name, function, **values)
-    (part,) = parse(name, text)
-    assert isinstance(part, MalformedPart) and part.text == text and problem in part.problem
+    (span,) = parse(name, text)
+    assert isinstance(span, MalformedSpan) and span.text == text and problem in span.problem
 
 
 def test_one_minimax_block_holds_all_calls_or_none() -> None:
     good = '<invoke name="bare"></invoke>'
     block = "<minimax:tool_call>\n{}\n</minimax:tool_call>"
-    assert [type(part) for part in parse("minimax", block.format(good + "\n" + good))] == [CallPart, CallPart]
+    assert [type(span) for span in parse("minimax", block.format(good + "\n" + good))] == [CallSpan, CallSpan]
     half = block.format(good + '<invoke name="g"></invoke>')
-    assert parse("minimax", half) == [MalformedPart(text=half, problem="unknown tool 'g'")]
-    assert isinstance(parse("minimax", block.format(""))[0], MalformedPart)
+    assert parse("minimax", half) == [MalformedSpan(text=half, problem="unknown tool 'g'")]
+    assert isinstance(parse("minimax", block.format(""))[0], MalformedSpan)
 
 
 LLAMA = '{"name": "f", "parameters": {"s": "}{\\"", "n": 3}}'
@@ -113,24 +117,27 @@ LLAMA = '{"name": "f", "parameters": {"s": "}{\\"", "n": 3}}'
     "text", [LLAMA, f" \n{LLAMA}\n", f"<|python_tag|>{LLAMA}", LLAMA.replace("{", '{"type": "function", ', 1)]
 )
 def test_a_llama_reply_that_is_one_object_is_a_call(text: str, run: int) -> None:
-    assert parse("llama3", text, run) == [CallPart(name="f", arguments={"s": '}{"', "n": 3})]
+    written = text.strip().removeprefix("<|python_tag|>")
+    (call,) = parse("llama3", text, run)
+    assert isinstance(call, CallSpan) and (call.name, call.arguments) == ("f", {"s": '}{"', "n": 3})
+    assert call.raw.strip() == written
 
 
 @pytest.mark.parametrize(
     ("text", "kinds"),
     [
-        ('{"answer": 5}', [TextPart]),
-        ("{", [TextPart]),
-        (f"So: {LLAMA}", [TextPart]),
-        (f"So:\n<|python_tag|>{LLAMA}", [TextPart, CallPart]),
-        (f"{LLAMA}; {LLAMA}", [MalformedPart, TextPart]),
-        ("<|python_tag|>print(1)", [MalformedPart, TextPart]),
-        (LLAMA[:-1], [MalformedPart]),
-        (LLAMA.replace('"f"', '"g"') + " Done.", [MalformedPart, TextPart]),
-        (LLAMA.replace("parameters", "arguments"), [MalformedPart]),
+        ('{"answer": 5}', [TextSpan]),
+        ("{", [TextSpan]),
+        (f"So: {LLAMA}", [TextSpan]),
+        (f"So:\n<|python_tag|>{LLAMA}", [TextSpan, CallSpan]),
+        (f"{LLAMA}; {LLAMA}", [MalformedSpan, TextSpan]),
+        ("<|python_tag|>print(1)", [MalformedSpan, TextSpan]),
+        (LLAMA[:-1], [MalformedSpan]),
+        (LLAMA.replace('"f"', '"g"') + " Done.", [MalformedSpan, TextSpan]),
+        (LLAMA.replace("parameters", "arguments"), [MalformedSpan]),
     ],
 )
-def test_what_only_looks_like_a_llama_call_is_text_or_malformed(text: str, kinds: list[type[Part]]) -> None:
+def test_what_only_looks_like_a_llama_call_is_text_or_malformed(text: str, kinds: list[type[Span]]) -> None:
     for run in (1, 1000):
         assert {*map(type, parse("llama3", text, run))} == {*kinds}
 
@@ -138,10 +145,10 @@ def test_what_only_looks_like_a_llama_call_is_text_or_malformed(text: str, kinds
 def test_nothing_is_held_back_longer_than_needed() -> None:
     for name in TOOL_CALL_FORMATS:
         parser = TOOL_CALL_FORMATS[name].parser(TOOLS)
-        assert parser.push("Well, a <") == [TextPart(text="Well, a")]
-        assert parser.push("b") == [TextPart(text=" <b")]
+        assert parser.push("Well, a <") == [TextSpan(text="Well, a")]
+        assert parser.push("b") == [TextSpan(text=" <b")]
     parser = TOOL_CALL_FORMATS["llama3"].parser(TOOLS)
-    assert parser.push('{"na') == [] and parser.push('ture": 1') == [TextPart(text='{"nature": 1')]
+    assert parser.push('{"na') == [] and parser.push('ture": 1') == [TextSpan(text='{"nature": 1')]
 
 
 PIECES = [
@@ -176,8 +183,8 @@ PIECES += [
 def test_streamed_parts_are_the_whole_replys_and_no_text_is_lost(pieces: list[str], cuts: int, name: str) -> None:
     text = "".join(pieces)
     streamed, whole = parse(name, text, cuts), parse(name, text, 10_000)
-    joined = ["".join(p.text for p in parts if not isinstance(p, CallPart)) for parts in (streamed, whole)]
+    joined = ["".join(p.text for p in spans if not isinstance(p, CallSpan)) for spans in (streamed, whole)]
     assert joined[0] == joined[1]
-    assert [p for p in streamed if isinstance(p, CallPart)] == [p for p in whole if isinstance(p, CallPart)]
-    if not any(isinstance(part, CallPart) for part in whole):
+    assert [p for p in streamed if isinstance(p, CallSpan)] == [p for p in whole if isinstance(p, CallSpan)]
+    if not any(isinstance(span, CallSpan) for span in whole):
         assert joined[0] == text

@@ -14,8 +14,9 @@ from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.tool_calls import HermesFormat
 from forgejax.gateway.conversation import Conversation, Prompt
-from forgejax.gateway.dialects.base import ReplyHead
+from forgejax.gateway.dialects.base import ParsedRequest, ReplyHead
 from forgejax.gateway.dialects.chat_completions import ChatCompletions
+from forgejax.gateway.memory import ReplyMemory
 from forgejax.types import Completion, FinishReason, SampleRequest
 from tests.chat.tokenizers import CALCULATOR
 from tests.gateway.fakes import completion
@@ -39,7 +40,7 @@ def answer(
 
 
 def wire(messages: list[dict[str, Any]], **fields: Any) -> ChatRequest:
-    return ChatCompletions().parse({"messages": messages, **fields})
+    return ChatCompletions().parse({"messages": messages, **fields}, ReplyMemory()).chat
 
 
 def odd_spelling(chat_format: ChatFormat, text: str) -> list[int]:
@@ -166,5 +167,6 @@ def test_whatever_ids_are_drawn_the_episode_goes_on_from_them(chat_format: ChatF
             conversation.answered(number, prompt, done, reply.message)
             known = prompt.ids.tolist() + ids
             head = ReplyHead(id="c", created=0, model="m")
-            echo = json.loads(json.dumps(ChatCompletions().response(head, reply)))["choices"][0]["message"]
+            asked = ParsedRequest(chat=request, stream=False, body={})
+            echo = json.loads(json.dumps(ChatCompletions().response(head, asked, reply)))["choices"][0]["message"]
             history = [*history, echo, {"role": draw.choice(["user", "tool"]), "content": "go <|im_end|> on"}]

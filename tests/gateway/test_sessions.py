@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 from forgejax.chat import ChatFormat
 from forgejax.errors import ConfigError, GatewayError
 from forgejax.gateway import Gateway, GatewayConfig
-from forgejax.gateway.sessions import turn_seed
+from forgejax.gateway.sessions import derive_seed
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, Session, Sessions, SessionSpec
 from tests.gateway.fakes import TRAINING, ScriptedSampler, completion, started
 
@@ -270,8 +270,8 @@ async def test_a_failed_request_leaves_no_gap_in_the_turns(chat_format: ChatForm
 
 
 def test_seeds_are_reproducible_and_differ_between_requests_and_sessions() -> None:
-    seeds = [turn_seed(seed, number) for seed in range(30) for number in range(30)]
-    assert len(set(seeds)) == 900 and turn_seed(3, 4) == seeds[94] and max(seeds) < 2**31
+    seeds = [derive_seed(seed, number) for seed in range(30) for number in range(30)]
+    assert len(set(seeds)) == 900 and derive_seed(3, 4) == seeds[94] and max(seeds) < 2**31
 
 
 async def test_stopping_closes_every_session_and_opening_needs_a_running_gateway(chat_format: ChatFormat) -> None:
