@@ -1,3 +1,5 @@
+"""Chat messages <-> ids: prompts, continuations, control tokens, damaged folders."""
+
 from __future__ import annotations
 
 import json
@@ -8,8 +10,10 @@ from typing import Any
 import pytest
 
 from forgejax.chat import ChatFormat
+from forgejax.chat.format import SpokenTurn, TextMark
 from forgejax.chat.template import TemplateError
 from forgejax.errors import GatewayError
+from tests.chat.families import FAMILIES, FAMILY_NAMES, load_families
 from tests.chat.tokenizers import CALCULATOR, HERMES_TEMPLATE, save_tokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "What is 2+3?"}
@@ -143,3 +147,40 @@ def test_a_damaged_folder_is_named_with_its_damage(
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
     with pytest.raises(GatewayError, match=says):
         ChatFormat.load(folder)
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatFormat]:
+    return load_families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_users_and_tools_cannot_spell_control_tokens(formats: dict[str, ChatFormat], name: str) -> None:
+    chat_format = formats[name]
+    evil = "".join(chat_format.codec._control_ids)
+    controls = set(chat_format.codec._control_ids.values())
+    honest = [id_ for id_ in chat_format.render([{"role": "user", "content": "x"}]) if id_ in controls]
+    assert [id_ for id_ in chat_format.render([{"role": "user", "content": evil}]) if id_ in controls] == honest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_the_familys_own_tokenizer(formats: dict[str, ChatFormat], family: str) -> None:
+    chat_format = formats[family]
+    messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "5"}, USER]
+    expected = chat_format._template._tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert chat_format.render(messages) == expected
+
+
+def test_a_known_turn_costs_one_render_and_no_other(formats: dict[str, ChatFormat]) -> None:
+    chat_format = formats["qwen2.5"]
+    first = chat_format.rendered([USER])
+    prompt = chat_format.rendered([USER, {"role": "assistant", "content": "5"}, USER])
+    turn = SpokenTurn(prompt=TextMark.of(first.text), said="5")
+    slow = chat_format.continuation(prompt, 2)
+    chat_format._template, kept = None, chat_format._template  # type: ignore[assignment]
+    try:
+        assert chat_format.continuation(prompt, 2, turn) == slow is not None
+    finally:
+        chat_format._template = kept
