@@ -58,9 +58,9 @@ class ReplyBuilder:
         self._format = chat_format
         self._request = request
         self._number = number
-        self._decoder = chat_format.stream_decoder()
+        self._decoder = chat_format.make_decoder()
         self._stops = StopStrings(request.stop)
-        self._parser = tool_calls.parser(request.tools)
+        self._parser = tool_calls.make_parser(request.tools)
         self._fed = 0
         self._parts: list[ReplyPart] = []  # the complete ones
         self._text: list[str] = []  # pieces of a text part that may still grow

@@ -47,7 +47,7 @@ def choose_tool_format(name: ToolFormatName, chat_format: ChatFormat) -> ToolCal
     if name != "auto":
         return TOOL_CALL_FORMATS[name]
     try:
-        written = chat_format.written(_CALL, [{"role": "user", "content": "Do it."}], [_TOOL])
+        written = chat_format.render_message(_CALL, [{"role": "user", "content": "Do it."}], [_TOOL])
     except TemplateError:
         return None
     fitting = [known for known, tool_format in TOOL_CALL_FORMATS.items() if _reads(tool_format, written)]
@@ -60,7 +60,7 @@ def choose_tool_format(name: ToolFormatName, chat_format: ChatFormat) -> ToolCal
 
 
 def _reads(tool_format: ToolCallFormat, written: str) -> bool:
-    parser = tool_format.parser([_TOOL])
+    parser = tool_format.make_parser([_TOOL])
     spans = [*parser.push(written), *parser.finish()]
     calls = [(span.name, span.arguments) for span in spans if isinstance(span, CallSpan)]
     return calls == [("probe_tool", _ARGUMENTS)] and not any(isinstance(span, MalformedSpan) for span in spans)

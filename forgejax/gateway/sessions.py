@@ -73,7 +73,7 @@ class SessionLog:
         builder = ReplyBuilder(service.chat_format, tool_format, chat, number)
 
         def record(completion: Completion, reply: Reply, abandoned: bool) -> None:
-            self._conversation.answered(number, prompt, completion, None if abandoned else reply.message)
+            self._conversation.add_turn(number, prompt, completion, None if abandoned else reply.message)
             if len(completion.token_ids) > 0:
                 self._turns[number] = Turn(
                     index=number,
@@ -126,8 +126,8 @@ class SessionLog:
         """The prompt's ids; a long one is made on another thread, so that other sessions need not wait for it."""
         try:
             if sum(len(message["content"]) for message in chat.messages) < _LONG_CHARACTERS:
-                return self._conversation.prompt(chat)
-            prompt = await asyncio.to_thread(self._conversation.prompt, chat)
+                return self._conversation.make_prompt(chat)
+            prompt = await asyncio.to_thread(self._conversation.make_prompt, chat)
         except TemplateError as error:
             raise RefusedError(400, str(error), code="invalid_messages", param="messages") from error
         if self.closed:

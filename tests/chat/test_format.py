@@ -44,14 +44,14 @@ def test_the_end_of_turn_is_found_in_the_template_and_is_a_stop_id(chat_format: 
 
 def test_generation_config_adds_stop_ids(tokenizer_folder: Path, tmp_path: Path, chat_format: ChatFormat) -> None:
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
-    end_of_text = chat_format.codec.control_id("<|endoftext|>")
+    end_of_text = chat_format.codec.find_control_id("<|endoftext|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end_of_text]}))
     assert ChatFormat.load(tmp_path).stop_ids == {end_of_text, chat_format.end_of_turn_id}
 
 
 def test_prompt_plus_spoken_plus_continuation_is_the_next_prompt(chat_format: ChatFormat) -> None:
-    prompt = chat_format.rendered([USER, CALL, RESULT], [CALCULATOR])
-    continuation = chat_format.continuation(prompt, 2)
+    prompt = chat_format.render_text([USER, CALL, RESULT], [CALCULATOR])
+    continuation = chat_format.continue_turn(prompt, 2)
     assert continuation is not None
     whole = chat_format.render([USER], [CALCULATOR]) + chat_format.encode_assistant(CALL) + continuation
     assert whole == chat_format.render([USER, CALL, RESULT], [CALCULATOR])
@@ -64,8 +64,8 @@ def test_a_template_that_rewrites_history_has_no_continuation(tmp_path: Path) ->
     )
     chat_format = ChatFormat.load(save_tokenizer(tmp_path, forgetful))
     thinking = {"role": "assistant", "content": "<think>2+3</think>5"}
-    assert chat_format.continuation(chat_format.rendered([USER, thinking, USER]), 2) is None
-    assert chat_format.continuation(chat_format.rendered([USER, ANSWER, USER]), 2) is not None
+    assert chat_format.continue_turn(chat_format.render_text([USER, thinking, USER]), 2) is None
+    assert chat_format.continue_turn(chat_format.render_text([USER, ANSWER, USER]), 2) is not None
 
 
 def test_spoken_ids_end_the_turn_and_begin_the_rendered_history(chat_format: ChatFormat) -> None:
@@ -175,12 +175,12 @@ def test_ids_are_those_of_the_familys_own_tokenizer(formats: dict[str, ChatForma
 
 def test_a_known_turn_costs_one_render_and_no_other(formats: dict[str, ChatFormat]) -> None:
     chat_format = formats["qwen2.5"]
-    first = chat_format.rendered([USER])
-    prompt = chat_format.rendered([USER, {"role": "assistant", "content": "5"}, USER])
+    first = chat_format.render_text([USER])
+    prompt = chat_format.render_text([USER, {"role": "assistant", "content": "5"}, USER])
     turn = SpokenTurn(prompt=TextMark.of(first.text), said="5")
-    slow = chat_format.continuation(prompt, 2)
+    slow = chat_format.continue_turn(prompt, 2)
     chat_format._template, kept = None, chat_format._template  # type: ignore[assignment]
     try:
-        assert chat_format.continuation(prompt, 2, turn) == slow is not None
+        assert chat_format.continue_turn(prompt, 2, turn) == slow is not None
     finally:
         chat_format._template = kept

@@ -44,7 +44,7 @@ def answer(
 ) -> Completion:
     request = SampleRequest(request_id="r", prompt_ids=prompt.ids, max_tokens=99)
     done = completion(request, ids, FinishReason.STOP)
-    conversation.answered(number, prompt, done, reply)
+    conversation.add_turn(number, prompt, done, reply)
     return done
 
 
@@ -61,10 +61,10 @@ def test_the_next_prompt_starts_with_the_ids_already_seen(chat_format: ChatForma
     conversation = Conversation(chat_format)
     sampled = odd_spelling(chat_format, "the answer is 5")
     assert sampled != chat_format.encode_assistant({"role": "assistant", "content": "the answer is 5"})
-    first = conversation.prompt(ChatRequest(messages=(USER,)))
+    first = conversation.make_prompt(ChatRequest(messages=(USER,)))
     answer(conversation, 0, first, sampled, {"role": "assistant", "content": "the answer is 5"})
     messages = (USER, {"role": "assistant", "content": "the answer is 5"}, AGAIN)
-    second = conversation.prompt(ChatRequest(messages=messages))
+    second = conversation.make_prompt(ChatRequest(messages=messages))
     known = first.ids.tolist() + sampled
     assert second.ids[: len(known)].tolist() == known
     assert chat_format.decode(second.ids) == chat_format.decode(chat_format.render(messages))
@@ -75,9 +75,9 @@ def test_a_reply_that_was_cut_short_gets_the_end_it_never_drew(chat_format: Chat
     conversation = Conversation(chat_format)
     spoken = {"role": "assistant", "content": "the ans"}
     sampled = odd_spelling(chat_format, "the ans")[:-1]
-    first = conversation.prompt(ChatRequest(messages=(USER,)))
+    first = conversation.make_prompt(ChatRequest(messages=(USER,)))
     answer(conversation, 0, first, sampled, spoken)
-    second = conversation.prompt(ChatRequest(messages=(USER, spoken, AGAIN)))
+    second = conversation.make_prompt(ChatRequest(messages=(USER, spoken, AGAIN)))
     at = len(first.ids) + len(sampled)
     assert second.ids[at] == chat_format.end_of_turn_id
     tail = chat_format.render([USER, spoken, AGAIN])
@@ -95,11 +95,11 @@ def test_a_reply_that_was_cut_short_gets_the_end_it_never_drew(chat_format: Chat
 @pytest.mark.parametrize("arguments", ['{"b":1,"a":"é"}', '{ "a": "\\u00e9", "b": 1 }'])
 def test_an_echo_that_means_the_same_goes_on(chat_format: ChatFormat, echo: dict[str, Any], arguments: str) -> None:
     conversation = Conversation(chat_format)
-    prompt = conversation.prompt(wire([USER], tools=[CALCULATOR]))
+    prompt = conversation.make_prompt(wire([USER], tools=[CALCULATOR]))
     done = answer(conversation, 0, prompt, odd_spelling(chat_format, "the user"), CALL)
     call = {"id": "other", "type": "function", "function": {"arguments": arguments, "name": "calculator"}}
     history = [USER, {"role": "assistant", "tool_calls": [call], **echo}, {"role": "tool", "content": "5"}]
-    following = conversation.prompt(wire(history, tools=[CALCULATOR]))
+    following = conversation.make_prompt(wire(history, tools=[CALCULATOR]))
     known = np.concatenate([done.prompt_ids, done.token_ids])
     assert following.parent == 0 and following.ids[: len(known)].tolist() == known.tolist()
 
@@ -110,7 +110,7 @@ def test_an_echo_that_means_the_same_goes_on(chat_format: ChatFormat, echo: dict
 )
 def test_another_history_is_a_branch(chat_format: ChatFormat, change: str) -> None:
     conversation = Conversation(chat_format)
-    prompt = conversation.prompt(ChatRequest(messages=(USER,), tools=(CALCULATOR,)))
+    prompt = conversation.make_prompt(ChatRequest(messages=(USER,), tools=(CALCULATOR,)))
     answer(conversation, 0, prompt, odd_spelling(chat_format, "the user"), CALL)
     function = {"name": "calculator", "arguments": {"a": "é", "b": 2 if change == "another argument" else 1}}
     call: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_another_history_is_a_branch(chat_format: ChatFormat, change: str) -> No
     other = {"type": "function", "function": {**CALCULATOR["function"], "description": "Other."}}
     tools = {"other tools": (other,), "no tools": ()}.get(change, (CALCULATOR,))
     messages = (AGAIN if change == "edited question" else USER, call, {"role": "tool", "content": "5"})
-    branch = conversation.prompt(ChatRequest(messages=messages, tools=tools))
+    branch = conversation.make_prompt(ChatRequest(messages=messages, tools=tools))
     assert (branch.parent, branch.branch) == (None, "history")
     assert branch.ids.tolist() == chat_format.render(messages, tools)
 
@@ -132,38 +132,38 @@ def test_a_retry_of_a_step_has_the_same_parent_and_the_same_prompt(chat_format: 
     answer(
         conversation,
         0,
-        conversation.prompt(ChatRequest(messages=(USER,))),
+        conversation.make_prompt(ChatRequest(messages=(USER,))),
         odd_spelling(chat_format, "the user"),
         spoken,
     )
     step = ChatRequest(messages=(USER, spoken, AGAIN))
-    first = conversation.prompt(step)
+    first = conversation.make_prompt(step)
     answer(conversation, 1, first, odd_spelling(chat_format, "7"), {"role": "assistant", "content": "7"})
-    retry = conversation.prompt(step)
+    retry = conversation.make_prompt(step)
     assert first.parent == retry.parent == 0 and first.ids.tolist() == retry.ids.tolist()
 
 
 def test_a_branch_whose_ids_still_begin_with_a_turn_has_that_turn_as_parent(chat_format: ChatFormat) -> None:
     conversation = Conversation(chat_format)
     spoken = {"role": "assistant", "content": "the user"}
-    first = conversation.prompt(ChatRequest(messages=(USER,)))
+    first = conversation.make_prompt(ChatRequest(messages=(USER,)))
     # The agent never got the reply (so no history matches), yet it says the same words itself.
     answer(conversation, 0, first, chat_format.encode_assistant(spoken), None)
-    second = conversation.prompt(ChatRequest(messages=(USER, spoken, AGAIN)))
+    second = conversation.make_prompt(ChatRequest(messages=(USER, spoken, AGAIN)))
     assert (second.parent, second.branch) == (0, "history")
 
 
 def test_whatever_ids_are_drawn_the_episode_goes_on_from_them(chat_format: ChatFormat) -> None:
     """Random ids: broken UTF-8, control tokens, half tool calls, replies cut short or stopped by a string."""
     draw = random.Random(1)
-    markers = [chat_format.codec.control_id(marker) for marker in ("<tool_call>", "</tool_call>", "<|im_start|>")]
+    markers = [chat_format.codec.find_control_id(marker) for marker in ("<tool_call>", "</tool_call>", "<|im_start|>")]
     for _ in range(40):
         conversation = Conversation(chat_format)
         history: list[dict[str, Any]] = [USER]
         known: list[int] = []
         for number in range(5):
             request = wire(history, tools=[CALCULATOR], stop=draw.choice([None, "q"]))
-            prompt = conversation.prompt(request)
+            prompt = conversation.make_prompt(request)
             assert prompt.ids[: len(known)].tolist() == known
             assert (prompt.parent, prompt.branch) == (number - 1 if number else None, None)
             ids = [draw.choice([draw.randrange(300), *markers]) for _ in range(draw.randrange(1, 12))]
@@ -173,7 +173,7 @@ def test_whatever_ids_are_drawn_the_episode_goes_on_from_them(chat_format: ChatF
                 SampleRequest(request_id="r", prompt_ids=prompt.ids, max_tokens=99), ids, FinishReason.STOP
             )
             _, reply = builder.finish(done)
-            conversation.answered(number, prompt, done, reply.message)
+            conversation.add_turn(number, prompt, done, reply.message)
             known = prompt.ids.tolist() + ids
             head = ReplyHead(id="c", created=0, model="m")
             asked = ParsedRequest(chat=request, stream=False, body={})
@@ -225,7 +225,7 @@ def test_the_next_prompt_is_the_full_render_or_a_branch_that_says_why(
     exact = True
     for number in range(3):
         try:
-            prompt = conversation.prompt(ChatRequest(messages=tuple(history), tools=tools))
+            prompt = conversation.make_prompt(ChatRequest(messages=tuple(history), tools=tools))
         except TemplateError:
             assume(False)
         full = chat_format.render(history, tools)
@@ -245,15 +245,15 @@ def test_the_next_prompt_is_the_full_render_or_a_branch_that_says_why(
         tool_format = choose_tool_format("auto", chat_format) if tools else None
         request = ChatRequest(messages=tuple(history), tools=tools)
         _, reply = ReplyBuilder(chat_format, tool_format or PlainTextFormat(), request, number).finish(done)
-        conversation.answered(number, prompt, done, reply.message)
+        conversation.add_turn(number, prompt, done, reply.message)
         # What was appended for the next turn is, as text, the end of its full render.
         role = "tool" if reply.tool_calls else "user"
         history = [*history, dict(reply.message), {"role": role, "content": data.draw(WORDS)}]
-        whole = chat_format.rendered(history, tools)
+        whole = chat_format.render_text(history, tools)
         turn = SpokenTurn(prompt=prompt.mark, said=chat_format.decode(ids))
-        appended = chat_format.continuation(whole, len(history) - 1, turn)
+        appended = chat_format.continue_turn(whole, len(history) - 1, turn)
         if appended is not None:
-            assert whole.text.startswith(chat_format.rendered(history[:-2], tools).text)
+            assert whole.text.startswith(chat_format.render_text(history[:-2], tools).text)
             rendered = chat_format.encode(whole)
             assert rendered[len(rendered) - len(appended) - 1 :] == [chat_format.end_of_turn_id, *appended]
 
@@ -263,12 +263,12 @@ def _reply(
 ) -> tuple[list[int], bool]:
     """Ids without their end, and whether they are the template's own for what they say."""
     if len(tools) > 0 and data.draw(st.booleans()):
-        text = chat_format.spoken_text(SUM_CALL, history, tools)
+        text = chat_format.render_spoken(SUM_CALL, history, tools)
         if text is not None:
             return chat_format.codec.encode(text, at_start=False)[:-1], False
     text = data.draw(st.sampled_from(["5", "It is 5.", "naïve 🙂"]) | WORDS)
     canonical = text in ("5", "It is 5.", "naïve 🙂")
-    return chat_format.codec.encode(chat_format.codec.quoted_hidden(text), at_start=False), canonical
+    return chat_format.codec.encode(chat_format.codec.quote_hidden(text), at_start=False), canonical
 
 
 @pytest.mark.parametrize(
@@ -290,18 +290,18 @@ def test_families_go_on_or_branch_as_their_templates_do(
     formats: dict[str, ChatFormat], family: str, said: str, then: dict[str, Any], goes_on: bool
 ) -> None:
     chat_format = formats[family]
-    call = chat_format.written(SUM_CALL, [USER], [CALCULATOR]).removeprefix("<think>\n\n</think>\n\n")
+    call = chat_format.render_message(SUM_CALL, [USER], [CALCULATOR]).removeprefix("<think>\n\n</think>\n\n")
     request = ChatRequest(messages=(USER,), tools=(CALCULATOR,))
     conversation = Conversation(chat_format)
-    prompt = conversation.prompt(request)
+    prompt = conversation.make_prompt(request)
     ids = [*chat_format.codec.encode(said.replace("CALL", call), at_start=False), chat_format.end_of_turn_id]
     done = completion(SampleRequest(request_id="r", prompt_ids=prompt.ids, max_tokens=99), ids, FinishReason.STOP)
     tool_format = choose_tool_format("auto", chat_format)
     assert tool_format is not None
     _, reply = ReplyBuilder(chat_format, tool_format, request, 0).finish(done)
     assert len(reply.tool_calls) == ("CALL" in said)
-    conversation.answered(0, prompt, done, reply.message)
-    following = conversation.prompt(ChatRequest(messages=(USER, reply.message, then), tools=(CALCULATOR,)))
+    conversation.add_turn(0, prompt, done, reply.message)
+    following = conversation.make_prompt(ChatRequest(messages=(USER, reply.message, then), tools=(CALCULATOR,)))
     assert following.branch == (None if goes_on else "template")
     known = np.concatenate([prompt.ids, ids])
     assert (following.ids[: len(known)].tolist() == known.tolist()) == goes_on

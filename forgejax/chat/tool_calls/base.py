@@ -60,7 +60,7 @@ class ToolCallFormat(Protocol):
     @property
     def markers(self) -> tuple[str, ...]: ...
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         """A parser for one reply; ``tools`` are the request's function tools."""
         ...
 
@@ -70,7 +70,7 @@ class PlainTextFormat:
 
     markers = ()
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return _PlainText()
 
 

@@ -12,7 +12,7 @@ from forgejax.chat.tool_calls.tagged import TaggedParser
 class HermesFormat:
     markers = ("<tool_call>", "</tool_call>")
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
 
         def read(body: str) -> list[CallSpan]:

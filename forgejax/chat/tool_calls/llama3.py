@@ -24,7 +24,7 @@ _BEGINNINGS = ('{"name":', '{"parameters":', '{"type":"function"')
 class Llama3Format:
     markers = (_TAG,)
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return Llama3Parser(Signatures(tools))
 
 

@@ -20,7 +20,7 @@ _PARAMETER = re.compile(r'\s*<parameter name="([^"<>\n]+)">(.*?)</parameter>', r
 class MiniMaxFormat:
     markers = ("<minimax:tool_call>", "</minimax:tool_call>")
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
 
         def read(body: str) -> list[CallSpan]:

@@ -21,7 +21,7 @@ _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(.*?)</parameter>", re.DOTALL
 class Qwen3CoderFormat:
     markers = ("<tool_call>", "</tool_call>")
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
 
         def read(body: str) -> list[CallSpan]:

@@ -25,7 +25,7 @@ LLAMA = '{"name": "f", "parameters": {"s": "}{\\"", "n": 3}}'
 
 def parse(name: str, text: str, run: int = 1, tools: Any = TOOLS) -> list[Span]:
     """The spans of a reply pushed in runs of characters, neighbouring text joined."""
-    parser = TOOL_CALL_FORMATS[name].parser(tools)
+    parser = TOOL_CALL_FORMATS[name].make_parser(tools)
     spans: list[Span] = []
     for span in [p for at in range(0, len(text), run) for p in parser.push(text[at : at + run])] + parser.finish():
         if spans and isinstance(span, TextSpan) and isinstance(spans[-1], TextSpan):

@@ -11,10 +11,10 @@ from tests.chat.tool_calls.parsing import LLAMA, TOOLS, parse
 
 def test_nothing_is_held_back_longer_than_needed() -> None:
     for name in TOOL_CALL_FORMATS:
-        parser = TOOL_CALL_FORMATS[name].parser(TOOLS)
+        parser = TOOL_CALL_FORMATS[name].make_parser(TOOLS)
         assert parser.push("Well, a <") == [TextSpan(text="Well, a")]
         assert parser.push("b") == [TextSpan(text=" <b")]
-    parser = TOOL_CALL_FORMATS["llama3"].parser(TOOLS)
+    parser = TOOL_CALL_FORMATS["llama3"].make_parser(TOOLS)
     assert parser.push('{"na') == [] and parser.push('ture": 1') == [TextSpan(text='{"nature": 1')]
 
 
