@@ -95,9 +95,8 @@ class ChatHandler:
         self, http: web.Request, head: ReplyHead, request: ParsedRequest, pending: PendingReply, memory: ReplyMemory
     ) -> web.StreamResponse:
         words = self._dialect.stream(head, request)
-        deltas = (
-            await pending.wait_deltas()
-        )  # before any byte is sent, so that a request that fails gets a proper status
+        # Waited for before any byte is sent, so that a request that fails gets a proper status.
+        deltas = await pending.wait_deltas()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             await response.prepare(http)
@@ -107,9 +106,8 @@ class ChatHandler:
                     await self._send(response, [event for delta in deltas for event in words.delta(delta)])
                     deltas = await pending.wait_deltas()
                 reply = await pending.wait_reply()
-                _keep_history(
-                    memory, head, request, reply
-                )  # before the end is sent: the next request may follow at once
+                # Before the end is sent: the next request may follow at once.
+                _keep_history(memory, head, request, reply)
                 last = words.end(reply)
             except RefusedError as refusal:
                 last = words.error(refusal)
