@@ -60,15 +60,15 @@ class TextCodec:
                 ids.extend(self._encode_inner(piece.replace(QUOTE, "")))
         return ids
 
-    def quoted(self, text: str) -> str:
+    def quote(self, text: str) -> str:
         """``text`` with every control token's spelling made plain text."""
         return _quote(self._control, text)
 
-    def quoted_hidden(self, text: str) -> str:
+    def quote_hidden(self, text: str) -> str:
         """``text`` with the spellings of hidden tokens made plain text; decoded text holds no others of its own."""
         return _quote(self._hidden_control, text)
 
-    def first_control(self, text: str) -> str | None:
+    def find_control(self, text: str) -> str | None:
         """The spelling of the first control token in ``text``."""
         found = self._control.search(text)
         return None if found is None else found[0]
@@ -78,17 +78,17 @@ class TextCodec:
         found = self._hidden_control.search(text, start)
         return None if found is None else (found[0], found.start())
 
-    def control_id(self, spelling: str) -> int:
+    def find_control_id(self, spelling: str) -> int:
         return self._control_ids[spelling]
 
-    def visible(self, ids: Iterable[int]) -> list[int]:
+    def drop_hidden(self, ids: Iterable[int]) -> list[int]:
         return [id_ for id_ in map(int, ids) if id_ not in self._hidden]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without hidden ones; bytes that are no UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(self.visible(ids), skip_special_tokens=False)
+        return self._tokenizer.decode(self.drop_hidden(ids), skip_special_tokens=False)
 
-    def token_text(self, id_: int) -> str:
+    def decode_token(self, id_: int) -> str:
         """One token as text, hidden or not."""
         return self._tokenizer.decode([id_], skip_special_tokens=False)
 
@@ -117,7 +117,7 @@ class StreamDecoder:
         self._pending: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
-        self._pending += self._codec.visible(ids)
+        self._pending += self._codec.drop_hidden(ids)
         text = self._text()
         if text.endswith(_REPLACEMENT) and len(self._pending) <= _HOLD_LIMIT:
             return ""

@@ -64,14 +64,14 @@ class ChatFormat:
         self._path = folder.path
         # Its first look is through a codec that hides every special token; what ends a turn is found in its output.
         probe = folder.codec(frozenset())
-        text = ChatTemplate(folder.tokenizer, probe.quoted, probe.quoted).text(_PROBE[:2], (), prompt=False)
+        text = ChatTemplate(folder.tokenizer, probe.quote, probe.quote).render(_PROBE[:2], (), prompt=False)
         self._turn_end = self._find_turn_end(probe, text)
         self.codec = folder.codec({self._turn_end})
-        self.end_of_turn_id = self.codec.control_id(self._turn_end)
-        self.stop_ids = frozenset({self.end_of_turn_id}) | folder.end_of_sequence_ids()
+        self.end_of_turn_id = self.codec.find_control_id(self._turn_end)
+        self.stop_ids = frozenset({self.end_of_turn_id}) | folder.read_end_ids()
         self.vocab_size = self.codec.vocab_size
-        self._template = ChatTemplate(folder.tokenizer, self.codec.quoted, self.codec.quoted_hidden)
-        folder.check_encoding(self.codec, self._template.text(_PROBE, (), prompt=True))
+        self._template = ChatTemplate(folder.tokenizer, self.codec.quote, self.codec.quote_hidden)
+        folder.check_encoding(self.codec, self._template.render(_PROBE, (), prompt=True))
 
     @classmethod
     def load(cls, path: str | Path) -> ChatFormat:
@@ -82,9 +82,9 @@ class ChatFormat:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise installing torch
         return cls(TokenizerFolder.read(Path(path)))
 
-    def rendered(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedPrompt:
+    def render_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedPrompt:
         """The text of a whole prompt. Raises TemplateError."""
-        text = self._template.text(messages, tools, prompt=True)
+        text = self._template.render(messages, tools, prompt=True)
         return RenderedPrompt(messages=tuple(messages), tools=tuple(tools), text=text)
 
     def encode(self, prompt: RenderedPrompt) -> list[int]:
@@ -92,38 +92,38 @@ class ChatFormat:
         return self.codec.encode(prompt.text)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """``encode(rendered(messages, tools))``. Raises TemplateError."""
-        return self.encode(self.rendered(messages, tools))
+        """``encode(render_text(messages, tools))``. Raises TemplateError."""
+        return self.encode(self.render_text(messages, tools))
 
-    def continuation(self, prompt: RenderedPrompt, known: int, turn: SpokenTurn | None = None) -> list[int] | None:
+    def continue_turn(self, prompt: RenderedPrompt, known: int, turn: SpokenTurn | None = None) -> list[int] | None:
         """The ids to append to an assistant turn that ended in its stop id, to get ``prompt``.
 
         ``prompt.messages[known - 1]`` is that turn's message. The result is, as text and as ids, what the whole prompt
         has after that turn; None where the template would change anything before it, or the turn itself. ``turn``
         saves two renders where the template repeats what was said word for word. Raises TemplateError.
         """
-        after = None if turn is None else self._after_verbatim(prompt.text, turn)
+        after = None if turn is None else self._find_after_verbatim(prompt.text, turn)
         if after is None:
-            after = self._after_rendered(prompt, known)
+            after = self._find_after_rendered(prompt, known)
         return None if after is None else self.codec.encode(prompt.text[after:], at_start=False)
 
-    def spoken_text(self, message: Message, history: Sequence[Message], tools: Sequence[Tool] = ()) -> str | None:
+    def render_spoken(self, message: Message, history: Sequence[Message], tools: Sequence[Tool] = ()) -> str | None:
         """What the template writes for ``message`` after the generation prompt, its end of turn included.
 
         None where it does not write it there. Raises TemplateError.
         """
-        before = self._template.text(history, tools, prompt=True)
-        spoken = self._template.text((*history, message), tools, prompt=False)
+        before = self._template.render(history, tools, prompt=True)
+        spoken = self._template.render((*history, message), tools, prompt=False)
         end = spoken.rfind(self._turn_end, len(before))
         if not spoken.startswith(before) or end < 0:
             return None
         return spoken[len(before) : end + len(self._turn_end)]
 
-    def written(self, message: Message, history: Sequence[Message], tools: Sequence[Tool]) -> str:
+    def render_message(self, message: Message, history: Sequence[Message], tools: Sequence[Tool]) -> str:
         """What the template writes for ``message`` in a history, without its end of turn: behind the last line break it
         shares with the generation prompt where it does not go on from that. Raises TemplateError."""
-        before = self._template.text(history, tools, prompt=True)
-        whole = self._template.text((*history, message), tools, prompt=False)
+        before = self._template.render(history, tools, prompt=True)
+        whole = self._template.render((*history, message), tools, prompt=False)
         begin = len(before)
         while not whole.startswith(before[:begin]):
             begin = before.rfind("\n", 0, begin - 1) + 1
@@ -136,7 +136,7 @@ class ChatFormat:
         As text, ``render(history) + encode_assistant(message)`` begins ``render((*history, message, *more))``.
         Raises TemplateError where the template writes another prompt before a spoken message than before a new one.
         """
-        spoken = self.spoken_text(message, history)
+        spoken = self.render_spoken(message, history)
         if spoken is None:
             raise TemplateError(
                 f"the chat template in {self._path} does not write an assistant message after the generation prompt; "
@@ -148,10 +148,10 @@ class ChatFormat:
         """The text of sampled ids as an agent sees it: without special tokens, tool-call markers kept."""
         return self.codec.decode(ids)
 
-    def stream_decoder(self) -> StreamDecoder:
+    def make_decoder(self) -> StreamDecoder:
         return StreamDecoder(self.codec)
 
-    def _after_verbatim(self, text: str, turn: SpokenTurn) -> int | None:
+    def _find_after_verbatim(self, text: str, turn: SpokenTurn) -> int | None:
         """Where ``text`` goes on after ``turn``, if it holds prompt and reply as they were."""
         if not turn.prompt.begins(text):
             return None
@@ -161,17 +161,17 @@ class ChatFormat:
             return None
         return found[1] + len(self._turn_end)
 
-    def _after_rendered(self, prompt: RenderedPrompt, known: int) -> int | None:
+    def _find_after_rendered(self, prompt: RenderedPrompt, known: int) -> int | None:
         """Where the prompt goes on after its first ``known`` messages, if those render there as they do alone."""
-        before = self._template.text(prompt.messages[: known - 1], prompt.tools, prompt=True)
-        spoken = self._template.text(prompt.messages[:known], prompt.tools, prompt=False)
+        before = self._template.render(prompt.messages[: known - 1], prompt.tools, prompt=True)
+        spoken = self._template.render(prompt.messages[:known], prompt.tools, prompt=False)
         if not (spoken.startswith(before) and prompt.text.startswith(spoken)):
             return None
         end = spoken.rfind(self._turn_end, len(before))
         return None if end < 0 else end + len(self._turn_end)
 
     def _find_turn_end(self, codec: TextCodec, text: str) -> str:
-        turn_end = codec.first_control(text.partition(str(_PROBE[1]["content"]))[2])
+        turn_end = codec.find_control(text.partition(str(_PROBE[1]["content"]))[2])
         if turn_end is None:
             raise GatewayError(
                 f"the chat template in {self._path} does not end an assistant message with a special token; "

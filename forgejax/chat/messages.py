@@ -13,7 +13,8 @@ Message = Mapping[str, Any]
 
 ``role`` and ``content`` (always a string) are present; an assistant's ``tool_calls`` are
 ``{"id", "type": "function", "function": {"name", "arguments"}}`` with the arguments as an object (a string only where
-they were not JSON); a tool's message may carry ``tool_call_id`` and ``name``.
+they were not JSON), and its ``reasoning_content`` what it thought; a tool's message may carry ``tool_call_id`` and
+``name``.
 """
 
 Tool = Mapping[str, Any]
@@ -30,6 +31,4 @@ class ChatRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
-    stream: bool = False
-    include_usage: bool = False
     logprobs: bool = False

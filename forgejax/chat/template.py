@@ -36,18 +36,18 @@ class ChatTemplate:
         self._quote = quote
         self._quote_spoken = quote_spoken
 
-    def text(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
         """The rendered chat; with ``prompt`` up to where the assistant begins to speak. Raises TemplateError."""
         quoted = [
-            _quoted(_with_object_arguments(message), self._quote_spoken)
+            _quote_all(_read_arguments(message), self._quote_spoken)
             if message["role"] == "assistant"
-            else _quoted(message, self._quote)
+            else _quote_all(message, self._quote)
             for message in messages
         ]
         try:
             text = self._tokenizer.apply_chat_template(
                 quoted,
-                tools=[_quoted(tool, self._quote) for tool in tools] or None,
+                tools=[_quote_all(tool, self._quote) for tool in tools] or None,
                 add_generation_prompt=prompt,
                 tokenize=False,
             )
@@ -61,17 +61,17 @@ class ChatTemplate:
         return text
 
 
-def _quoted(value: Any, quote: Callable[[str], str]) -> Any:
+def _quote_all(value: Any, quote: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return quote(value)
     if isinstance(value, Mapping):
-        return {_quoted(key, quote): _quoted(item, quote) for key, item in value.items()}
+        return {_quote_all(key, quote): _quote_all(item, quote) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_quoted(item, quote) for item in value]
+        return [_quote_all(item, quote) for item in value]
     return value
 
 
-def _with_object_arguments(message: Message) -> Message:
+def _read_arguments(message: Message) -> Message:
     """``message`` with tool-call arguments that are JSON text as the objects they spell."""
     if not message.get("tool_calls"):
         return message

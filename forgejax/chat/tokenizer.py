@@ -58,7 +58,7 @@ class TokenizerFolder:
         backend: Tokenizer = self.tokenizer.backend_tokenizer
         shown = {marker for tool_format in TOOL_CALL_FORMATS.values() for marker in tool_format.markers}
         shown.update(_THINKING)
-        ending = self.end_of_sequence_ids()
+        ending = self.read_end_ids()
         hidden = {
             token.content
             for id_, token in backend.get_added_tokens_decoder().items()
@@ -70,7 +70,7 @@ class TokenizerFolder:
         inner = first if behind == plain else Tokenizer.from_str(json.dumps(behind))
         return TextCodec(backend, first, inner, hidden)
 
-    def end_of_sequence_ids(self) -> frozenset[int]:
+    def read_end_ids(self) -> frozenset[int]:
         """The tokenizer's own end of sequence, and those ``generation_config.json`` names, where there is one."""
         eos = self.tokenizer.eos_token_id
         ids = set() if eos is None else {int(eos)}

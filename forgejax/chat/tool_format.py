@@ -6,7 +6,7 @@ from typing import Any
 
 from forgejax.chat.format import ChatFormat
 from forgejax.chat.template import TemplateError
-from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, CallPart, MalformedPart, ToolCallFormat, ToolFormatName
+from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, CallSpan, MalformedSpan, ToolCallFormat, ToolFormatName
 from forgejax.errors import GatewayError
 
 _TOOL: dict[str, Any] = {
@@ -47,7 +47,7 @@ def choose_tool_format(name: ToolFormatName, chat_format: ChatFormat) -> ToolCal
     if name != "auto":
         return TOOL_CALL_FORMATS[name]
     try:
-        written = chat_format.written(_CALL, [{"role": "user", "content": "Do it."}], [_TOOL])
+        written = chat_format.render_message(_CALL, [{"role": "user", "content": "Do it."}], [_TOOL])
     except TemplateError:
         return None
     fitting = [known for known, tool_format in TOOL_CALL_FORMATS.items() if _reads(tool_format, written)]
@@ -60,7 +60,7 @@ def choose_tool_format(name: ToolFormatName, chat_format: ChatFormat) -> ToolCal
 
 
 def _reads(tool_format: ToolCallFormat, written: str) -> bool:
-    parser = tool_format.parser([_TOOL])
-    parts = [*parser.push(written), *parser.finish()]
-    calls = [(part.name, part.arguments) for part in parts if isinstance(part, CallPart)]
-    return calls == [("probe_tool", _ARGUMENTS)] and not any(isinstance(part, MalformedPart) for part in parts)
+    parser = tool_format.make_parser([_TOOL])
+    spans = [*parser.push(written), *parser.finish()]
+    calls = [(span.name, span.arguments) for span in spans if isinstance(span, CallSpan)]
+    return calls == [("probe_tool", _ARGUMENTS)] and not any(isinstance(span, MalformedSpan) for span in spans)

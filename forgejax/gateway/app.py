@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-from forgejax.chat.messages import ChatRequest
-from forgejax.gateway.dialects.base import Dialect, Event, ReplyHead
-from forgejax.gateway.dialects.chat_completions import ChatCompletions
-from forgejax.gateway.pending import Flight
-from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.sessions import Service, SessionTable, session_closed
-
-DIALECTS: Sequence[Dialect] = (ChatCompletions(),)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from forgejax.chat.reply import Reply
+from forgejax.gateway.dialects import Dialect
+from forgejax.gateway.dialects.base import Event, ParsedRequest, ReplyHead
+from forgejax.gateway.memory import ReplyMemory
+from forgejax.gateway.pending import PendingReply
+from forgejax.gateway.refusals import RefusedError, refuse_closed_session
+from forgejax.gateway.session_table import SessionTable
+from forgejax.gateway.sessions import Service
 
 
-def build_app(service: Service, sessions: SessionTable) -> web.Application:
-    """An application that serves ``sessions``."""
-    app = web.Application(client_max_size=service.config.max_body_bytes, middlewares=[_errors_as_json])
-    for dialect in DIALECTS:
-        app.router.add_post(dialect.path, ChatHandler(service, sessions, dialect).handle)
+def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Dialect]) -> web.Application:
+    """An application that serves ``sessions`` in every one of ``dialects``."""
+    app = web.Application(client_max_size=service.config.max_body_bytes, middlewares=[_word_errors(dialects)])
+    for dialect in dialects:
+        handler = ChatHandler(service, sessions, dialect)
+        for route in dialect.routes:
+            app.router.add_route(route.method, route.path, handler.handle)
 
     async def models(_: web.Request) -> web.Response:
         model = {"id": service.config.model_name, "object": "model", "created": 0, "owned_by": "forgejax"}
@@ -65,33 +66,37 @@ class ChatHandler:
         return response
 
     async def _answer(self, http: web.Request) -> web.StreamResponse:
-        session = self._sessions.find(_api_key(http))
-        body = await self._body(http)
+        session = self._sessions.find(self._dialect.credential(http.headers), self._dialect.credential_form)
+        body = await self._read_body(http)
         if session.closed:
-            raise session_closed()
+            raise refuse_closed_session()
         try:
-            chat = self._dialect.parse(body)
-            flight = await session.ask(chat)
+            request = self._dialect.parse(body, session.memory)
+            pending = await session.ask(request.chat, stream=request.stream)
         except RecursionError as error:
             raise RefusedError(400, "the body is nested too deeply; send it flatter", code="invalid_json") from error
-        head = ReplyHead(id=f"chatcmpl-{flight.id}", created=int(time.time()), model=self._service.config.model_name)
+        reply_id = self._dialect.reply_id(pending.id)
+        head = ReplyHead(id=reply_id, created=int(time.time()), model=self._service.config.model_name)
         timeout_s = self._service.config.request_timeout_s
         late = RefusedError(504, f"no answer within {timeout_s:g} s; try again later", code="timeout")
-        deadline = asyncio.get_running_loop().call_later(timeout_s, flight.abandon, late)
+        deadline = asyncio.get_running_loop().call_later(timeout_s, pending.abandon, late)
         try:
-            if chat.stream:
-                return await self._stream(http, head, chat, flight)
-            return web.json_response(self._dialect.response(head, await flight.reply()))
+            if request.stream:
+                return await self._stream(http, head, request, pending, session.memory)
+            reply = await pending.wait_reply()
+            _keep_history(session.memory, head, request, reply)
+            return web.json_response(self._dialect.response(head, request, reply))
         finally:
             deadline.cancel()
             # Does nothing once the answer is there; else the agent went away, and its tokens are recorded as such.
-            flight.abandon(RefusedError(499, "the agent closed the connection", code="cancelled"))
+            pending.abandon(RefusedError(499, "the agent closed the connection", code="cancelled"))
 
     async def _stream(
-        self, http: web.Request, head: ReplyHead, chat: ChatRequest, flight: Flight
+        self, http: web.Request, head: ReplyHead, request: ParsedRequest, pending: PendingReply, memory: ReplyMemory
     ) -> web.StreamResponse:
-        words = self._dialect.stream(head, chat)
-        deltas = await flight.deltas()  # before any byte is sent, so that a request that fails gets a proper status
+        words = self._dialect.stream(head, request)
+        # Waited for before any byte is sent, so that a request that fails gets a proper status.
+        deltas = await pending.wait_deltas()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             await response.prepare(http)
@@ -99,23 +104,26 @@ class ChatHandler:
             try:
                 while deltas:
                     await self._send(response, [event for delta in deltas for event in words.delta(delta)])
-                    deltas = await flight.deltas()
-                last = words.end(await flight.reply())
+                    deltas = await pending.wait_deltas()
+                reply = await pending.wait_reply()
+                # Before the end is sent: the next request may follow at once.
+                _keep_history(memory, head, request, reply)
+                last = words.end(reply)
             except RefusedError as refusal:
                 last = words.error(refusal)
             await self._send(response, last)
             await response.write_eof()
         except (ConnectionResetError, TimeoutError):
-            # The agent went away, or no longer reads; what was drawn for it is recorded by the flight.
+            # The agent went away, or no longer reads; what was drawn for it is recorded all the same.
             if http.transport is not None:
                 http.transport.abort()
         return response
 
     async def _send(self, response: web.StreamResponse, events: Sequence[Event]) -> None:
         async with asyncio.timeout(self._service.config.body_timeout_s):
-            await response.write(_wire(events))
+            await response.write(_frame(events))
 
-    async def _body(self, http: web.Request) -> dict[str, Any]:
+    async def _read_body(self, http: web.Request) -> dict[str, Any]:
         config = self._service.config
         try:
             async with asyncio.timeout(config.body_timeout_s):
@@ -140,24 +148,35 @@ class ChatHandler:
         return body
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Words aiohttp's own refusals (no such page, wrong method) as every other error is worded."""
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        refusal = RefusedError(error.status, f"{request.method} {request.path}: {error.reason}", code="not_served")
-        return web.json_response(ChatCompletions().error(refusal), status=error.status)
+def _word_errors(dialects: Sequence[Dialect]) -> Middleware:
+    """Words aiohttp's own refusals (no such page, wrong method) as the dialect whose path it is words every error."""
+
+    @web.middleware
+    async def word_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            refusal = RefusedError(error.status, f"{request.method} {request.path}: {error.reason}", code="not_served")
+            dialect = _find_dialect(dialects, request.path)
+            return web.json_response(dialect.error(refusal), status=error.status)
+
+    return word_errors
 
 
-def _api_key(http: web.Request) -> str | None:
-    scheme, _, key = http.headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" and key.strip() else None
+def _find_dialect(dialects: Sequence[Dialect], path: str) -> Dialect:
+    """The dialect of the longest route that covers ``path``; the first one where none does."""
+    covering = [(len(route.path), d) for d in dialects for route in d.routes if route.covers(path)]
+    return max(covering, key=lambda found: found[0])[1] if covering else dialects[0]
 
 
-def _wire(events: Sequence[Event]) -> bytes:
+def _keep_history(memory: ReplyMemory, head: ReplyHead, request: ParsedRequest, reply: Reply) -> None:
+    if request.keep:
+        memory.remember(head.id, (*request.chat.messages, reply.message))
+
+
+def _frame(events: Sequence[Event]) -> bytes:
     return "".join(
         f"data: {data}\n\n" if name is None else f"event: {name}\ndata: {data}\n\n" for name, data in events
     ).encode()

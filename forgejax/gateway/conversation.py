@@ -54,8 +54,8 @@ class Conversation:
     """What one session has been answered, as a tree of turns. Sampled ids are never encoded again from text.
 
     Turns are known by the number their request was given on arrival. Messages are compared by meaning: null fields, key
-    order, text in parts, call ids and white space around an assistant's text make no difference. ``prompt`` may run on
-    another thread than ``answered``: it sees the turns answered before it began, and perhaps some of those answered
+    order, text in parts, call ids and white space around an assistant's text make no difference. ``make_prompt`` may
+    run on another thread than ``add_turn``: it sees the turns added before it began, and perhaps some of those added
     while it ran.
     """
 
@@ -64,25 +64,25 @@ class Conversation:
         self._answered: list[_Answered] = []
         self._by_key: dict[bytes, _Answered] = {}
 
-    def prompt(self, request: ChatRequest) -> Prompt:
+    def make_prompt(self, request: ChatRequest) -> Prompt:
         """The ids to sample from. Raises TemplateError where the chat template refuses the messages."""
-        keys = _history_keys(request.messages, request.tools)
-        rendered = self._format.rendered(request.messages, request.tools)
+        keys = _chain_keys(request.messages, request.tools)
+        rendered = self._format.render_text(request.messages, request.tools)
         mark = TextMark.of(rendered.text)
         branch: Branch | None = "history" if self._answered else None
         for known in range(len(request.messages), 0, -1):
             turn = self._by_key.get(keys[known])
             if turn is None:
                 continue
-            ids = self._continued(turn, rendered, known)
+            ids = self._continue_ids(turn, rendered, known)
             if ids is not None:
                 return Prompt(ids=ids, parent=turn.number, branch=None, key=keys[-1], mark=mark)
             branch = "template"
             break
         ids = np.asarray(self._format.encode(rendered), np.int32)
-        return Prompt(ids=ids, parent=self._longest_prefix(ids), branch=branch, key=keys[-1], mark=mark)
+        return Prompt(ids=ids, parent=self._find_longest_prefix(ids), branch=branch, key=keys[-1], mark=mark)
 
-    def answered(self, number: int, prompt: Prompt, completion: Completion, reply: Message | None) -> None:
+    def add_turn(self, number: int, prompt: Prompt, completion: Completion, reply: Message | None) -> None:
         """Adds a turn. ``reply`` is the message the agent was given, None where it never got the whole of it."""
         ended = len(completion.token_ids) > 0 and int(completion.token_ids[-1]) in self._format.stop_ids
         spoken = SpokenTurn(prompt=prompt.mark, said=self._format.decode(completion.token_ids))
@@ -91,8 +91,8 @@ class Conversation:
         if reply is not None:
             self._by_key[_chain(prompt.key, reply)] = turn
 
-    def _continued(self, turn: _Answered, prompt: RenderedPrompt, known: int) -> TokenIds | None:
-        new = self._format.continuation(prompt, known, turn.spoken)
+    def _continue_ids(self, turn: _Answered, prompt: RenderedPrompt, known: int) -> TokenIds | None:
+        new = self._format.continue_turn(prompt, known, turn.spoken)
         if new is None:
             return None
         # A reply that was cut short never drew its end: the template's is put there, not sampled.
@@ -100,7 +100,7 @@ class Conversation:
         done = turn.completion
         return np.concatenate([done.prompt_ids, done.token_ids, np.asarray(end + new, np.int32)]).astype(np.int32)
 
-    def _longest_prefix(self, ids: TokenIds) -> int | None:
+    def _find_longest_prefix(self, ids: TokenIds) -> int | None:
         best: _Answered | None = None
         for turn in self._answered:
             longer = turn.size < len(ids) and (best is None or turn.size > best.size)
@@ -109,9 +109,9 @@ class Conversation:
         return None if best is None else best.number
 
 
-def _history_keys(messages: Sequence[Message], tools: Sequence[Tool]) -> list[bytes]:
+def _chain_keys(messages: Sequence[Message], tools: Sequence[Tool]) -> list[bytes]:
     """``keys[n]`` stands for the tools and the first ``n`` messages."""
-    keys = [hashlib.blake2b(_json(list(tools)), digest_size=16).digest()]
+    keys = [hashlib.blake2b(_dump_json(list(tools)), digest_size=16).digest()]
     for message in messages:
         keys.append(_chain(keys[-1], message))
     return keys
@@ -124,9 +124,9 @@ def _chain(key: bytes, message: Message) -> bytes:
         content = content.strip()
     calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())]
     # The content, which may be long, goes in as it is; its length keeps it apart from what stands before it.
-    head = _json([message["role"], calls, message.get("name"), len(content)])
+    head = _dump_json([message["role"], calls, message.get("name"), len(content)])
     return hashlib.blake2b(key + head + content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _json(value: Any) -> bytes:
+def _dump_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode()

@@ -6,21 +6,22 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from forgejax.chat.reply import Reply
-from forgejax.chat.reply_builder import Delta, ReplyBuilder
+from forgejax.chat.reply import Delta, Reply
+from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.errors import EngineError
 from forgejax.gateway.refusals import RefusedError
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
 
-Landed = Callable[[Completion, Reply, bool], None]
-"""Told of every completion the engine returned: the completion, the reply, and whether the request was abandoned."""
+RecordReply = Callable[[Completion, Reply, bool], None]
+"""Records what the engine returned: the completion, the reply, and whether the request was abandoned."""
 
 
-class Flight:
+class PendingReply:
     """One request, sampled in a task of its own, so that an agent that goes away does not lose the tokens drawn for it.
 
     Belongs to the event loop it was made on; only ``_on_tokens`` may run on another thread (the engine's). With
     ``live`` the reply is built while it is drawn (to stream it, or to see a stop string), else when it is complete.
+    ``record`` is called once for every completion the engine returned.
     """
 
     def __init__(
@@ -31,22 +32,22 @@ class Flight:
         builder: ReplyBuilder,
         live: bool,
         grace_s: float,
-        landed: Landed,
+        record: RecordReply,
     ) -> None:
         self._sampler = sampler
         self._request = request
         self._builder = builder
         self._live = live
         self._grace_s = grace_s
-        self._landed = landed
+        self._record = record
         self._loop = asyncio.get_running_loop()
         self._deltas: deque[Delta] = deque()
         self._news = asyncio.Event()
         self.id = request.request_id
         self._drawn = False
         self._abandoned: RefusedError | None = None
-        self.task = asyncio.create_task(self._fly())
-        self.task.add_done_callback(self._ended)
+        self.task = asyncio.create_task(self._sample())
+        self.task.add_done_callback(self._wake)
 
     @property
     def abandoned(self) -> bool:
@@ -65,28 +66,28 @@ class Flight:
             else:
                 self.task.cancel()
 
-    async def reply(self) -> Reply:
+    async def wait_reply(self) -> Reply:
         """Waits for the whole reply. Raises RefusedError if there is none."""
         await asyncio.wait({self.task})
-        return self._outcome()
+        return self._take_result()
 
-    async def deltas(self) -> list[Delta]:
+    async def wait_deltas(self) -> list[Delta]:
         """Waits for more of the reply; an empty list is the end. Raises RefusedError if the request fails."""
         while not self._deltas:
             if self.task.done():
-                self._outcome()
+                self._take_result()
                 return []
             await self._news.wait()
             self._news.clear()
         return [self._deltas.popleft() for _ in range(len(self._deltas))]
 
-    async def _fly(self) -> Reply:
+    async def _sample(self) -> Reply:
         completion = await self._sampler.sample(self._request, self._on_tokens)
         deltas, reply = self._builder.finish(completion)
         self._deltas.extend(deltas)
         if completion.finish_reason is FinishReason.CANCELLED and self._abandoned is None:
             self._abandoned = RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
-        self._landed(completion, reply, self._abandoned is not None)
+        self._record(completion, reply, self._abandoned is not None)
         return reply
 
     def _on_tokens(self, ids: Sequence[int]) -> bool:
@@ -101,12 +102,12 @@ class Flight:
             self._loop.call_soon_threadsafe(self._news.set)
         return self._builder.stopped
 
-    def _ended(self, task: asyncio.Task[Reply]) -> None:
+    def _wake(self, task: asyncio.Task[Reply]) -> None:
         self._news.set()
         if self.abandoned and not task.cancelled():
             task.exception()  # nobody may be left to ask for it
 
-    def _outcome(self) -> Reply:
+    def _take_result(self) -> Reply:
         if self._abandoned is not None:
             raise self._abandoned
         if self.task.cancelled():

@@ -21,7 +21,12 @@ class RefusedError(Exception):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
-def bad_field(name: str, given: object, expected: str) -> RefusedError:
+def refuse_closed_session() -> RefusedError:
+    """What every later request of a closed session gets (410)."""
+    return RefusedError(410, "this session has ended; nothing more is answered under its key", code="session_closed")
+
+
+def refuse_field(name: str, given: object, expected: str) -> RefusedError:
     """A field of the body that cannot be understood (400)."""
     shown = repr(given)
     shown = shown if len(shown) <= 120 else shown[:117] + "..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -12,8 +13,10 @@ from forgejax.chat.tool_format import choose_tool_format
 from forgejax.errors import GatewayError
 from forgejax.gateway.app import build_app
 from forgejax.gateway.config import GatewayConfig
+from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.metrics import GatewayMetrics
-from forgejax.gateway.sessions import Service, SessionTable
+from forgejax.gateway.session_table import SessionTable
+from forgejax.gateway.sessions import Service
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)
@@ -22,11 +25,19 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """Implements ``forgejax.types.Sessions``. All of it belongs to the event loop that runs ``start``.
 
-    ``context_length`` is the engine's: prompt and reply together never exceed it. Raises GatewayError where
-    the chat template leaves unclear how the policy calls tools.
+    ``context_length`` is the engine's: prompt and reply together never exceed it. ``dialects`` are the wire
+    formats that are served; the first words the errors of paths that are no dialect's. Raises GatewayError where the
+    chat template leaves unclear how the policy calls tools.
     """
 
-    def __init__(self, sampler: Sampler, chat_format: ChatFormat, context_length: int, config: GatewayConfig) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        chat_format: ChatFormat,
+        context_length: int,
+        config: GatewayConfig,
+        dialects: Sequence[Dialect] = DIALECTS,
+    ) -> None:
         self.metrics = GatewayMetrics()
         self._config = config
         self._service = Service(
@@ -38,6 +49,7 @@ class Gateway:
             metrics=self.metrics,
         )
         self._sessions = SessionTable(self._service)
+        self._dialects = dialects
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
 
@@ -59,7 +71,10 @@ class Gateway:
         port = self._config.port if port is None else port
         # An agent that closes its connection ends its request.
         runner = web.AppRunner(
-            build_app(self._service, self._sessions), access_log=None, handler_cancellation=True, shutdown_timeout=5.0
+            build_app(self._service, self._sessions, self._dialects),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=5.0,
         )
         await runner.setup()
         try:

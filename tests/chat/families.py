@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from forgejax.chat import ChatFormat
 from tests.chat.tokenizers import HERMES_TEMPLATE
 
 _IM_TURN = "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -168,3 +169,13 @@ def save_family(folder: Path, family: str) -> Path:
     fast.chat_template = template
     fast.save_pretrained(folder)
     return folder
+
+
+_SHIPPED = {folder.parent.name: folder for folder in Path(__file__).parents[2].glob("examples/*/tokenizer")}
+FAMILY_NAMES = (*FAMILIES, *sorted(_SHIPPED))
+
+
+def load_families(folder: Path) -> dict[str, ChatFormat]:
+    """The format of every family, made under ``folder``, and of every tokenizer that is shipped with an example."""
+    folders = {family: save_family(folder / family, family) for family in FAMILIES} | _SHIPPED
+    return {name: ChatFormat.load(path) for name, path in folders.items()}

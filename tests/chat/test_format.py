@@ -1,3 +1,5 @@
+"""Chat messages <-> ids: prompts, continuations, control tokens, damaged folders."""
+
 from __future__ import annotations
 
 import json
@@ -8,8 +10,10 @@ from typing import Any
 import pytest
 
 from forgejax.chat import ChatFormat
+from forgejax.chat.format import SpokenTurn, TextMark
 from forgejax.chat.template import TemplateError
 from forgejax.errors import GatewayError
+from tests.chat.families import FAMILIES, FAMILY_NAMES, load_families
 from tests.chat.tokenizers import CALCULATOR, HERMES_TEMPLATE, save_tokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "What is 2+3?"}
@@ -34,20 +38,20 @@ def test_prompt_ids_are_the_tokenizers_own(tokenizer_folder: Path, chat_format: 
 
 
 def test_the_end_of_turn_is_found_in_the_template_and_is_a_stop_id(chat_format: ChatFormat) -> None:
-    assert chat_format.codec.token_text(chat_format.end_of_turn_id) == "<|im_end|>"
+    assert chat_format.codec.decode_token(chat_format.end_of_turn_id) == "<|im_end|>"
     assert chat_format.stop_ids == {chat_format.end_of_turn_id}
 
 
 def test_generation_config_adds_stop_ids(tokenizer_folder: Path, tmp_path: Path, chat_format: ChatFormat) -> None:
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
-    end_of_text = chat_format.codec.control_id("<|endoftext|>")
+    end_of_text = chat_format.codec.find_control_id("<|endoftext|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end_of_text]}))
     assert ChatFormat.load(tmp_path).stop_ids == {end_of_text, chat_format.end_of_turn_id}
 
 
 def test_prompt_plus_spoken_plus_continuation_is_the_next_prompt(chat_format: ChatFormat) -> None:
-    prompt = chat_format.rendered([USER, CALL, RESULT], [CALCULATOR])
-    continuation = chat_format.continuation(prompt, 2)
+    prompt = chat_format.render_text([USER, CALL, RESULT], [CALCULATOR])
+    continuation = chat_format.continue_turn(prompt, 2)
     assert continuation is not None
     whole = chat_format.render([USER], [CALCULATOR]) + chat_format.encode_assistant(CALL) + continuation
     assert whole == chat_format.render([USER, CALL, RESULT], [CALCULATOR])
@@ -60,8 +64,8 @@ def test_a_template_that_rewrites_history_has_no_continuation(tmp_path: Path) ->
     )
     chat_format = ChatFormat.load(save_tokenizer(tmp_path, forgetful))
     thinking = {"role": "assistant", "content": "<think>2+3</think>5"}
-    assert chat_format.continuation(chat_format.rendered([USER, thinking, USER]), 2) is None
-    assert chat_format.continuation(chat_format.rendered([USER, ANSWER, USER]), 2) is not None
+    assert chat_format.continue_turn(chat_format.render_text([USER, thinking, USER]), 2) is None
+    assert chat_format.continue_turn(chat_format.render_text([USER, ANSWER, USER]), 2) is not None
 
 
 def test_spoken_ids_end_the_turn_and_begin_the_rendered_history(chat_format: ChatFormat) -> None:
@@ -143,3 +147,40 @@ def test_a_damaged_folder_is_named_with_its_damage(
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
     with pytest.raises(GatewayError, match=says):
         ChatFormat.load(folder)
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatFormat]:
+    return load_families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_users_and_tools_cannot_spell_control_tokens(formats: dict[str, ChatFormat], name: str) -> None:
+    chat_format = formats[name]
+    evil = "".join(chat_format.codec._control_ids)
+    controls = set(chat_format.codec._control_ids.values())
+    honest = [id_ for id_ in chat_format.render([{"role": "user", "content": "x"}]) if id_ in controls]
+    assert [id_ for id_ in chat_format.render([{"role": "user", "content": evil}]) if id_ in controls] == honest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_the_familys_own_tokenizer(formats: dict[str, ChatFormat], family: str) -> None:
+    chat_format = formats[family]
+    messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "5"}, USER]
+    expected = chat_format._template._tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert chat_format.render(messages) == expected
+
+
+def test_a_known_turn_costs_one_render_and_no_other(formats: dict[str, ChatFormat]) -> None:
+    chat_format = formats["qwen2.5"]
+    first = chat_format.render_text([USER])
+    prompt = chat_format.render_text([USER, {"role": "assistant", "content": "5"}, USER])
+    turn = SpokenTurn(prompt=TextMark.of(first.text), said="5")
+    slow = chat_format.continue_turn(prompt, 2)
+    chat_format._template, kept = None, chat_format._template  # type: ignore[assignment]
+    try:
+        assert chat_format.continue_turn(prompt, 2, turn) == slow is not None
+    finally:
+        chat_format._template = kept

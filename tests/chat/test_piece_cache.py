@@ -39,9 +39,9 @@ def test_a_space_before_the_first_word_of_a_text_goes_before_no_other(tmp_path: 
         fast.save_pretrained(tmp_path / name)
         chat_format = ChatFormat.load(tmp_path / name)
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ha"}]
-        prompt = chat_format.rendered([*messages, messages[0]])
+        prompt = chat_format.render_text([*messages, messages[0]])
         whole = tokenizer.encode(prompt.text, add_special_tokens=False).ids
-        continued = chat_format.continuation(prompt, 2)
+        continued = chat_format.continue_turn(prompt, 2)
         assert chat_format.encode(prompt) == whole and continued is not None
         spoken = chat_format.encode_assistant(messages[1], messages[:1])
         assert [*chat_format.render(messages[:1])[:-1], *continued] != whole

@@ -10,6 +10,7 @@ import numpy as np
 
 from forgejax.chat import ChatFormat
 from forgejax.gateway import Gateway, GatewayConfig
+from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SamplingLaw, SessionSpec
 
 
@@ -51,9 +52,11 @@ def completion(request: SampleRequest, ids: Sequence[int], reason: FinishReason)
     )
 
 
-async def started(sampler: ScriptedSampler, context_length: int = 4096, **settings: Any) -> Gateway:
+async def started(
+    sampler: ScriptedSampler, context_length: int = 4096, dialects: Sequence[Dialect] = DIALECTS, **settings: Any
+) -> Gateway:
     config = GatewayConfig(port=0, **settings)
-    gateway = Gateway(sampler, sampler.chat_format, context_length, config)
+    gateway = Gateway(sampler, sampler.chat_format, context_length, config, dialects)
     await gateway.start()
     return gateway
 

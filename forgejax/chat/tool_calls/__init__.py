@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 from forgejax.chat.tool_calls.base import (
-    CallPart,
-    MalformedPart,
-    Part,
+    CallSpan,
+    MalformedSpan,
     PlainTextFormat,
-    TextPart,
+    Span,
+    TextSpan,
     ToolCallFormat,
     ToolCallParser,
-    overlap,
+    measure_overlap,
 )
 from forgejax.chat.tool_calls.hermes import HermesFormat
 from forgejax.chat.tool_calls.llama3 import Llama3Format
@@ -29,14 +29,14 @@ TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
 
 __all__ = [
     "TOOL_CALL_FORMATS",
-    "CallPart",
+    "CallSpan",
     "HermesFormat",
-    "MalformedPart",
-    "Part",
+    "MalformedSpan",
     "PlainTextFormat",
-    "TextPart",
+    "Span",
+    "TextSpan",
     "ToolCallFormat",
     "ToolCallParser",
     "ToolFormatName",
-    "overlap",
+    "measure_overlap",
 ]

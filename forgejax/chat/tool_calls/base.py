@@ -1,4 +1,4 @@
-"""What every tool-call format is made of: parts of a reply, the parser's Protocol, the checks a call must pass."""
+"""What every tool-call format is made of: spans of sampled text, the parser's Protocol, the checks of a call."""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextPart:
+class TextSpan:
     """Text for the agent to read."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallPart:
-    """A call that names a known tool and brings an object with every required argument."""
+class CallSpan:
+    """A call that names a known tool and brings an object with every required argument.
+
+    ``raw`` is what was read as this call, without the tags.
+    """
 
     name: str
     arguments: Mapping[str, Any]
+    raw: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class MalformedPart:
+class MalformedSpan:
     """An attempt at a call that cannot be made. ``text`` is all of it, tags included; the agent gets it as text."""
 
     text: str
     problem: str
 
 
-Part = TextPart | CallPart | MalformedPart
+Span = TextSpan | CallSpan | MalformedSpan
+"""A stretch of sampled text, read as what it is."""
 
 
 class MalformedCallError(Exception):
-    """Why an attempt at a call is none. The formats' readers raise it, their parsers make a MalformedPart of it."""
+    """Why an attempt at a call is none. The formats' readers raise it, their parsers make a MalformedSpan of it."""
 
 
 class ToolCallParser(Protocol):
-    """Cuts one reply into parts. ``push`` in order, then ``finish`` once for what is still open.
+    """Cuts the text of one reply into spans. ``push`` in order, then ``finish`` once for what is still open.
 
     All texts joined are the pushed text, except for well-formed calls and the white space beside them.
     """
 
-    def push(self, text: str) -> list[Part]: ...
+    def push(self, text: str) -> list[Span]: ...
 
-    def finish(self) -> list[Part]: ...
+    def finish(self) -> list[Span]: ...
 
 
 class ToolCallFormat(Protocol):
@@ -55,7 +60,7 @@ class ToolCallFormat(Protocol):
     @property
     def markers(self) -> tuple[str, ...]: ...
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         """A parser for one reply; ``tools`` are the request's function tools."""
         ...
 
@@ -65,15 +70,15 @@ class PlainTextFormat:
 
     markers = ()
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return _PlainText()
 
 
 class _PlainText:
-    def push(self, text: str) -> list[Part]:
-        return [TextPart(text=text)] if text else []
+    def push(self, text: str) -> list[Span]:
+        return [TextSpan(text=text)] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Span]:
         return []
 
 
@@ -83,23 +88,23 @@ class Signatures:
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
-    def schema(self, name: str, key: str) -> Mapping[str, Any]:
+    def find_schema(self, name: str, key: str) -> Mapping[str, Any]:
         """The JSON schema of an argument; empty where the tool gives none. Raises MalformedCallError."""
-        properties = self._known(name).get("properties")
+        properties = self._find_parameters(name).get("properties")
         schema = properties.get(key) if isinstance(properties, Mapping) else None
         return schema if isinstance(schema, Mapping) else {}
 
-    def call(self, name: object, arguments: object) -> CallPart:
-        """The call, if it can be made. Raises MalformedCallError."""
-        required = self._known(name).get("required") or ()
+    def check_call(self, name: object, arguments: object, raw: str) -> CallSpan:
+        """The call, if it can be made; ``raw`` is how it was written. Raises MalformedCallError."""
+        required = self._find_parameters(name).get("required") or ()
         if not isinstance(arguments, dict):
             raise MalformedCallError("arguments are not an object")
         missing = [key for key in required if key not in arguments]
         if missing:
             raise MalformedCallError(f"missing arguments: {', '.join(missing)}")
-        return CallPart(name=str(name), arguments=arguments)
+        return CallSpan(name=str(name), arguments=arguments, raw=raw)
 
-    def _known(self, name: object) -> Mapping[str, Any]:
+    def _find_parameters(self, name: object) -> Mapping[str, Any]:
         if not isinstance(name, str) or name not in self._parameters:
             raise MalformedCallError(f"unknown tool {name!r}")
         return self._parameters[name]
@@ -118,7 +123,7 @@ def read_json(text: str) -> Any:
     return value
 
 
-def overlap(text: str, tag: str) -> int:
+def measure_overlap(text: str, tag: str) -> int:
     """The length of the longest end of ``text`` that is a proper beginning of ``tag``."""
     for size in range(min(len(text), len(tag) - 1), 0, -1):
         if text.endswith(tag[:size]):

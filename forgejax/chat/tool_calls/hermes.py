@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.tool_calls.base import CallPart, MalformedCallError, Signatures, ToolCallParser, read_json
+from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, Signatures, ToolCallParser, read_json
 from forgejax.chat.tool_calls.tagged import TaggedParser
 
 
 class HermesFormat:
     markers = ("<tool_call>", "</tool_call>")
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
 
-        def read(body: str) -> list[CallPart]:
+        def read(body: str) -> list[CallSpan]:
             call = read_json(body)
             if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
                 raise MalformedCallError('not an object of "name" and "arguments"')
-            return [signatures.call(call["name"], call["arguments"])]
+            return [signatures.check_call(call["name"], call["arguments"], body)]
 
         return TaggedParser(*self.markers, read)

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgejax.chat.tool_calls.base import (
-    CallPart,
+    CallSpan,
     MalformedCallError,
-    MalformedPart,
-    Part,
+    MalformedSpan,
     Signatures,
-    TextPart,
+    Span,
+    TextSpan,
     ToolCallParser,
-    overlap,
+    measure_overlap,
     read_json,
 )
 
@@ -24,7 +24,7 @@ _BEGINNINGS = ('{"name":', '{"parameters":', '{"type":"function"')
 class Llama3Format:
     markers = (_TAG,)
 
-    def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
+    def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return Llama3Parser(Signatures(tools))
 
 
@@ -41,27 +41,27 @@ class Llama3Parser:
         self._start = True  # nothing but white space has come yet, so that a bare object may follow
         self._object: _ObjectEnd | None = None  # while an attempt is open
         self._body = 0  # where the attempt's object begins in what is held
-        self._call: CallPart | None = None
+        self._call: CallSpan | None = None
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[Span]:
         self._held += text
-        parts: list[Part] = []
-        while self._step(parts):
+        spans: list[Span] = []
+        while self._step(spans):
             pass
-        return parts
+        return spans
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Span]:
         if self._call is not None:
             return [self._call]
         if self._object is not None:
-            parts: list[Part] = []
-            self._give_up(len(self._held), "the call's object is never closed", parts)
-            return parts
-        return [TextPart(text=self._held)] if self._held else []
+            spans: list[Span] = []
+            self._give_up(len(self._held), "the call's object is never closed", spans)
+            return spans
+        return [TextSpan(text=self._held)] if self._held else []
 
-    def _step(self, parts: list[Part]) -> bool:
+    def _step(self, spans: list[Span]) -> bool:
         if self._object is not None:
-            return self._read_object(self._object, parts)
+            return self._read_object(self._object, spans)
         if self._start:
             bare = _begins(self._held)
             if bare is None:
@@ -73,20 +73,20 @@ class Llama3Parser:
         text, tag, _ = self._held.partition(_TAG)
         if tag:
             if said := text.rstrip():
-                parts.append(TextPart(text=said))
+                spans.append(TextSpan(text=said))
             self._space, self._held = text[len(said) :], self._held[len(text) :]
             self._open(len(_TAG))
             return True
-        safe = len(text[: len(text) - overlap(text, _TAG)].rstrip())
+        safe = len(text[: len(text) - measure_overlap(text, _TAG)].rstrip())
         if safe:
-            parts.append(TextPart(text=text[:safe]))
+            spans.append(TextSpan(text=text[:safe]))
         self._held = text[safe:]
         return False
 
     def _open(self, body: int) -> None:
         self._object, self._body = _ObjectEnd(body), body
 
-    def _read_object(self, scanner: _ObjectEnd, parts: list[Part]) -> bool:
+    def _read_object(self, scanner: _ObjectEnd, spans: list[Span]) -> bool:
         end = scanner.find(self._held)
         if end is None:
             return False
@@ -94,24 +94,24 @@ class Llama3Parser:
             try:
                 self._call = self._read(self._held[self._body : end])
             except MalformedCallError as error:
-                return self._give_up(end, str(error), parts)
+                return self._give_up(end, str(error), spans)
         if self._held[end:].strip():
-            return self._give_up(end, "there is text after the call", parts)
+            return self._give_up(end, "there is text after the call", spans)
         return False
 
-    def _give_up(self, end: int, problem: str, parts: list[Part]) -> bool:
+    def _give_up(self, end: int, problem: str, spans: list[Span]) -> bool:
         if self._space:
-            parts.append(TextPart(text=self._space))
-        parts.append(MalformedPart(text=self._held[:end], problem=problem))
+            spans.append(TextSpan(text=self._space))
+        spans.append(MalformedSpan(text=self._held[:end], problem=problem))
         self._held, self._space, self._object, self._call = self._held[end:], "", None, None
         return bool(self._held)
 
-    def _read(self, text: str) -> CallPart:
+    def _read(self, text: str) -> CallSpan:
         call = read_json(text)
         named = isinstance(call, dict) and call.get("type", "function") == "function"
         if not named or set(call) - {"type"} != {"name", "parameters"}:
             raise MalformedCallError('not an object of "name" and "parameters"')
-        return self._signatures.call(call["name"], call["parameters"])
+        return self._signatures.check_call(call["name"], call["parameters"], text)
 
 
 class _ObjectEnd:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from forgejax.chat.tool_calls.base import CallPart, MalformedCallError, MalformedPart, Part, TextPart, overlap
+from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, MalformedSpan, Span, TextSpan, measure_overlap
 
-ReadBody = Callable[[str], Sequence[CallPart]]
+ReadBody = Callable[[str], Sequence[CallSpan]]
 """Reads what stands between the tags. Raises MalformedCallError; then all of it is one malformed attempt."""
 
 
@@ -25,62 +25,62 @@ class TaggedParser:
         self._in_call = False
         self._after_call = False
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[Span]:
         self._held += text
-        parts: list[Part] = []
-        while self._step(parts):
+        spans: list[Span] = []
+        while self._step(spans):
             pass
-        return parts
+        return spans
 
-    def finish(self) -> list[Part]:
-        parts: list[Part] = []
+    def finish(self) -> list[Span]:
+        spans: list[Span] = []
         if self._in_call:
-            self._give_malformed(self._held, f"{self._opening} is never closed", parts)
-            return parts
+            self._give_malformed(self._held, f"{self._opening} is never closed", spans)
+            return spans
         if not (self._after_call and not self._held.strip()):
-            self._give_text(self._held, parts)
-        return parts
+            self._give_text(self._held, spans)
+        return spans
 
-    def _step(self, parts: list[Part]) -> bool:
+    def _step(self, spans: list[Span]) -> bool:
         """Moves past one tag, if the next one is there."""
         if self._in_call:
             end = self._held.find(self._closing, self._seen)
             if end < 0:
                 self._seen = max(0, len(self._held) - len(self._closing) + 1)
                 return False
-            self._give_calls(self._held[:end], parts)
+            self._give_calls(self._held[:end], spans)
             self._held, self._in_call = self._held[end + len(self._closing) :], False
             return True
         text, tag, rest = self._held.partition(self._opening)
         if tag:
             said = text.rstrip()
-            self._give_text(said, parts)
+            self._give_text(said, spans)
             self._space = text[len(said) :]
             self._held, self._in_call, self._seen = rest, True, 0
             return True
         if self._after_call:
             text = text.lstrip()
-        safe = len(text) - overlap(text, self._opening)
+        safe = len(text) - measure_overlap(text, self._opening)
         safe = len(text[:safe].rstrip())
-        self._give_text(text[:safe], parts)
+        self._give_text(text[:safe], spans)
         self._held = text[safe:]
         return False
 
-    def _give_text(self, text: str, parts: list[Part]) -> None:
+    def _give_text(self, text: str, spans: list[Span]) -> None:
         if self._after_call:
             text = text.lstrip()
         if text:
-            parts.append(TextPart(text=text))
+            spans.append(TextSpan(text=text))
             self._after_call = False
 
-    def _give_calls(self, body: str, parts: list[Part]) -> None:
+    def _give_calls(self, body: str, spans: list[Span]) -> None:
         try:
-            parts += self._read(body)
+            spans += self._read(body)
             self._after_call = True
         except MalformedCallError as error:
-            self._give_malformed(body + self._closing, str(error), parts)
+            self._give_malformed(body + self._closing, str(error), spans)
 
-    def _give_malformed(self, body: str, problem: str, parts: list[Part]) -> None:
-        self._give_text(self._space, parts)
-        parts.append(MalformedPart(text=self._opening + body, problem=problem))
+    def _give_malformed(self, body: str, problem: str, spans: list[Span]) -> None:
+        self._give_text(self._space, spans)
+        spans.append(MalformedSpan(text=self._opening + body, problem=problem))
         self._after_call = False

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from forgejax.chat.tool_calls.base import CallPart, MalformedCallError, Signatures, read_json
+from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, Signatures, read_json
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def read_function(
-    signatures: Signatures, name: str, pairs: Iterable[tuple[str, str]], *, python_words: bool
-) -> CallPart:
+    signatures: Signatures, name: str, pairs: Iterable[tuple[str, str]], raw: str, *, python_words: bool
+) -> CallSpan:
     """The call of ``name`` with arguments written as text. ``python_words``: True, False and None count as JSON's.
 
     Raises MalformedCallError.
@@ -22,21 +22,22 @@ def read_function(
     for key, text in pairs:
         if key in arguments:
             raise MalformedCallError(f"parameter {key} occurs twice")
-        schema = signatures.schema(name, key)
+        schema = signatures.find_schema(name, key)
         try:
-            arguments[key] = typed(_PYTHON.get(text.strip(), text) if python_words and _json(schema) else text, schema)
+            spelled = _PYTHON.get(text.strip(), text) if python_words and _allows_json(schema) else text
+            arguments[key] = read_value(spelled, schema)
         except MalformedCallError as error:
             raise MalformedCallError(f"parameter {key}: {error}") from error
-    return signatures.call(name, arguments)
+    return signatures.check_call(name, arguments, raw)
 
 
-def typed(text: str, schema: Mapping[str, Any]) -> Any:
+def read_value(text: str, schema: Mapping[str, Any]) -> Any:
     """The value that ``text`` spells under a JSON schema.
 
     A string, and a value whose schema names no type, is the text itself; every other type is read as JSON. Where the
     schema also allows a string, text that is none of the other types is one. Raises MalformedCallError.
     """
-    types = _types(schema)
+    types = _read_types(schema)
     others = types - {"string"}
     if not others:
         return text
@@ -46,14 +47,14 @@ def typed(text: str, schema: Mapping[str, Any]) -> Any:
         if "string" in types:
             return text
         raise
-    if any(_is(value, kind) for kind in others):
+    if any(_is_of(value, kind) for kind in others):
         return value
     if "string" in types:
         return text
     raise MalformedCallError(f"{text.strip()[:80]!r} is not of type {' or '.join(sorted(others))}")
 
 
-def scan(pattern: re.Pattern[str], text: str, what: str) -> list[re.Match[str]]:
+def scan_all(pattern: re.Pattern[str], text: str, what: str) -> list[re.Match[str]]:
     """Every match of ``pattern`` one after the other, with nothing but white space between. Raises MalformedCallError.
 
     ``pattern`` takes the white space before a match itself.
@@ -67,11 +68,11 @@ def scan(pattern: re.Pattern[str], text: str, what: str) -> list[re.Match[str]]:
     return found
 
 
-def _json(schema: Mapping[str, Any]) -> bool:
-    return bool(_types(schema) - {"string"})
+def _allows_json(schema: Mapping[str, Any]) -> bool:
+    return bool(_read_types(schema) - {"string"})
 
 
-def _types(schema: Mapping[str, Any]) -> frozenset[str]:
+def _read_types(schema: Mapping[str, Any]) -> frozenset[str]:
     """The types a schema allows; empty where it does not say."""
     given = schema.get("type")
     if isinstance(given, str):
@@ -81,11 +82,11 @@ def _types(schema: Mapping[str, Any]) -> frozenset[str]:
     branches = schema.get("anyOf") or schema.get("oneOf") or ()
     if not isinstance(branches, list):
         return frozenset()
-    each = [_types(branch) if isinstance(branch, Mapping) else frozenset[str]() for branch in branches]
+    each = [_read_types(branch) if isinstance(branch, Mapping) else frozenset[str]() for branch in branches]
     return frozenset[str]().union(*each) if all(each) else frozenset()
 
 
-def _is(value: Any, kind: str) -> bool:
+def _is_of(value: Any, kind: str) -> bool:
     if kind in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and (kind == "number" or float(value).is_integer())

@@ -1,1 +1,10 @@
-"""Wire formats: one module for each, all behind ``forgejax.gateway.dialects.base.Dialect``."""
+"""Wire formats, one a file. The first words the errors of paths that are nobody's."""
+
+from collections.abc import Sequence
+
+from forgejax.gateway.dialects.base import Dialect
+from forgejax.gateway.dialects.chat_completions import ChatCompletions
+
+DIALECTS: Sequence[Dialect] = (ChatCompletions(),)
+
+__all__ = ["DIALECTS", "Dialect"]

@@ -1,23 +1,19 @@
+"""Hermes' calls: what is read, and what is told apart as malformed."""
+
 from __future__ import annotations
 
 import pytest
 
-from forgejax.chat.tool_calls import CallPart, HermesFormat, MalformedPart, Part, TextPart
+from forgejax.chat.tool_calls import CallSpan, MalformedSpan, Span, TextSpan
 from tests.chat.tokenizers import CALCULATOR
+from tests.chat.tool_calls.parsing import parse
+
+
+def read(text: str, run: int) -> list[Span]:
+    return parse("hermes", text, run, [CALCULATOR])
+
 
 GOOD = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call>'
-
-
-def parse(text: str, run: int) -> list[Part]:
-    """Parts of ``text`` pushed in runs of characters, neighbouring text joined."""
-    parser = HermesFormat().parser([CALCULATOR])
-    parts: list[Part] = []
-    for part in [p for at in range(0, len(text), run) for p in parser.push(text[at : at + run])] + parser.finish():
-        if parts and isinstance(part, TextPart) and isinstance(parts[-1], TextPart):
-            parts[-1] = TextPart(text=parts[-1].text + part.text)
-        else:
-            parts.append(part)
-    return parts
 
 
 @pytest.mark.parametrize("run", [1, 3, 1000])
@@ -33,7 +29,7 @@ def parse(text: str, run: int) -> list[Part]:
     ],
 )
 def test_calls_are_cut_out_of_the_text(text: str, expected: list[str | tuple[str]], run: int) -> None:
-    found = [(part.arguments["expression"],) if isinstance(part, CallPart) else part.text for part in parse(text, run)]
+    found = [(span.arguments["expression"],) if isinstance(span, CallSpan) else span.text for span in read(text, run)]
     assert found == expected
 
 
@@ -60,18 +56,18 @@ def test_a_malformed_call_is_told_apart_and_kept_as_it_was_written(body: str, pr
     if len(body) > 1000:
         run = 1000
     text = f"<tool_call>{body}</tool_call>"
-    (part,) = parse(text, run)
-    assert isinstance(part, MalformedPart) and part.text == text and problem in part.problem
+    (span,) = read(text, run)
+    assert isinstance(span, MalformedSpan) and span.text == text and problem in span.problem
 
 
 def test_an_unclosed_call_is_malformed() -> None:
     text = '<tool_call>{"name": "calculator", "arguments": {"expression": "1"}}'
-    assert parse(f"Hm. {text}", 2) == [
-        TextPart(text="Hm. "),
-        MalformedPart(text=text, problem="<tool_call> is never closed"),
+    assert read(f"Hm. {text}", 2) == [
+        TextSpan(text="Hm. "),
+        MalformedSpan(text=text, problem="<tool_call> is never closed"),
     ]
 
 
 def test_a_good_call_after_a_malformed_one_counts() -> None:
-    kinds = [type(part) for part in parse("<tool_call>x</tool_call>" + GOOD, 5)]
-    assert kinds == [MalformedPart, CallPart]
+    kinds = [type(span) for span in read("<tool_call>x</tool_call>" + GOOD, 5)]
+    assert kinds == [MalformedSpan, CallSpan]

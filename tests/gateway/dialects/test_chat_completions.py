@@ -1,0 +1,256 @@
+"""OpenAI's chat completions, as the real OpenAI client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from openai import OpenAI
+
+from forgejax.chat import ChatFormat
+from forgejax.chat.reply import (
+    ReasoningDelta,
+    ReasoningPart,
+    Reply,
+    TextDelta,
+    TextPart,
+    ToolCallDelta,
+    ToolCallPart,
+    Usage,
+)
+from forgejax.gateway.dialects.base import ReplyHead
+from forgejax.gateway.dialects.chat_completions import ChatCompletions
+from forgejax.gateway.memory import ReplyMemory
+from tests.chat.tokenizers import CALCULATOR
+from tests.gateway.asking import CALL_TEXT, GOOD, USER, client, post
+from tests.gateway.fakes import TRAINING, ScriptedSampler, started
+
+
+async def test_a_tool_episode_records_a_chain_whose_prompts_grow_by_the_sampled_ids(chat_format: ChatFormat) -> None:
+    sampler = ScriptedSampler(chat_format, CALL_TEXT, "It is 5.<|im_end|>")
+    gateway = await started(sampler)
+    session = gateway.open(TRAINING)
+    messages: list[Any] = [USER]
+    async with client(session) as agent:
+        reply = await agent.chat.completions.create(model="any", messages=messages, tools=[CALCULATOR])
+        choice = reply.choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+        assert choice.message.tool_calls is not None and len(choice.message.tool_calls) == 1
+        call = choice.message.tool_calls[0]
+        assert call.type == "function" and json.loads(call.function.arguments) == {"expression": "2+3"}
+        assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+        assert reply.usage.prompt_tokens_details.cached_tokens == 4
+        assert reply.usage.completion_tokens == len(sampler.script[0])
+        messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+        last = await agent.chat.completions.create(model="any", messages=messages, tools=[CALCULATOR])
+        assert (last.choices[0].finish_reason, last.choices[0].message.content) == ("stop", "It is 5.")
+    turns = await gateway.close(session.id)
+    await gateway.stop()
+    assert [turn.parent for turn in turns] == [None, 0]
+    assert [turn.tool_calls for turn in turns] == [1, 0] and turns[0].malformed_tool_calls == 0
+    known = np.concatenate([turns[0].completion.prompt_ids, turns[0].completion.token_ids])
+    assert turns[1].completion.prompt_ids[: len(known)].tolist() == known.tolist()
+    assert [turn.completion for turn in turns] == sampler.returned
+    assert all(turn.untrainable is None and turn.finished_at > turn.requested_at for turn in turns)
+    seeds = [request.seed for request in sampler.requests]
+    assert None not in seeds and len(set(seeds)) == 2
+
+
+async def test_a_stream_says_what_the_whole_reply_says(chat_format: ChatFormat) -> None:
+    text = "naïve 🙂 " + CALL_TEXT
+    sampler = ScriptedSampler(chat_format, text, text)
+    gateway = await started(sampler)
+    session = gateway.open(TRAINING)
+    async with client(session) as agent:
+        whole = await agent.chat.completions.create(
+            model="any",
+            messages=[USER],
+            tools=[CALCULATOR],
+            logprobs=True,
+        )
+        stream = await agent.chat.completions.create(
+            model="any",
+            messages=[USER],
+            tools=[CALCULATOR],
+            logprobs=True,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+    await gateway.stop()
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
+    assert len(deltas) > 10
+    assert (
+        "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content == "naïve 🙂 Let me see."
+    )
+    calls = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert whole.choices[0].message.tool_calls is not None
+    expected = whole.choices[0].message.tool_calls[0]
+    assert expected.type == "function" and calls[0].function is not None
+    assert (calls[0].index, calls[0].function.arguments) == (0, expected.function.arguments)
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "tool_calls"
+    streamed, at_once = chunks[-2].choices[0].logprobs, whole.choices[0].logprobs
+    assert streamed is not None and at_once is not None and at_once.content is not None
+    assert streamed.content == at_once.content
+    assert [item.logprob for item in at_once.content][:2] == [-0.125, -0.25]
+
+
+async def test_the_synchronous_client_is_served_too(chat_format: ChatFormat) -> None:
+    gateway = await started(ScriptedSampler(chat_format, "five<|im_end|>", "five<|im_end|>"))
+    session = gateway.open(TRAINING)
+
+    def ask() -> list[str | None]:
+        with OpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as agent:
+            whole = agent.chat.completions.create(model="m", messages=[{"role": "user", "content": "?"}])
+            with agent.chat.completions.stream(model="m", messages=[{"role": "user", "content": "?"}]) as stream:
+                return [whole.choices[0].message.content, stream.get_final_completion().choices[0].message.content]
+
+    assert await asyncio.to_thread(ask) == ["five", "five"]
+    await gateway.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "content"), [("END", "one two "), (["xyz", "two"], "one "), (["absent"], "one two END three")]
+)
+async def test_a_stop_string_ends_the_text_and_the_ids_stay_as_drawn(
+    chat_format: ChatFormat, stream: bool, stop: str | list[str], content: str
+) -> None:
+    sampler = ScriptedSampler(chat_format, "one two END three<|im_end|>")
+    gateway = await started(sampler)
+    session = gateway.open(TRAINING)
+    async with client(session) as agent:
+        body: dict[str, Any] = {"model": "m", "messages": [USER], "stop": stop, "stream": stream}
+        reply = await agent.chat.completions.create(**body)
+        if stream:
+            pieces = [chunk.choices[0] async for chunk in reply]
+            got, finish = "".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason
+        else:
+            got, finish = reply.choices[0].message.content, reply.choices[0].finish_reason
+    (turn,) = await gateway.close(session.id)
+    await gateway.stop()
+    assert (got, finish) == (content, "stop")
+    ids = turn.completion.token_ids.tolist()
+    assert ids == sampler.script[0][: len(ids)]
+    assert chat_format.decode(ids) == content + ("" if stop == ["absent"] else "END" if stop == "END" else "two")
+
+
+async def test_a_malformed_call_is_text_and_is_counted(chat_format: ChatFormat) -> None:
+    text = '<tool_call>{"name": "abacus", "arguments": {}}</tool_call>'
+    gateway = await started(ScriptedSampler(chat_format, text + "<|im_end|>"))
+    session = gateway.open(TRAINING)
+    async with client(session) as agent:
+        reply = await agent.chat.completions.create(model="m", messages=[USER], tools=[CALCULATOR])
+    (turn,) = await gateway.close(session.id)
+    await gateway.stop()
+    assert reply.choices[0].message.content == text and reply.choices[0].message.tool_calls is None
+    assert reply.choices[0].finish_reason == "stop"
+    assert (turn.tool_calls, turn.malformed_tool_calls, turn.untrainable) == (0, 1, None)
+
+
+async def test_tool_choice_none_offers_no_tools(chat_format: ChatFormat) -> None:
+    sampler = ScriptedSampler(chat_format, "5<|im_end|>")
+    gateway = await started(sampler)
+    async with client(gateway.open(TRAINING)) as agent:
+        await agent.chat.completions.create(model="m", messages=[USER], tools=[CALCULATOR], tool_choice="none")
+    await gateway.stop()
+    assert sampler.requests[0].prompt_ids.tolist() == chat_format.render([USER])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "expected an object"),
+        ({}, "messages is None; expected an array"),
+        ({**GOOD, "messages": []}, "messages is []; expected at least one message"),
+        ({**GOOD, "messages": "hi"}, "messages is 'hi'; expected an array"),
+        ({**GOOD, "messages": ["hi"]}, "messages[0] is 'hi'; expected an object"),
+        ({**GOOD, "messages": [{"role": "wizard", "content": ""}]}, "messages[0].role is 'wizard'; expected one of"),
+        ({**GOOD, "messages": [{"role": ["user"], "content": ""}]}, "messages[0].role is ['user']"),
+        ({**GOOD, "messages": [{"role": "user"}]}, "messages[0].content is None"),
+        ({**GOOD, "messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5"),
+        (
+            {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type is 'image_url'",
+        ),
+        (
+            {**GOOD, "messages": [{"role": "user", "content": "", "tool_calls": [1]}]},
+            "messages[0].tool_calls is [1]",
+        ),
+        (
+            {**GOOD, "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
+            "messages[0].tool_calls[0].function.arguments is {}",
+        ),
+        ({**GOOD, "messages": [USER, {"role": "system", "content": "x"}]}, "no place for a message of role system"),
+        ({**GOOD, "tools": {}}, "tools is {}; expected an array"),
+        ({**GOOD, "tools": [{"type": "web_search"}]}, "tools[0].type is 'web_search'"),
+        ({**GOOD, "tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name is ''"),
+        ({**GOOD, "tool_choice": "required"}, "tool_choice is 'required'; expected none or auto"),
+        ({**GOOD, "n": 2}, "n is 2; expected 1"),
+        ({**GOOD, "max_tokens": 0}, "max_tokens is 0; expected an integer of at least 1"),
+        ({**GOOD, "max_tokens": True}, "max_tokens is True"),
+        ({**GOOD, "max_completion_tokens": "9"}, "max_completion_tokens is '9'"),
+        ({**GOOD, "temperature": "hot"}, "temperature is 'hot'; expected a number from 0 to 2"),
+        ({**GOOD, "temperature": -1}, "temperature is -1"),
+        ({**GOOD, "top_p": 0}, "top_p is 0"),
+        ({**GOOD, "stream": "yes"}, "stream is 'yes'; expected true or false"),
+        ({**GOOD, "stream_options": 1}, "stream_options is 1"),
+        ({**GOOD, "stop": [""]}, "stop[0] is ''; expected a non-empty string"),
+        ({**GOOD, "seed": 1.5}, "seed is 1.5"),
+        ({**GOOD, "top_logprobs": 3}, "top_logprobs is 3"),
+        ({**GOOD, "model": 1}, "model is 1"),
+    ],
+)
+async def test_a_bad_body_is_a_400_that_names_the_field(chat_format: ChatFormat, body: Any, says: str) -> None:
+    sampler = ScriptedSampler(chat_format)
+    gateway = await started(sampler)
+    session = gateway.open(TRAINING)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, error = await post(session, raw)
+    assert status == 400 and says in error["message"] and error["type"] == "invalid_request_error"
+    assert await gateway.close(session.id) == () and sampler.requests == []
+    await gateway.stop()
+
+
+async def test_fields_nobody_knows_are_ignored(chat_format: ChatFormat) -> None:
+    gateway = await started(ScriptedSampler(chat_format, "5<|im_end|>"))
+    async with client(gateway.open(TRAINING)) as agent:
+        extra = {"store": True, "whatever": [1], "parallel_tool_calls": False}
+        reply = await agent.chat.completions.create(model="m", messages=[USER], extra_body=extra)
+    await gateway.stop()
+    assert reply.choices[0].message.content == "5"
+
+
+def test_reasoning_is_worded_as_reasoning_content_beside_the_content() -> None:
+    call = ToolCallPart(id="call_0", name="f", arguments={"n": 3}, raw="")
+    parts = (ReasoningPart(text="Hm, 5."), TextPart(text="It is 5."), call)
+    usage = Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=1)
+    reply = Reply(parts=parts, finish="tool_calls", usage=usage)
+    head = ReplyHead(id="c", created=0, model="m")
+    request = ChatCompletions().parse(GOOD, ReplyMemory())
+    message = ChatCompletions().response(head, request, reply)["choices"][0]["message"]
+    wired = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": '{"n": 3}'}}
+    assert message == {
+        "role": "assistant",
+        "content": "It is 5.",
+        "refusal": None,
+        "reasoning_content": "Hm, 5.",
+        "tool_calls": [wired],
+    }
+    words = ChatCompletions().stream(head, request)
+    deltas = (ReasoningDelta(part=0, text="Hm, 5."), TextDelta(part=1, text="It is"), ToolCallDelta(part=2, call=call))
+    events = [json.loads(data) for delta in deltas for _, data in words.delta(delta)]
+    assert [event["choices"][0]["delta"] for event in events] == [
+        {"reasoning_content": "Hm, 5."},
+        {"content": "It is"},
+        {"tool_calls": [{"index": 0, **wired}]},
+    ]
