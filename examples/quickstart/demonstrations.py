@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from forgejax.agents.scaffolds.children import find_program, shown, stderr_note
+from forgejax.agents.scaffolds.children import describe_stderr, find_program, quote_command
 from forgejax.errors import AgentError, ConfigError
 from forgejax.run.warm_start import Demonstration
 from forgejax.types import Task
@@ -68,16 +68,17 @@ def describe_agent(command: Sequence[str]) -> AgentDescription:
             list(command), capture_output=True, text=True, errors="replace", timeout=DESCRIBE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AgentError(f"agent command {shown(command)} does not describe itself: {error}") from error
+        raise AgentError(f"agent command {quote_command(command)} does not describe itself: {error}") from error
     if run.returncode != 0:
-        how = f"ended with status {run.returncode}; {stderr_note(run.stderr)}"
-        raise AgentError(f"agent command {shown(command)} does not describe itself: it {how}")
+        how = f"ended with status {run.returncode}; {describe_stderr(run.stderr)}"
+        raise AgentError(f"agent command {quote_command(command)} does not describe itself: it {how}")
     try:
         described = json.loads(run.stdout)
         return AgentDescription(system=str(described["system"]), tools=tuple(described["tools"]))
     except (ValueError, KeyError, TypeError) as error:
         raise AgentError(
-            f'agent command {shown(command)} printed {run.stdout[:200]!r}; expected {{"system": ..., "tools": [...]}}'
+            f"agent command {quote_command(command)} printed {run.stdout[:200]!r}; "
+            'expected {"system": ..., "tools": [...]}'
         ) from error
 
 

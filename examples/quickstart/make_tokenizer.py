@@ -17,7 +17,7 @@ import tyro
 from demonstrations import describe_agent, find_expression
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from forgejax.environments import ReasoningGymTasks
+from forgejax.environments import ReasoningGym
 from forgejax.run.config import load_config
 
 END = "<|end|>"
@@ -56,7 +56,7 @@ class Options:
 
 def main(options: Options) -> None:
     config = load_config(options.config)
-    tasks = ReasoningGymTasks(config.tasks)
+    tasks = ReasoningGym(config.tasks)
     agent = describe_agent(options.agent)
     system = "\n".join([agent.system, *(json.dumps(tool["function"]) for tool in agent.tools)])
     name = agent.tools[0]["function"]["name"]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
-from forgejax.environments.rewards import RewardConfig, rewards
+from forgejax.environments.base import Environment, Workspace
+from forgejax.environments.rewards import RewardConfig, compute_rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
     FinishReason,
@@ -22,15 +23,14 @@ from forgejax.types import (
     SessionSpec,
     StopReason,
     Task,
-    TaskSource,
     Trajectory,
-    Turn,
 )
 
-Policy = Literal["train", "mask", "drop_group"]
-CANCEL_S = 5.0
-CLOSE_S = 15.0
-SCORE_S = 10.0
+Treatment = Literal["train", "mask", "drop_group"]
+_CANCEL_S = 5.0
+_OPEN_S = 60.0
+_CLOSE_S = 15.0
+_SCORE_S = 10.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ class StopPolicy:
     ``drop_group``: its whole group comes to nothing. What is the policy's own doing is trained by default.
     """
 
-    truncated: Policy = "train"
-    deadline: Policy = "train"
-    agent_failed: Policy = "mask"
-    environment_failed: Policy = "mask"
+    truncated: Treatment = "train"
+    deadline: Treatment = "train"
+    agent_failed: Treatment = "mask"
+    environment_failed: Treatment = "mask"
 
-    def of(self, reason: StopReason) -> Policy:
+    def of(self, reason: StopReason) -> Treatment:
         if reason is StopReason.COMPLETED:
             return "train"
         if reason is StopReason.CANCELLED:
             return "mask"
-        policy: Policy = getattr(self, reason.value)
+        policy: Treatment = getattr(self, reason.value)
         return policy
 
 
@@ -63,7 +63,7 @@ class EpisodeRunner:
 
     sessions: Sessions
     scaffold: Scaffold
-    tasks: TaskSource
+    environment: Environment
     agent: AgentConfig
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: StopPolicy = field(default_factory=StopPolicy)
@@ -80,40 +80,48 @@ class EpisodeRunner:
         try:
             opened = self.sessions.open(session)
         except ForgejaxError as error:
-            return self._end(_unopened(task, member, started_at, error), baseline_s)
-        result = await self._play(task, opened)
-        finished_at = time.monotonic()
-        turns, result, outcome = await _uncancelled(self._conclude(task, opened, result))
+            return self._end(_make_unopened(task, member, started_at, error), baseline_s)
+        workspace, result = await self._play(task, opened)
         trajectory = Trajectory(
             task_id=task.id,
             session_id=opened.id,
             member=member,
-            turns=turns,
+            turns=(),
             rewards=(),
-            outcome=outcome,
+            outcome=0.0,
             started_at=started_at,
-            finished_at=finished_at,
+            finished_at=time.monotonic(),
             stop_reason=result.stop_reason,
             answer=result.answer,
             error=result.error,
         )
-        return self._end(trajectory, baseline_s)
+        return self._end(await _shield(self._conclude(task, workspace, trajectory)), baseline_s)
 
-    async def _conclude(
-        self, task: Task, session: Session, result: AgentResult
-    ) -> tuple[tuple[Turn, ...], AgentResult, float]:
-        """Closes the session and scores the answer: the turns, what became of the episode, its outcome."""
-        turns, lost = await _settle(self.sessions.close(session.id), CLOSE_S)
+    async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
+        """Closes the session, scores the episode and closes the workspace."""
+        turns, lost = await _settle(self.sessions.close(trajectory.session_id), _CLOSE_S)
         if turns is None:
-            return (), _environment_failed(f"closing the session failed, its turns are lost: {_told(lost)}"), 0.0
-        result = _explain_truncation(result, turns)
-        if result.stop_reason is not StopReason.COMPLETED:
-            return turns, result, 0.0
-        outcome, problem = await _settle(_in_thread(lambda: self.tasks.score(task, result.answer)), SCORE_S)
-        if outcome is None or math.isnan(outcome):
-            error = f"the scorer failed: {_told(problem) if problem is not None else 'it gave NaN'}"
-            return turns, replace(_environment_failed(error), answer=result.answer), 0.0
-        return turns, result, min(1.0, max(0.0, outcome))
+            error = f"closing the session failed, its turns are lost: {_describe(lost)}"
+            trajectory = _fail_environment(trajectory, error, answer=None)
+        else:
+            trajectory = _explain_truncation(replace(trajectory, turns=turns))
+        if workspace is None:
+            return trajectory
+        if trajectory.stop_reason is StopReason.COMPLETED:
+            trajectory = await self._score(task, workspace, trajectory)
+        _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
+        if problem is not None:
+            log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
+        return trajectory
+
+    async def _score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Trajectory:
+        score, problem = await _settle(
+            _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), _SCORE_S
+        )
+        if score is None or math.isnan(score.outcome):
+            error = f"the scorer failed: {_describe(problem) if problem is not None else 'it gave NaN'}"
+            return _fail_environment(trajectory, error, answer=trajectory.answer)
+        return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
     def _end(self, trajectory: Trajectory, baseline_s: float | None) -> Trajectory:
         masked = None
@@ -121,31 +129,41 @@ class EpisodeRunner:
             masked = trajectory.stop_reason.value
         elif not trajectory.turns:
             masked = "no_turns"  # the policy had no part in it
-        return replace(trajectory, rewards=rewards(self.reward, trajectory, baseline_s), masked=masked)
+        return replace(trajectory, rewards=compute_rewards(self.reward, trajectory, baseline_s), masked=masked)
 
-    async def _play(self, task: Task, session: Session) -> AgentResult:
-        """Runs the agent. The scaffold keeps the deadline; one that does not is cut off after the grace."""
+    async def _play(self, task: Task, session: Session) -> tuple[Workspace | None, AgentResult]:
+        """Opens the workspace and runs the agent in it.
+
+        The scaffold keeps the deadline; one that does not is cut off after the grace.
+        """
+        workspace: Workspace | None = None
         deadline_s = self.agent.deadline_s
-        episode = EpisodeSpec(
-            id=session.id,
-            question=task.question,
-            base_url=session.base_url,
-            api_key=session.api_key,
-            deadline_s=deadline_s,
-        )
         try:
+            workspace, problem = await _settle(self.environment.open(task), _OPEN_S)
+            if workspace is None:
+                error = f"the workspace could not be opened: {_describe(problem)}"
+                return None, AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED)
+            episode = EpisodeSpec(
+                id=session.id,
+                question=task.question,
+                base_url=session.base_url,
+                api_key=session.api_key,
+                deadline_s=deadline_s,
+                workspace=workspace,
+            )
             result, problem = await _settle(self.scaffold.run(episode), deadline_s + self.agent.grace_s)
         except asyncio.CancelledError:
-            return AgentResult(error="the episode was cancelled", stop_reason=StopReason.CANCELLED)
+            return workspace, AgentResult(error="the episode was cancelled", stop_reason=StopReason.CANCELLED)
         if isinstance(problem, TimeoutError):
             error = f"the scaffold gave no result {self.agent.grace_s:g} s after the deadline of {deadline_s:g} s"
-            return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
+            return workspace, AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         if result is None:
-            return AgentResult(error=f"the scaffold failed: {_told(problem)}", stop_reason=StopReason.AGENT_FAILED)
-        return result
+            error = f"the scaffold failed: {_describe(problem)}"
+            return workspace, AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
+        return workspace, result
 
 
-def _unopened(task: Task, member: int, started_at: float, error: ForgejaxError) -> Trajectory:
+def _make_unopened(task: Task, member: int, started_at: float, error: ForgejaxError) -> Trajectory:
     return Trajectory(
         task_id=task.id,
         session_id=f"unopened-{task.id}-{member}",
@@ -160,30 +178,30 @@ def _unopened(task: Task, member: int, started_at: float, error: ForgejaxError) 
     )
 
 
-def _explain_truncation(result: AgentResult, turns: tuple[Turn, ...]) -> AgentResult:
+def _explain_truncation(trajectory: Trajectory) -> Trajectory:
     """An agent without an answer whose last completion was cut off was truncated, whatever else it says."""
-    unanswered = result.answer is None and result.stop_reason in (StopReason.COMPLETED, StopReason.AGENT_FAILED)
-    if not unanswered or not turns:
-        return result
-    finish_reason = turns[-1].completion.finish_reason
+    could = trajectory.stop_reason in (StopReason.COMPLETED, StopReason.AGENT_FAILED)
+    if trajectory.answer is not None or not could or not trajectory.turns:
+        return trajectory
+    finish_reason = trajectory.turns[-1].completion.finish_reason
     if finish_reason not in (FinishReason.LENGTH, FinishReason.REPETITION):
-        return result
-    error = result.error or f"the last completion ended by {finish_reason.value}"
-    return AgentResult(error=error, stop_reason=StopReason.TRUNCATED)
+        return trajectory
+    error = trajectory.error or f"the last completion ended by {finish_reason.value}"
+    return replace(trajectory, error=error, stop_reason=StopReason.TRUNCATED)
 
 
-def _environment_failed(error: str) -> AgentResult:
-    return AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED)
+def _fail_environment(trajectory: Trajectory, error: str, *, answer: str | None) -> Trajectory:
+    return replace(trajectory, error=error, answer=answer, stop_reason=StopReason.ENVIRONMENT_FAILED)
 
 
-def _told(problem: BaseException | None) -> str:
+def _describe(problem: BaseException | None) -> str:
     return f"{type(problem).__name__}: {problem}"
 
 
 async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | None, BaseException | None]:
     """The result of ``work`` or what it raised; TimeoutError past the deadline. Being cancelled cancels ``work``.
 
-    ``work`` that ignores its cancellation is left behind after CANCEL_S, so that nothing waits on it for ever.
+    ``work`` that ignores its cancellation is left behind after _CANCEL_S, so that nothing waits on it for ever.
     """
     task = asyncio.ensure_future(work)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a late failure counts as seen
@@ -191,7 +209,7 @@ async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | 
         await asyncio.wait({task}, timeout=deadline_s)
     finally:
         if task.cancel():
-            await asyncio.wait({task}, timeout=CANCEL_S)
+            await asyncio.wait({task}, timeout=_CANCEL_S)
             if not task.done():
                 log.warning("%r ignores its cancellation and is left behind", task)
             late: BaseException | None = TimeoutError(f"nothing within {deadline_s:g} s")
@@ -205,7 +223,7 @@ async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | 
     return (None, problem) if problem is not None else (task.result(), None)
 
 
-async def _uncancelled(work: Coroutine[Any, Any, T]) -> T:
+async def _shield(work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -214,12 +232,12 @@ async def _uncancelled(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def _in_thread(function: Callable[[], float]) -> float:
+async def _call_in_thread(function: Callable[[], T]) -> T:
     """Runs a function that may be slow in a daemon thread, so that one that hangs cannot hold up the end of the run."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[float] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: float | None, problem: BaseException | None) -> None:
+    def settle(value: T | None, problem: BaseException | None) -> None:
         if future.done():
             return
         if problem is not None:
@@ -228,10 +246,12 @@ async def _in_thread(function: Callable[[], float]) -> float:
             future.set_result(value)
 
     def work() -> None:
+        value: T | None = None
+        problem: Exception | None = None
         try:
-            value, problem = function(), None
+            value = function()
         except Exception as error:  # noqa: BLE001 (a boundary: the scorer's exception is handed to the event loop)
-            value, problem = 0.0, error
+            problem = error
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, value, problem)
 

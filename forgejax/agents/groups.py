@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from forgejax.agents.episode import EpisodeRunner
+from forgejax.environments.base import Environment
 from forgejax.environments.rewards import SpeedBaseline
 from forgejax.errors import AgentError, ConfigError
 from forgejax.types import (
@@ -17,7 +18,6 @@ from forgejax.types import (
     SessionSpec,
     StopReason,
     Task,
-    TaskSource,
     Trajectory,
 )
 
@@ -48,7 +48,7 @@ class FailureStreak:
 
 
 class GroupRunner:
-    """Runs the groups that ``sink`` dispatches, ``group_size`` episodes of ``tasks.task(index)`` each, all at once.
+    """Runs the groups that ``sink`` dispatches, ``group_size`` episodes of one task each, all at once.
 
     The same index always is the same task, so a group lost in a crash is run again as it was. ``session`` is what each
     episode's session is opened with; if it has a seed, every episode gets one of its own, derived from it.
@@ -58,7 +58,7 @@ class GroupRunner:
         self,
         *,
         sink: GroupSink,
-        tasks: TaskSource,
+        environment: Environment,
         episodes: EpisodeRunner,
         group_size: int,
         baseline: SpeedBaseline,
@@ -68,7 +68,7 @@ class GroupRunner:
         if group_size < 2:
             raise ConfigError(f"group_size is {group_size}; expected at least 2 episodes to compare with each other")
         self._sink = sink
-        self._tasks = tasks
+        self._environment = environment
         self._episodes = episodes
         self._group_size = group_size
         self._baseline = baseline
@@ -116,7 +116,7 @@ class GroupRunner:
                 group.result()
 
     async def _run_group(self, dispatch: Dispatch) -> None:
-        task = self._tasks.task(dispatch.index)
+        task = self._environment.task(dispatch.index)
         baseline_s = self._baseline.read(task.family)
         members = [
             asyncio.create_task(

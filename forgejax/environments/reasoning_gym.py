@@ -8,10 +8,11 @@ import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from forgejax.environments.base import Score, Workspace
 from forgejax.errors import ConfigError
-from forgejax.types import Task
+from forgejax.types import Task, Trajectory
 
 ITEMS = 10_000  # distinct items drawn from a dataset, unless its params say otherwise (``size``)
 DRAWS = 1000  # for one task, before the dataset counts as too small
@@ -38,8 +39,11 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """A mixture of datasets. ``exact`` counts only the library's full score as 1 and everything below it as 0."""
+    """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets.
 
+    ``eval_tasks`` are held out. ``exact`` counts only the library's full score as 1 and everything below it as 0."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
     datasets: tuple[DatasetConfig, ...] = (
         DatasetConfig(
             name="chain_sum",
@@ -63,10 +67,10 @@ class TasksConfig:
             raise ConfigError(f"tasks eval_tasks is {self.eval_tasks}; expected 0 or more")
 
 
-class ReasoningGymTasks:
-    """A TaskSource. ``task(i)`` depends on the configuration and ``i`` only.
+class ReasoningGym:
+    """An ``Environment`` of questions with answers. ``task(i)`` depends on the configuration and ``i`` only.
 
-    Training tasks are drawn with replacement; ``eval_tasks`` are distinct, and no training task has the question text
+    Training tasks are drawn with replacement; ``held_out`` are distinct, and no training task has the question text
     of one of them. Each level gets its share of any run of tasks, to within a few. Raises ConfigError where a dataset
     cannot be built, or is too small to hold out so many tasks.
     """
@@ -74,18 +78,28 @@ class ReasoningGymTasks:
     def __init__(self, config: TasksConfig) -> None:
         self._config = config
         self._datasets = [
-            _build(dataset, _draw(config.seed, "dataset", n)) for n, dataset in enumerate(config.datasets)
+            _build_dataset(dataset, _draw(config.seed, "dataset", n)) for n, dataset in enumerate(config.datasets)
         ]
         self._item = functools.lru_cache(maxsize=4096)(self._build_item)
-        self._held_out: set[str] = set()
-        self.eval_tasks: tuple[Task, ...] = tuple(self._hold_out(index) for index in range(config.eval_tasks))
+        self._never_trained: set[str] = set()
+        self.held_out: tuple[Task, ...] = tuple(self._hold_out(index) for index in range(config.eval_tasks))
 
     def task(self, index: int) -> Task:
         """The training task at an absolute index."""
         return self._first_new("train", index)
 
-    def score(self, task: Task, answer: str | None) -> float:
-        """The dataset's own score in [0, 1]; 0 for a missing or absurdly long answer. Only for its own tasks."""
+    async def open(self, task: Task) -> Workspace:
+        """Nothing: a question is all there is to work on."""
+        return Workspace()
+
+    async def close(self, workspace: Workspace) -> None: ...
+
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+        """The dataset's own score of the answer. Only for its own tasks."""
+        return Score(outcome=self.score_answer(task, trajectory.answer))
+
+    def score_answer(self, task: Task, answer: str | None) -> float:
+        """In [0, 1]; 0 for a missing or absurdly long answer."""
         if answer is None or not answer.strip() or len(answer) > ANSWER_CHARACTERS:
             return 0.0
         number, item = int(task.payload["dataset"]), int(task.payload["item"])
@@ -96,7 +110,7 @@ class ReasoningGymTasks:
 
     def _hold_out(self, index: int) -> Task:
         task = self._first_new("evaluation", index)
-        self._held_out.add(task.question)
+        self._never_trained.add(task.question)
         return task
 
     def _first_new(self, split: str, index: int) -> Task:
@@ -106,7 +120,7 @@ class ReasoningGymTasks:
         for attempt in range(DRAWS):
             item = _draw(self._config.seed, split, index, attempt) % len(self._datasets[number])
             entry = self._item(number, item)
-            if entry["question"] in self._held_out:
+            if entry["question"] in self._never_trained:
                 continue
             return Task(
                 id=f"{split}-{index}",
@@ -117,7 +131,7 @@ class ReasoningGymTasks:
             )
         raise ConfigError(
             f'dataset "{dataset.name}" (level {dataset.level}): {DRAWS} draws gave no question beside the '
-            f"{len(self._held_out)} held out; lower eval_tasks ({self._config.eval_tasks}) or widen its params"
+            f"{len(self._never_trained)} held out; lower eval_tasks ({self._config.eval_tasks}) or widen its params"
         )
 
     def _dataset_of(self, index: int) -> int:
@@ -140,7 +154,7 @@ def _draw(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest())
 
 
-def _build(config: DatasetConfig, seed: int) -> Any:
+def _build_dataset(config: DatasetConfig, seed: int) -> Any:
     """The library's dataset object. The import costs seconds, and one of the library's dependencies warns in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
@@ -148,11 +162,11 @@ def _build(config: DatasetConfig, seed: int) -> Any:
         from reasoning_gym.factory import DATASETS  # noqa: PLC0415
 
     if config.name not in DATASETS:
-        raise ConfigError(f'dataset "{config.name}" is not in reasoning-gym; {_close(config.name, DATASETS)}')
+        raise ConfigError(f'dataset "{config.name}" is not in reasoning-gym; {_suggest_names(config.name, DATASETS)}')
     known = DATASETS[config.name][1].__dataclass_fields__
     for name in config.params:
         if name not in known:
-            raise ConfigError(f'dataset "{config.name}" has no parameter "{name}"; {_close(name, known)}')
+            raise ConfigError(f'dataset "{config.name}" has no parameter "{name}"; {_suggest_names(name, known)}')
     params = {"size": ITEMS} | config.params if "size" in known else config.params
     try:
         return reasoning_gym.create_dataset(config.name, seed=seed, **params)
@@ -162,6 +176,6 @@ def _build(config: DatasetConfig, seed: int) -> Any:
         ) from error
 
 
-def _close(name: str, known: Any) -> str:
+def _suggest_names(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of: {', '.join(sorted(known))}"

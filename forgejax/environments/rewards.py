@@ -32,17 +32,21 @@ class RewardConfig:
             raise ConfigError(f"rewards success_at is {self.success_at}; expected an outcome in (0, 1]")
 
 
-def rewards(config: RewardConfig, trajectory: Trajectory, baseline_s: float | None) -> tuple[Reward, ...]:
-    """The rewards of a trajectory whose outcome, turns and times are known (its own ``rewards`` are not read).
+def compute_rewards(config: RewardConfig, trajectory: Trajectory, baseline_s: float | None) -> tuple[Reward, ...]:
+    """The rewards of a trajectory whose outcome, turns and times are known: its own, which the environment granted, and
+    those of outcome, process and speed.
 
     A malformed tool call is punished at the end of its turn; outcome and speed are granted at the end of the episode,
     no earlier than the last turn. Without a baseline there is no speed reward.
     """
     ended_at = max((trajectory.finished_at, *(turn.finished_at for turn in trajectory.turns)))
     granted = [
-        Reward(kind="process", value=-config.process_weight * turn.malformed_tool_calls, at=turn.finished_at)
-        for turn in trajectory.turns
-        if turn.malformed_tool_calls and config.process_weight
+        *trajectory.rewards,
+        *(
+            Reward(kind="process", value=-config.process_weight * turn.malformed_tool_calls, at=turn.finished_at)
+            for turn in trajectory.turns
+            if turn.malformed_tool_calls and config.process_weight
+        ),
     ]
     granted.append(Reward(kind="outcome", value=config.outcome_weight * trajectory.outcome, at=ended_at))
     if config.speed_weight and baseline_s is not None and trajectory.outcome >= config.success_at:

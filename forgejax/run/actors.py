@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from forgejax.agents import EpisodeRunner, GroupRunner, Scaffold
-from forgejax.environments import SpeedBaseline
+from forgejax.environments import Environment, SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
 from forgejax.pool.pool import Pool
 from forgejax.rollout import Engines
 from forgejax.run.config import TrainConfig
 from forgejax.run.evaluate import Evaluation, evaluate
-from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task, TaskSource
+from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task
 
 _START_S = 120.0
 _STOP_S = 60.0
@@ -42,7 +42,7 @@ class Parts:
     engines: Engines
     gateway: Gateway
     scaffold: Scaffold
-    tasks: TaskSource
+    environment: Environment
     pool: Pool
     baseline: SpeedBaseline
 
@@ -77,7 +77,7 @@ class RolloutService:
         self._episodes = EpisodeRunner(
             sessions=parts.gateway,
             scaffold=parts.scaffold,
-            tasks=parts.tasks,
+            environment=parts.environment,
             agent=config.agent,
             reward=config.reward,
             policy=config.stop_policy,
@@ -118,7 +118,7 @@ class RolloutService:
         """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
         runner = GroupRunner(
             sink=LoggedFirst(pool=self._parts.pool, engines=self._parts.engines),
-            tasks=self._parts.tasks,
+            environment=self._parts.environment,
             episodes=self._episodes,
             group_size=self._parts.config.run.group_size,
             baseline=self._parts.baseline,

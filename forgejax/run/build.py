@@ -11,7 +11,7 @@ import jax
 
 from forgejax.agents import make_scaffold
 from forgejax.chat import ChatFormat
-from forgejax.environments import ReasoningGymTasks, SpeedBaseline
+from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
 from forgejax.learner import Learner, lay_empty
 from forgejax.models import Params, abstract_policy, init_params, load_params
@@ -63,11 +63,11 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     plan, layout, device = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = load_chat(config)
-        tasks = ReasoningGymTasks(config.tasks)
+        environment = make_environment(config.tasks)
     checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
     stack.callback(checkpoints.close)
     resume_step = checkpoints.latest
-    learner = _learner(config, layout, chat, tasks, progress, warm=resume_step is None)
+    learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
     step, sums = _restore(checkpoints, learner, steps, progress)
     with progress.phase("compiling", f"the train step for {plan.describe()}"):
@@ -76,7 +76,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     engines = _engines(config, place, learner, step, device=device, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
     gateway = Gateway(engines, chat, config.engine.max_context, config.gateway)
-    service = _service(config, engines, gateway, tasks=tasks, pool=pool, journal=journal)
+    service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal)
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
     progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
@@ -88,7 +88,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         engines=engines,
         service=service,
         pool=pool,
-        tasks=tasks,
+        environment=environment,
         chat=chat,
         steps=steps,
         checkpoints=checkpoints,
@@ -119,7 +119,7 @@ def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout, jax.Device]:
 
 
 def _learner(
-    config: TrainConfig, layout: Layout, chat: ChatFormat, tasks: ReasoningGymTasks, progress: Progress, *, warm: bool
+    config: TrainConfig, layout: Layout, chat: ChatFormat, environment: Environment, progress: Progress, *, warm: bool
 ) -> Learner:
     graphdef, _ = abstract_policy(config.policy)
     if warm and config.policy.path:
@@ -128,7 +128,7 @@ def _learner(
     else:  # a resumed run only needs arrays to restore into
         params = init_params(config.policy, layout, config.run.seed)
     if warm and config.warm_start.steps:
-        demonstrations = make_demonstrations(config.warm_start, tasks, chat, config.run.seed)
+        demonstrations = make_demonstrations(config.warm_start, environment, chat, config.run.seed)
         params = _warm_params(config, params, layout, demonstrations, progress)
     return Learner(graphdef, params, config.step, layout=layout)
 
@@ -187,7 +187,7 @@ def _engines(
 
 
 def _service(
-    config: TrainConfig, engines: Engines, gateway: Gateway, *, tasks: ReasoningGymTasks, pool: Pool, journal: Journal
+    config: TrainConfig, engines: Engines, gateway: Gateway, *, environment: Environment, pool: Pool, journal: Journal
 ) -> RolloutService:
     return RolloutService(
         Parts(
@@ -195,7 +195,7 @@ def _service(
             engines=engines,
             gateway=gateway,
             scaffold=make_scaffold(config.agent),
-            tasks=tasks,
+            environment=environment,
             pool=pool,
             baseline=_baseline(config, journal),
         )

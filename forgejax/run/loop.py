@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from forgejax.chat import ChatFormat
-from forgejax.environments import ReasoningGymTasks
+from forgejax.environments import Environment
 from forgejax.errors import TrainingError
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
@@ -56,7 +56,7 @@ class Trainer:
     engines: Engines
     service: RolloutService
     pool: Pool
-    tasks: ReasoningGymTasks
+    environment: Environment
     chat: ChatFormat
     steps: StepSource
     checkpoints: Checkpoints
@@ -111,7 +111,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluated:
         """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn."""
-        tasks = self.tasks.eval_tasks
+        tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
             evaluation = self.service.evaluate(tasks)
             self.account.count_evaluation(evaluation.sampled_tokens)
@@ -187,7 +187,7 @@ class Trainer:
             after=after,
             finished=finished,
             steps=self.step,
-            eval_tasks=len(self.tasks.eval_tasks),
+            eval_tasks=len(self.environment.held_out),
             sums=dataclasses.replace(self.account.sums),
             account=self.account.close(),
             staleness_max=groups.staleness_max,

@@ -19,6 +19,7 @@ import numpy as np
 
 from forgejax.chat import ChatFormat
 from forgejax.chat.messages import Message, Tool
+from forgejax.environments import Environment
 from forgejax.errors import ConfigError
 from forgejax.imports import load_object
 from forgejax.learner import (
@@ -33,7 +34,7 @@ from forgejax.learner import (
     supervised_sample,
 )
 from forgejax.report.live.progress import Progress
-from forgejax.types import Task, TaskSource
+from forgejax.types import Task
 
 _TASKS_FROM = 1_000_000_000
 """Demonstrations use task indices from here on, so that they are other draws than those of the RL phase."""
@@ -98,14 +99,14 @@ class Demonstrations:
     """A seeded set of demonstrations, as token ids."""
 
     config: WarmStartConfig
-    tasks: TaskSource
+    environment: Environment
     chat: ChatFormat
     demonstrator: Demonstrator
     seed: int
 
     def samples(self, index: int) -> list[Sample]:
         """The completions of demonstration ``index``, each in its context: one for each turn of the assistant."""
-        task = self.tasks.task(_TASKS_FROM + index)
+        task = self.environment.task(_TASKS_FROM + index)
         shown = self.demonstrator.demonstrate(task, np.random.default_rng([self.seed, index]))
         samples = []
         for position, message in enumerate(shown.messages):
@@ -141,7 +142,9 @@ class Demonstrations:
             iterator.close()
 
 
-def make_demonstrations(config: WarmStartConfig, tasks: TaskSource, chat: ChatFormat, seed: int) -> Demonstrations:
+def make_demonstrations(
+    config: WarmStartConfig, environment: Environment, chat: ChatFormat, seed: int
+) -> Demonstrations:
     """Raises ConfigError for a demonstrator that is not there or does not take these options, and what it raises."""
     make = load_object(config.demonstrator, "warm_start.demonstrator")
     try:
@@ -150,7 +153,7 @@ def make_demonstrations(config: WarmStartConfig, tasks: TaskSource, chat: ChatFo
         raise ConfigError(
             f"warm_start.demonstrator {config.demonstrator} does not take warm_start.options {config.options}: {error}"
         ) from error
-    return Demonstrations(config=config, tasks=tasks, chat=chat, demonstrator=demonstrator, seed=seed)
+    return Demonstrations(config=config, environment=environment, chat=chat, demonstrator=demonstrator, seed=seed)
 
 
 def cache_key(settings: Any, demonstrations: Demonstrations, tokenizer: str) -> str:

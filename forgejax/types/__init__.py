@@ -7,7 +7,6 @@ from forgejax.types.episode import (
     SessionSpec,
     StopReason,
     Task,
-    TaskSource,
     Trajectory,
     Turn,
 )
@@ -48,7 +47,6 @@ __all__ = [
     "Sessions",
     "StopReason",
     "Task",
-    "TaskSource",
     "TokenIds",
     "Trajectory",
     "Turn",

@@ -154,13 +154,3 @@ class Sessions(Protocol):
     async def close(self, session_id: str) -> tuple[Turn, ...]:
         """Ends the session (its open requests are cancelled) and gives its turns in order of arrival. Idempotent."""
         ...
-
-
-class TaskSource(Protocol):
-    """An endless, deterministic stream of tasks and their scorer."""
-
-    def task(self, index: int) -> Task: ...
-
-    def score(self, task: Task, answer: str | None) -> float:
-        """The outcome in [0, 1]; a missing or senseless answer scores 0 and never raises."""
-        ...

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from forgejax.agents import AgentConfig, AgentResult, EpisodeSpec
+from forgejax.environments import Score, Workspace
 from forgejax.types import (
     Completion,
     Dispatch,
@@ -97,13 +98,25 @@ class FakeSessions:
 
 
 class SumTasks:
-    """Task i asks for i + 1."""
+    """Task i asks for i + 1; counts the workspaces it opened and closed."""
+
+    held_out: tuple[Task, ...] = ()
+
+    def __init__(self) -> None:
+        self.opened = self.closed = 0
 
     def task(self, index: int) -> Task:
         return make_task(index)
 
-    def score(self, task: Task, answer: str | None) -> float:
-        return 1.0 if answer == str(task.payload["answer"]) else 0.0
+    async def open(self, task: Task) -> Workspace:
+        self.opened += 1
+        return Workspace(variables={"SUM": task.id})
+
+    async def close(self, workspace: Workspace) -> None:
+        self.closed += 1
+
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+        return Score(outcome=float(trajectory.answer == str(task.payload["answer"])))
 
 
 @dataclass

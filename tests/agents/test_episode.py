@@ -9,9 +9,9 @@ import pytest
 
 from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, StopPolicy
 from forgejax.agents import episode as episode_module
-from forgejax.environments import RewardConfig
+from forgejax.environments import RewardConfig, Score, Workspace
 from forgejax.errors import GatewayError
-from forgejax.types import FinishReason, Session, SessionSpec, StopReason, Task, Trajectory, Turn
+from forgejax.types import FinishReason, Reward, Session, SessionSpec, StopReason, Task, Trajectory, Turn
 from tests.agents.fakes import FakeScaffold, FakeSessions, SumTasks, make_task, make_turn
 
 AGENT = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.1)
@@ -27,7 +27,7 @@ async def hang(episode: EpisodeSpec) -> AgentResult:
 
 
 def make_runner(play: Any = answer_one, **fields: Any) -> EpisodeRunner:
-    given: dict[str, Any] = {"sessions": FakeSessions(), "tasks": SumTasks(), "agent": AGENT}
+    given: dict[str, Any] = {"sessions": FakeSessions(), "environment": SumTasks(), "agent": AGENT}
     return EpisodeRunner(scaffold=FakeScaffold(play), **(given | fields))
 
 
@@ -73,7 +73,7 @@ async def test_a_scaffold_that_ignores_the_deadline_is_cut_off_after_the_grace()
 
 
 async def test_a_scaffold_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episode_module, "CANCEL_S", 0.1)
+    monkeypatch.setattr(episode_module, "_CANCEL_S", 0.1)
     let_go = asyncio.Event()
 
     async def stubborn(episode: EpisodeSpec) -> AgentResult:
@@ -138,35 +138,98 @@ async def test_a_session_that_cannot_be_closed_is_a_failed_environment() -> None
 
 class BadScorer(SumTasks):
     def __init__(self, value: float | Exception | threading.Event) -> None:
+        super().__init__()
         self._value = value
 
-    def score(self, task: Task, answer: str | None) -> float:
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
         if isinstance(self._value, Exception):
             raise self._value
         if isinstance(self._value, threading.Event):
             self._value.wait()
-            return 1.0
-        return self._value
+            return Score(outcome=1.0)
+        return Score(outcome=self._value)
 
 
 @pytest.mark.parametrize("value", [ValueError("what?"), float("nan")])
 async def test_a_scorer_that_fails_is_a_failed_environment(value: float | Exception) -> None:
-    trajectory = await run(make_runner(tasks=BadScorer(value)))
+    trajectory = await run(make_runner(environment=BadScorer(value)))
     assert (trajectory.stop_reason, trajectory.outcome) == (StopReason.ENVIRONMENT_FAILED, 0.0)
     assert "the scorer failed" in str(trajectory.error)
     assert trajectory.answer == "1"
 
 
 async def test_a_scorer_that_hangs_is_a_failed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episode_module, "SCORE_S", 0.1)
+    monkeypatch.setattr(episode_module, "_SCORE_S", 0.1)
     stuck = threading.Event()
-    trajectory = await run(make_runner(tasks=BadScorer(stuck)))
+    trajectory = await run(make_runner(environment=BadScorer(stuck)))
     stuck.set()
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_FAILED
 
 
 async def test_a_score_out_of_range_is_clamped() -> None:
-    assert (await run(make_runner(tasks=BadScorer(7.0)))).outcome == 1.0
+    assert (await run(make_runner(environment=BadScorer(7.0)))).outcome == 1.0
+
+
+@pytest.mark.parametrize("end", ["answer", "crash", "cancel", "bad scorer", "lost session"])
+async def test_every_workspace_is_closed_once_however_its_episode_ends(end: str) -> None:
+    class Lost(FakeSessions):
+        async def close(self, session_id: str) -> tuple[Turn, ...]:
+            raise GatewayError("lost")
+
+    async def crash(episode: EpisodeSpec) -> AgentResult:
+        raise RuntimeError("no")
+
+    environment = BadScorer(ValueError("what?")) if end == "bad scorer" else SumTasks()
+    sessions = Lost() if end == "lost session" else FakeSessions()
+    play = {"crash": crash, "cancel": hang}.get(end, answer_one)
+    playing = asyncio.ensure_future(run(make_runner(play, environment=environment, sessions=sessions)))
+    await asyncio.sleep(0.01)
+    if end == "cancel":
+        playing.cancel()
+    await playing
+
+    assert (environment.opened, environment.closed) == (1, 1)
+
+
+async def test_a_workspace_that_cannot_be_opened_is_a_failed_environment_and_no_agent_runs() -> None:
+    class Full(SumTasks):
+        async def open(self, task: Task) -> Workspace:
+            raise OSError("no space")
+
+    async def never(episode: EpisodeSpec) -> AgentResult:
+        raise AssertionError("it ran")
+
+    environment, sessions = Full(), FakeSessions()
+    trajectory = await run(make_runner(never, environment=environment, sessions=sessions))
+
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT_FAILED
+    assert trajectory.error == "the workspace could not be opened: OSError: no space"
+    assert (len(sessions.closed), environment.closed) == (1, 0)
+
+
+async def test_an_environments_own_rewards_count_at_the_times_they_were_granted() -> None:
+    class Steps(SumTasks):
+        def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+            step = Reward(kind="process", value=0.25, at=trajectory.turns[0].finished_at)
+            return Score(outcome=0.5, rewards=(step,))
+
+    trajectory = await run(make_runner(environment=Steps()))
+
+    assert [(reward.kind, reward.value) for reward in trajectory.rewards] == [("process", 0.25), ("outcome", 0.5)]
+    assert trajectory.rewards[0].at == trajectory.turns[0].finished_at
+    assert trajectory.total_reward == 0.75
+
+
+async def test_the_agent_is_given_the_episodes_workspace() -> None:
+    given: list[Workspace] = []
+
+    async def look(episode: EpisodeSpec) -> AgentResult:
+        given.append(episode.workspace)
+        return AgentResult(answer="1")
+
+    await run(make_runner(look))
+
+    assert given == [Workspace(variables={"SUM": "task-0"})]
 
 
 async def test_no_answer_after_a_completion_cut_off_by_length_is_a_truncation() -> None:

@@ -30,12 +30,12 @@ async def crash(episode: EpisodeSpec) -> AgentResult:
 
 def make_episodes(play: Any = solve, sessions: FakeSessions | None = None, **fields: Any) -> EpisodeRunner:
     return EpisodeRunner(
-        sessions=sessions or FakeSessions(), scaffold=FakeScaffold(play), tasks=SumTasks(), agent=AGENT, **fields
+        sessions=sessions or FakeSessions(), scaffold=FakeScaffold(play), environment=SumTasks(), agent=AGENT, **fields
     )
 
 
 def make_runner(sink: FakeSink, episodes: EpisodeRunner, **fields: Any) -> GroupRunner:
-    given: dict[str, Any] = {"tasks": SumTasks(), "group_size": 2, "baseline": SpeedBaseline()}
+    given: dict[str, Any] = {"environment": SumTasks(), "group_size": 2, "baseline": SpeedBaseline()}
     return GroupRunner(sink=sink, episodes=episodes, **(given | fields))
 
 

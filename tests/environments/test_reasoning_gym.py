@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from forgejax.environments import DatasetConfig, ReasoningGymTasks, TasksConfig
+from forgejax.environments import DatasetConfig, ReasoningGym, TasksConfig
 from forgejax.errors import ConfigError
 
 SMALL: dict[str, int | float | str | bool | list[str]] = {
@@ -17,18 +17,18 @@ SMALL: dict[str, int | float | str | bool | list[str]] = {
 
 
 def test_a_task_depends_on_the_configuration_and_its_index_only() -> None:
-    first, second = ReasoningGymTasks(TasksConfig()), ReasoningGymTasks(TasksConfig())
-    assert first.eval_tasks == second.eval_tasks
+    first, second = ReasoningGym(TasksConfig()), ReasoningGym(TasksConfig())
+    assert first.held_out == second.held_out
     assert first.task(7) == second.task(7)
-    other = ReasoningGymTasks(TasksConfig(seed=1))
+    other = ReasoningGym(TasksConfig(seed=1))
     assert [first.task(i).question for i in range(8)] != [other.task(i).question for i in range(8)]
 
 
 def test_no_training_task_has_the_text_of_a_held_out_one() -> None:
-    tasks = ReasoningGymTasks(
+    tasks = ReasoningGym(
         TasksConfig(datasets=(DatasetConfig(name="chain_sum", params=SMALL),), eval_tasks=100)
     )  # 200 texts in all
-    held_out = {task.question for task in tasks.eval_tasks}
+    held_out = {task.question for task in tasks.held_out}
     trained = {tasks.task(index).question for index in range(1000)}
     assert len(held_out) == 100
     assert not held_out & trained
@@ -37,24 +37,26 @@ def test_no_training_task_has_the_text_of_a_held_out_one() -> None:
 
 def test_every_stretch_of_tasks_has_each_level_in_its_share() -> None:
     easy, hard = TasksConfig().datasets
-    tasks = ReasoningGymTasks(TasksConfig(datasets=(dataclasses.replace(easy, weight=3.0), hard), eval_tasks=40))
-    assert abs(Counter(task.level for task in tasks.eval_tasks)["easy"] - 30) <= 2
+    tasks = ReasoningGym(TasksConfig(datasets=(dataclasses.replace(easy, weight=3.0), hard), eval_tasks=40))
+    assert abs(Counter(task.level for task in tasks.held_out)["easy"] - 30) <= 2
     assert abs(Counter(tasks.task(index).level for index in range(1000, 1040))["easy"] - 30) <= 2
 
 
 def test_only_the_right_answer_scores() -> None:
-    tasks = ReasoningGymTasks(TasksConfig(eval_tasks=4))
-    task = tasks.eval_tasks[1]
+    tasks = ReasoningGym(TasksConfig(eval_tasks=4))
+    task = tasks.held_out[1]
     right = task.payload["answer"]
-    assert tasks.score(task, right) == 1.0
-    assert tasks.score(task, f" {right}\n") == 1.0
-    assert [tasks.score(task, answer) for answer in (None, "", "  ", "seven", f"it is {right}", "9" * 5000)] == [0] * 6
+    assert tasks.score_answer(task, right) == 1.0
+    assert tasks.score_answer(task, f" {right}\n") == 1.0
+    assert [tasks.score_answer(task, answer) for answer in (None, "", "  ", "seven", f"it is {right}", "9" * 5000)] == [
+        0
+    ] * 6
 
 
 def test_without_exact_the_librarys_partial_credit_counts() -> None:
-    tasks = ReasoningGymTasks(TasksConfig(eval_tasks=1, exact=False))
-    task = tasks.eval_tasks[0]
-    assert 0.0 < tasks.score(task, f"it is {task.payload['answer']}") < 1.0
+    tasks = ReasoningGym(TasksConfig(eval_tasks=1, exact=False))
+    task = tasks.held_out[0]
+    assert 0.0 < tasks.score_answer(task, f"it is {task.payload['answer']}") < 1.0
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,12 @@ def test_without_exact_the_librarys_partial_credit_counts() -> None:
 )
 def test_a_dataset_that_cannot_be_built_is_refused_with_what_is_near(dataset: DatasetConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ReasoningGymTasks(TasksConfig(datasets=(dataset,)))
+        ReasoningGym(TasksConfig(datasets=(dataset,)))
 
 
 def test_holding_out_more_than_a_dataset_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="lower eval_tasks"):
-        ReasoningGymTasks(TasksConfig(datasets=(DatasetConfig(name="chain_sum", params=SMALL),), eval_tasks=201))
+        ReasoningGym(TasksConfig(datasets=(DatasetConfig(name="chain_sum", params=SMALL),), eval_tasks=201))
 
 
 @pytest.mark.parametrize("fields", [{"weight": 0.0}, {"params": {"seed": 3}}])

@@ -3,43 +3,43 @@
 import pytest
 
 from forgejax.environments import RewardConfig, SpeedBaseline
-from forgejax.environments.rewards import rewards
+from forgejax.environments.rewards import compute_rewards
 from forgejax.errors import ConfigError
 from tests.agents.fakes import make_group, make_trajectory, make_turn
 
 
 def test_the_outcome_is_granted_at_the_end_with_its_weight() -> None:
-    (reward,) = rewards(RewardConfig(outcome_weight=2.0), make_trajectory(make_turn(), outcome=0.5), None)
+    (reward,) = compute_rewards(RewardConfig(outcome_weight=2.0), make_trajectory(make_turn(), outcome=0.5), None)
     assert (reward.kind, reward.value, reward.at) == ("outcome", 1.0, 10.0)
 
 
 def test_no_reward_at_the_end_is_granted_before_the_last_turn_ended() -> None:
-    (reward,) = rewards(RewardConfig(), make_trajectory(make_turn(at=10.5), seconds=10.0), None)
+    (reward,) = compute_rewards(RewardConfig(), make_trajectory(make_turn(at=10.5), seconds=10.0), None)
     assert reward.at == 11.5
 
 
 def test_each_malformed_tool_call_costs_alpha_at_the_end_of_its_turn() -> None:
     trajectory = make_trajectory(make_turn(0, at=1.0, malformed=2), make_turn(1, at=4.0))
-    process, outcome = rewards(RewardConfig(process_weight=0.25), trajectory, None)
+    process, outcome = compute_rewards(RewardConfig(process_weight=0.25), trajectory, None)
     assert (process.kind, process.value, process.at) == ("process", -0.5, 2.0)
     assert outcome.value == 1.0
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(5.0, 0.25), (10.0, 0.0), (15.0, -0.25), (40.0, -0.5), (0.0, 0.5)])
 def test_speed_is_beta_times_the_clipped_saving_over_the_baseline(seconds: float, expected: float) -> None:
-    granted = rewards(RewardConfig(speed_weight=0.5), make_trajectory(make_turn(), seconds=seconds), 10.0)
+    granted = compute_rewards(RewardConfig(speed_weight=0.5), make_trajectory(make_turn(), seconds=seconds), 10.0)
     assert granted[-1].kind == "speed"
     assert granted[-1].value == pytest.approx(expected)
 
 
 def test_time_queued_in_our_engine_is_not_the_agents() -> None:
     trajectory = make_trajectory(make_turn(queued_s=5.0), seconds=10.0)
-    assert rewards(RewardConfig(speed_weight=1.0), trajectory, 10.0)[-1].value == pytest.approx(0.5)
+    assert compute_rewards(RewardConfig(speed_weight=1.0), trajectory, 10.0)[-1].value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("outcome", "baseline_s"), [(0.9, 10.0), (1.0, None)])
 def test_there_is_no_speed_reward_without_success_or_baseline(outcome: float, baseline_s: float | None) -> None:
-    granted = rewards(RewardConfig(speed_weight=1.0), make_trajectory(make_turn(), outcome=outcome), baseline_s)
+    granted = compute_rewards(RewardConfig(speed_weight=1.0), make_trajectory(make_turn(), outcome=outcome), baseline_s)
     assert [reward.kind for reward in granted] == ["outcome"]
 
 

@@ -66,7 +66,8 @@ class Told:
 def trainer_of(count: int, calls: list[str], **run_config: int) -> Trainer:
     """A trainer with a source of ``count`` steps, of parts that do nothing."""
     parts: dict[str, Any] = {
-        name: Told(name, calls) for name in ("engines", "service", "pool", "tasks", "chat", "audit", "rows", "progress")
+        name: Told(name, calls)
+        for name in ("engines", "service", "pool", "environment", "chat", "audit", "rows", "progress")
     }
     parts["learner"] = Told("learner", calls, state=SimpleNamespace(params=None))
     parts["account"] = Told("account", calls, sums=RunSums(trained_tokens=7))
@@ -113,7 +114,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     trainer.progress = Notes()
     trainer.learner.__dict__["batch_shapes"] = {1, 2}
     trainer.rows.__dict__["compiles"] = SimpleNamespace(count=5)
-    trainer.tasks.__dict__["eval_tasks"] = ()
+    trainer.environment.__dict__["held_out"] = ()
     trainer.engines.__dict__["account"] = lambda: EngineAccount(prompt_tokens=8, cached_tokens=2)
     trainer.pool.__dict__["snapshot"] = lambda: SimpleNamespace(staleness_max=1, disorder_max=4)
     trainer.stop()

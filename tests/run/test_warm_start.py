@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from forgejax.chat import ChatFormat
-from forgejax.environments import ReasoningGymTasks
+from forgejax.environments import ReasoningGym
 from forgejax.errors import ConfigError
 from forgejax.gateway import Gateway
 from forgejax.run.config import TrainConfig, load_config, to_mapping
 from forgejax.run.warm_start import Demonstration, Demonstrations, WarmStartConfig, cache_key, make_demonstrations
-from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec, StopReason, Task, TaskSource
+from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec, StopReason, Task
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, go_on, saved_weights, tiny_config, tiny_place
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -35,8 +35,8 @@ def quickstart() -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def tasks(quickstart: TrainConfig) -> TaskSource:
-    return ReasoningGymTasks(quickstart.tasks)
+def tasks(quickstart: TrainConfig) -> ReasoningGym:
+    return ReasoningGym(quickstart.tasks)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def chat() -> ChatFormat:
     return ChatFormat.load(TOKENIZER)
 
 
-def demonstrations(quickstart: TrainConfig, tasks: TaskSource, chat: ChatFormat, **changes: Any) -> Demonstrations:
+def demonstrations(quickstart: TrainConfig, tasks: ReasoningGym, chat: ChatFormat, **changes: Any) -> Demonstrations:
     options = quickstart.warm_start.options | {"describe": list(DESCRIBE)} | changes
     config = dataclasses.replace(quickstart.warm_start, demonstrator=DEMONSTRATOR, options=options)
     return make_demonstrations(config, tasks, chat, quickstart.run.seed)
@@ -86,7 +86,7 @@ class Speaker:
 
 @pytest.mark.parametrize("use_tool", [True, False])
 async def test_the_real_agent_prompts_and_is_answered_exactly_as_demonstrated(
-    quickstart: TrainConfig, tasks: TaskSource, chat: ChatFormat, use_tool: bool
+    quickstart: TrainConfig, tasks: ReasoningGym, chat: ChatFormat, use_tool: bool
 ) -> None:
     shown = demonstrations(quickstart, tasks, chat, tool_rate=float(use_tool), guessed_levels=[])
     index = 3
@@ -111,7 +111,7 @@ async def test_the_real_agent_prompts_and_is_answered_exactly_as_demonstrated(
         await gateway.stop()
 
     assert printed.decode().strip() == task.payload["answer"]
-    assert tasks.score(task, printed.decode()) == 1.0
+    assert tasks.score_answer(task, printed.decode()) == 1.0
     assert sampler.prompts == [sample.context_ids.tolist() for sample in samples]
     assert len(turns) == (2 if use_tool else 1)
     assert [(turn.parent, turn.tool_calls, turn.malformed_tool_calls) for turn in turns] == (
@@ -121,7 +121,7 @@ async def test_the_real_agent_prompts_and_is_answered_exactly_as_demonstrated(
 
 
 def test_a_second_turn_goes_on_from_the_ids_of_the_first(
-    quickstart: TrainConfig, tasks: TaskSource, chat: ChatFormat
+    quickstart: TrainConfig, tasks: ReasoningGym, chat: ChatFormat
 ) -> None:
     shown = demonstrations(quickstart, tasks, chat, tool_rate=1.0)
     for index in range(20):
@@ -133,7 +133,7 @@ def test_a_second_turn_goes_on_from_the_ids_of_the_first(
 
 
 def test_guesses_are_wrong_only_at_guessed_levels_and_never_where_the_tool_is_used(
-    quickstart: TrainConfig, tasks: TaskSource, chat: ChatFormat
+    quickstart: TrainConfig, tasks: ReasoningGym, chat: ChatFormat
 ) -> None:
     shown = demonstrations(quickstart, tasks, chat, tool_rate=0.5, guessed_levels=["hard"])
     right: dict[tuple[str, int], list[bool]] = {}
@@ -148,7 +148,7 @@ def test_guesses_are_wrong_only_at_guessed_levels_and_never_where_the_tool_is_us
 
 
 def test_the_key_depends_on_settings_tokenizer_and_the_agents_words_and_on_nothing_else(
-    quickstart: TrainConfig, tasks: TaskSource, chat: ChatFormat, tmp_path: Path
+    quickstart: TrainConfig, tasks: ReasoningGym, chat: ChatFormat, tmp_path: Path
 ) -> None:
     shown, settings = demonstrations(quickstart, tasks, chat), to_mapping(quickstart.policy)
     other = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
@@ -227,7 +227,7 @@ def test_the_quickstart_imitates_a_demonstrator_that_is_there_and_speaks_as_the_
     ],
 )
 def test_a_demonstrator_that_cannot_be_had_is_told(
-    tasks: TaskSource, chat: ChatFormat, changes: dict[str, Any], sentence: str
+    tasks: ReasoningGym, chat: ChatFormat, changes: dict[str, Any], sentence: str
 ) -> None:
     config = WarmStartConfig(**({"demonstrator": DEMONSTRATOR} | changes))
     with pytest.raises(ConfigError, match=sentence):

@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from forgejax.environments.base import Workspace
 from forgejax.errors import ConfigError
 from forgejax.types import StopReason
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeSpec:
-    """All that an agent program is given. ``deadline_s`` counts from the call of ``Scaffold.run``."""
+    """All that an agent program is given; of ``workspace`` as far as its scaffold starts a process for the episode.
+
+    ``deadline_s`` counts from the call of ``Scaffold.run``."""
 
     id: str
     question: str
     base_url: str
     api_key: str
     deadline_s: float
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 @dataclass(frozen=True, kw_only=True)

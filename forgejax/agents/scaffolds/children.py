@@ -51,17 +51,17 @@ def find_program(command: Sequence[str]) -> None:
     """Raises AgentError where the first word of ``command`` is no program that can be started here."""
     if shutil.which(command[0]) is None:
         raise AgentError(
-            f'agent command {shown(command)}: "{command[0]}" is not an executable file and not on PATH; '
+            f'agent command {quote_command(command)}: "{command[0]}" is not an executable file and not on PATH; '
             "install the program or give its full path"
         )
 
 
-def shown(command: Sequence[str]) -> str:
+def quote_command(command: Sequence[str]) -> str:
     """The command as people read it in a message."""
     return repr(" ".join(command))
 
 
-def environment(extra: Mapping[str, str], marker: str) -> dict[str, str]:
+def merge_environment(extra: Mapping[str, str], marker: str) -> dict[str, str]:
     """This process's environment with ``extra`` over it. A proxy must never stand between an agent and the gateway."""
     merged = {**os.environ, **extra, guard.MARKER_NAME: marker}
     for name in ("NO_PROXY", "no_proxy"):
@@ -120,7 +120,7 @@ class Child(asyncio.SubprocessProtocol):
     @property
     def stderr_note(self) -> str:
         """How a message quotes the end of its stderr."""
-        return stderr_note(self._stderr.decode("utf-8", errors="replace"))
+        return describe_stderr(self._stderr.decode("utf-8", errors="replace"))
 
     async def write(self, data: bytes) -> None:
         """Writes to its stdin and waits until the pipe takes more. What a process that is gone missed is dropped."""
@@ -171,16 +171,24 @@ async def _within(seconds: float, event: asyncio.Event) -> None:
             await event.wait()
 
 
-def stderr_note(text: str) -> str:
+def describe_stderr(text: str) -> str:
     """How a message quotes the end of a program's stderr."""
     text = text.strip()
     return f"its stderr ends with:\n{text[-STDERR_SHOWN:]}" if text else "its stderr is empty"
 
 
 async def spawn(
-    command: Sequence[str], env: Mapping[str, str], *, stdin: bool, on_output: Callable[[bytes], None]
+    command: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    directory: Path | None = None,
+    stdin: bool,
+    on_output: Callable[[bytes], None],
 ) -> Child:
-    """Starts ``command``. Raises AgentError where the system refuses (no such program, too long an argument)."""
+    """Starts ``command``, in ``directory`` or where this process is.
+
+    Raises AgentError where the system refuses (no such program, too long an argument).
+    """
     try:
         _, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: Child(on_output),
@@ -189,8 +197,9 @@ async def spawn(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(env),
+            cwd=directory,
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        raise AgentError(f"agent command {shown(command[:1])} cannot be started: {error}") from error
+        raise AgentError(f"agent command {quote_command(command[:1])} cannot be started: {error}") from error
     return child

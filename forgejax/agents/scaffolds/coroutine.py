@@ -14,7 +14,7 @@ from forgejax.types import StopReason
 AgentFunction = Callable[[str, str, str], Awaitable[object]]
 """(question, base_url, api_key) -> the answer, a str or None."""
 
-CANCEL_S = 1.0
+_CANCEL_S = 1.0
 
 
 def load_function(path: str) -> AgentFunction:
@@ -45,7 +45,7 @@ class CoroutineScaffold:
         finally:
             overdue = call.cancel()
         if overdue:
-            await asyncio.wait({call}, timeout=CANCEL_S)
+            await asyncio.wait({call}, timeout=_CANCEL_S)
             error = f"no answer within {episode.deadline_s:g} s"
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         problem = asyncio.CancelledError("the agent cancelled itself") if call.cancelled() else call.exception()

@@ -6,7 +6,7 @@ import asyncio
 from urllib.parse import urlsplit
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
-from forgejax.agents.scaffolds.children import Child, Guard, environment, find_program, shown, spawn
+from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
@@ -43,6 +43,7 @@ class ProcessScaffold:
             "OPENAI_BASE_URL": episode.base_url,
             "OPENAI_API_KEY": episode.api_key,
             **{name: _fill(value, episode) for name, value in self._config.env.items()},
+            **episode.workspace.variables,
         }
         output = bytearray()
 
@@ -51,7 +52,13 @@ class ProcessScaffold:
             del output[:-ANSWER_BYTES]
 
         try:
-            process = await spawn(command, environment(env, self._guard.marker), stdin=via_stdin, on_output=keep_end)
+            process = await spawn(
+                command,
+                merge_environment(env, self._guard.marker),
+                directory=episode.workspace.directory,
+                stdin=via_stdin,
+                on_output=keep_end,
+            )
         except AgentError as error:
             return AgentResult(error=str(error), stop_reason=StopReason.AGENT_FAILED)
         failed = await self._watch(process, episode, episode.question if via_stdin else None)
@@ -78,7 +85,7 @@ class ProcessScaffold:
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         if process.status != 0:
             how = f"ended with status {process.status}; {process.stderr_note}"
-            error = f"agent command {shown(self._config.command)} {how}"
+            error = f"agent command {quote_command(self._config.command)} {how}"
             return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
         return None
 

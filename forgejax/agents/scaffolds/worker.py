@@ -17,7 +17,7 @@ import logging
 from collections import deque
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
-from forgejax.agents.scaffolds.children import Child, Guard, environment, find_program, shown, spawn
+from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
@@ -75,7 +75,7 @@ class _Worker:
 
     def __init__(self, config: AgentConfig, marker: str) -> None:
         self._config = config
-        self._env = environment(config.env, marker)
+        self._env = merge_environment(config.env, marker)
         self._process: Child | None = None
         self._line = bytearray()  # the beginning of a line whose end has not come
         self._supervisor: asyncio.Task[None] | None = None
@@ -144,7 +144,7 @@ class _Worker:
             timeout = f'printed no {{"ready": true}} within {self._config.start_timeout_s:g} s'
             how = f"ended with status {process.status}" if process.exited.is_set() else timeout
             await process.stop()
-            raise AgentError(f"agent worker {shown(self._config.command)} {how}; {process.stderr_note}")
+            raise AgentError(f"agent worker {quote_command(self._config.command)} {how}; {process.stderr_note}")
         self.ready.set()
         return process
 
@@ -154,7 +154,7 @@ class _Worker:
             await process.exited.wait()
             self.ready.clear()
             await process.stop()
-            error = f"agent worker {shown(self._config.command)} ended with status {process.status}"
+            error = f"agent worker {quote_command(self._config.command)} ended with status {process.status}"
             error = f"{error}; {process.stderr_note}"
             restarted = None
             while restarted is None:
@@ -222,7 +222,7 @@ class _Worker:
         self._complaints += 1
         if self._complaints <= COMPLAINTS:
             last = " (further ones are not reported)" if self._complaints == COMPLAINTS else ""
-            log.warning("agent worker %s printed %s%s", shown(self._config.command), what, last)
+            log.warning("agent worker %s printed %s%s", quote_command(self._config.command), what, last)
 
 
 def _parse(line: bytes) -> dict[str, object] | None:

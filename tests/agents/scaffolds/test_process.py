@@ -1,13 +1,16 @@
 """The one-process-per-episode scaffold, on real processes."""
 
 import asyncio
+import dataclasses
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from forgejax.agents import AgentConfig, AgentResult, EpisodeSpec, ProcessScaffold
+from forgejax.environments import Workspace
 from forgejax.errors import AgentError, ConfigError
 from forgejax.types import StopReason
 from tests.agents.fakes import is_running, make_episode, python_agent
@@ -54,6 +57,16 @@ async def test_env_may_name_the_endpoint_for_another_sdk() -> None:
     source = "import os; print(os.environ['OTHER_URL'], os.environ['ORIGIN'])"
     config = python_agent(source, kind="process", env={"OTHER_URL": "{base_url}/x", "ORIGIN": "{origin}"})
     assert (await play(config)).answer == "http://127.0.0.1:1/v1/x http://127.0.0.1:1"
+
+
+async def test_the_agent_runs_in_its_episodes_workspace(tmp_path: Path) -> None:
+    source = "import os; print(os.getcwd(), os.environ['PLACE'], os.environ['OWN'])"
+    workspace = Workspace(variables={"PLACE": "here"}, directory=tmp_path)
+    episode = dataclasses.replace(make_episode(), workspace=workspace)
+
+    result = await play(python_agent(source, kind="process", env={"OWN": "1", "PLACE": "elsewhere"}), episode)
+
+    assert result.answer == f"{tmp_path.resolve()} here 1"
 
 
 async def test_a_crash_is_a_failed_agent_with_its_stderr() -> None:

@@ -6,22 +6,22 @@ import sys
 import pytest
 
 from examples.quickstart.demonstrations import AgentDescription, describe_agent, find_expression, write_messages
-from forgejax.environments import ReasoningGymTasks, TasksConfig
+from forgejax.environments import ReasoningGym, TasksConfig
 from forgejax.errors import AgentError
 
 AGENT = AgentDescription(system="S", tools=({"type": "function", "function": {"name": "calculator"}},))
 
 
 def test_the_expression_of_every_task_of_the_default_mixture_has_the_tasks_answer() -> None:
-    tasks = ReasoningGymTasks(TasksConfig(eval_tasks=32))
-    for task in tasks.eval_tasks:
+    tasks = ReasoningGym(TasksConfig(eval_tasks=32))
+    for task in tasks.held_out:
         expression = find_expression(task.question)
         assert set(expression) <= set("0123456789 +-*")
         assert str(eval(expression)) == task.payload["answer"]
 
 
 def test_a_direct_demonstration_is_question_and_answer() -> None:
-    task = ReasoningGymTasks(TasksConfig(eval_tasks=1)).eval_tasks[0]
+    task = ReasoningGym(TasksConfig(eval_tasks=1)).held_out[0]
     assert write_messages(task, "5", use_tool=False, agent=AGENT) == [
         {"role": "system", "content": "S"},
         {"role": "user", "content": task.question},
@@ -30,7 +30,7 @@ def test_a_direct_demonstration_is_question_and_answer() -> None:
 
 
 def test_the_tool_tells_the_truth_whatever_the_final_answer() -> None:
-    task = ReasoningGymTasks(TasksConfig(eval_tasks=1)).eval_tasks[0]
+    task = ReasoningGym(TasksConfig(eval_tasks=1)).held_out[0]
     messages = write_messages(task, "wrong", use_tool=True, agent=AGENT)
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
     call = messages[2]["tool_calls"][0]

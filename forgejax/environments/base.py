@@ -1,0 +1,61 @@
+"""Where tasks come from, what an episode is given to work in, and how its result is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from forgejax.types import Reward, Task, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """What an episode's agent is given beside its question.
+
+    ``variables`` are laid over the environment of a process that is started for the episode, and ``directory`` is
+    where it runs; None leaves it where the trainer is.
+    """
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    directory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What an episode earned: its outcome in [0, 1], which evaluations report, and rewards granted along the way.
+
+    The rewards count as they are, at the times they carry; that of the outcome is added by ``compute_rewards``.
+    """
+
+    outcome: float
+    rewards: tuple[Reward, ...] = ()
+
+
+class Environment(Protocol):
+    """An endless, deterministic stream of training tasks, some held-out ones, and their scorer."""
+
+    @property
+    def held_out(self) -> Sequence[Task]:
+        """Tasks for evaluation; none of them is a training task."""
+        ...
+
+    def task(self, index: int) -> Task:
+        """The training task at an absolute index, the same one each time."""
+        ...
+
+    async def open(self, task: Task) -> Workspace:
+        """What one episode of the task works in. Whoever cancels it gets nothing to close."""
+        ...
+
+    async def close(self, workspace: Workspace) -> None:
+        """Takes away what ``open`` gave; called once for each, whatever became of the episode."""
+        ...
+
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+        """What the episode earned; its ``rewards`` and ``outcome`` are not set yet. A senseless answer scores 0.
+
+        May block: it is called on a thread of its own, with a deadline, before the workspace is closed.
+        """
+        ...
