@@ -66,7 +66,7 @@ async def test_the_agent_runs_in_its_episodes_workspace(tmp_path: Path) -> None:
 
     result = await play(python_agent(source, kind="process", env={"OWN": "1", "PLACE": "elsewhere"}), episode)
 
-    assert result.answer == f"{tmp_path.resolve()} here 1"
+    assert result.answer == f"{tmp_path} here 1"
 
 
 async def test_a_crash_is_a_failed_agent_with_its_stderr() -> None:
