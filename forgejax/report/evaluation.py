@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from forgejax.report.names import EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS_EASY, EVAL_TOOLS_HARD, STEP
+from forgejax.report.names import EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS, STEP
 from forgejax.types import Task, Trajectory
 
 
@@ -65,12 +65,10 @@ def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) 
 
 def evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, float]:
     """The metrics row of an evaluation after ``step`` training steps, under the names that the curve is drawn from."""
-    easy, hard = result.levels.get("easy"), result.levels.get("hard")
     figures = {
         EVAL_OUTCOME: result.overall.reward,
         EVAL_OUTCOME_SE: result.overall.reward_se,
-        EVAL_TOOLS_EASY: easy.tool_use if easy else None,
-        EVAL_TOOLS_HARD: hard.tool_use if hard else None,
+        **{f"{EVAL_TOOLS}{level}": figures.tool_use for level, figures in result.levels.items()},
     }
     return {STEP: step, **{name: value for name, value in figures.items() if value is not None}}
 

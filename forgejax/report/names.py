@@ -5,17 +5,17 @@ A metrics row is a mapping of names to numbers with ``step`` in it. Names that a
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 STEP = "step"
 OUTCOME = "reward/outcome"
-TOOLS_EASY = "tools/easy"
-TOOLS_HARD = "tools/hard"
+TOOLS = "tools/"  # and a level
+EPISODE_TOKENS = "episode/tokens"
 EVAL_OUTCOME = "eval/outcome"
 EVAL_OUTCOME_SE = "eval/outcome_se"
-EVAL_TOOLS_EASY = "eval/tools_easy"
-EVAL_TOOLS_HARD = "eval/tools_hard"
+EVAL_TOOLS = "eval/tools_"  # and a level
 
 Style = Literal["decimal", "share", "count", "tiny", "times"]
 
@@ -29,10 +29,8 @@ class Shown:
     style: Style
 
 
-SHOWN = (
+_SHOWN = (
     Shown(name=OUTCOME, label="outcome", style="decimal"),
-    Shown(name=TOOLS_EASY, label="tools easy", style="share"),
-    Shown(name=TOOLS_HARD, label="tools hard", style="share"),
     Shown(name="throughput/sampled", label="sampled tok/s", style="count"),
     Shown(name="throughput/trained_unmerged", label="trained tok/s (unmerged)", style="count"),
     Shown(name="pool/head", label="window head", style="count"),
@@ -43,6 +41,22 @@ SHOWN = (
     Shown(name="learner/logprob_gap", label="logprob gap", style="tiny"),
     Shown(name=EVAL_OUTCOME, label="eval outcome", style="decimal"),
 )
+
+
+def find_shown(row: Mapping[str, float]) -> list[Shown]:
+    """The metrics of a row that the terminal shows, in their order; a level's tool use behind the outcome."""
+    outcome, *others = _SHOWN
+    tools = [
+        Shown(name=name, label=f"tools {name.removeprefix(TOOLS)}", style="share")
+        for name in sorted(row)
+        if name.startswith(TOOLS)
+    ]
+    return [shown for shown in (outcome, *tools, *others) if shown.name in row]
+
+
+def levels_of(row: Mapping[str, float], prefix: str) -> set[str]:
+    """The levels that a row has a figure of, under names that begin with ``prefix``."""
+    return {name.removeprefix(prefix) for name in row if name.startswith(prefix)}
 
 
 def written(value: float, style: Style) -> str:

@@ -19,7 +19,7 @@ from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
-from forgejax.report.sinks.jsonl import MetricsWriter
+from forgejax.report.sinks import open_sinks
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
 from forgejax.run.account import RunAccount, RunSums
 from forgejax.run.actors import Parts, RolloutService
@@ -80,8 +80,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
     progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
-    metrics = MetricsWriter(place.path, resumed_step=step if place.resumed else None)
-    stack.callback(metrics.close)
+    sinks = open_sinks(place.path, progress, resumed_step=step if place.resumed else None)
+    stack.callback(sinks.close)
     return Trainer(
         config=config.run,
         learner=learner,
@@ -101,7 +101,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
             gateway=gateway.metrics,
             compiles=compiles,
             sums=sums,
-            metrics=metrics,
+            sinks=sinks,
             progress=progress,
         ),
         progress=progress,

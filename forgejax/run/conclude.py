@@ -11,7 +11,7 @@ from forgejax.report.evaluation import NOT_MEASURED
 from forgejax.report.final.html import Report, write_html
 from forgejax.report.final.invariants import Bounds
 from forgejax.report.final.plots import reward_curve
-from forgejax.report.final.summary import Summary, evaluation_fields, gain_fields, level_outcomes, write_summary
+from forgejax.report.final.summary import Summary, evaluation_fields, write_summary
 from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.report.storage import write_atomic
 from forgejax.run.config import TrainConfig, to_mapping
@@ -37,7 +37,8 @@ def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line:
     summary = summarise(outcome, config)
     write_summary(place.path, summary)
     curve = reward_curve(read_metrics(place.path))
-    write_atomic(place.path / CURVE_FILE, curve)
+    if curve is not None:
+        write_atomic(place.path / CURVE_FILE, curve)
     report = Report(
         title=place.name,
         summary=summary,
@@ -62,9 +63,7 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
     sums, account = outcome.sums, outcome.account
     before, after = (each.result if each else NOT_MEASURED for each in (outcome.before, outcome.after))
     return Summary(
-        **evaluation_fields("before", before),
-        **evaluation_fields("after", after),
-        **gain_fields(before, after),
+        **evaluation_fields(before, after),
         eval_tasks=outcome.eval_tasks,
         seed=config.run.seed,
         steps=outcome.steps,
@@ -85,7 +84,6 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         groups_trained=account.groups_trained,
         groups_not_trained=dict(account.groups_not_trained),
         figures={
-            **level_outcomes(before, after),
             "compiles": outcome.compiles,
             "batch_shapes": outcome.batch_shapes,
             "wait_share": sums.wait_s / sums.train_s if sums.train_s else None,

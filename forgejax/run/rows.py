@@ -14,7 +14,7 @@ from forgejax.learner import Learner, Metrics
 from forgejax.pool.pool import Pool
 from forgejax.report.evaluation import EvaluationResult, evaluation_row
 from forgejax.report.live.progress import Progress
-from forgejax.report.sinks.jsonl import MetricsWriter
+from forgejax.report.sinks import Sinks
 from forgejax.rollout import Engines
 from forgejax.run.account import RunSums
 from forgejax.run.steps import StepData
@@ -52,7 +52,7 @@ class StepRows:
     gateway: GatewayMetrics
     compiles: Compiles
     sums: RunSums
-    metrics: MetricsWriter
+    sinks: Sinks
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -98,14 +98,13 @@ class StepRows:
                 **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},
                 **self._levels(),
             }
-            self.metrics.write(row)
-            self.progress.step(row)
+            self.sinks.write(row)
 
         return complete
 
     def write_evaluation(self, result: EvaluationResult, step: int) -> None:
         """The figures of an evaluation after ``step`` steps, beside those of the step."""
-        self.metrics.write(evaluation_row(result, step=step))
+        self.sinks.write(evaluation_row(result, step=step))
 
     def mark(self) -> None:
         """Rates are measured from here: called where training begins or goes on after something else."""

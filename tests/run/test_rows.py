@@ -54,7 +54,7 @@ def test_a_wait_for_packing_is_what_would_not_have_been_waited_had_packing_taken
         gateway=nothing,
         compiles=nothing,
         sums=sums,
-        metrics=nothing,
+        sinks=nothing,
         progress=nothing,
     )
     packing = {"packing_began": now + began_s, "packing_ended": now + ended_s}

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from forgejax.report.final.summary import Summary
+from forgejax.report.final.summary import LevelChange, Summary
 from forgejax.report.names import duration
 
 _NOISE = 2.0  # standard errors below which a difference is called noise
@@ -20,29 +20,34 @@ class Headline:
 
 
 def headlines(summary: Summary) -> tuple[Headline, ...]:
-    """Outcome overall and per level, then tool use and episode time per level, as far as they were measured."""
-    found = [_outcome(summary, level) for level in ("", "easy", "hard")]
-    for level in ("easy", "hard"):
-        found.append(_tool_use(summary, level))
-    for level in ("easy", "hard"):
-        found.append(_episode_time(summary, level))
+    """Outcome overall and per level, then tool use and episode time, as far as they were measured."""
+    whole = LevelChange(
+        outcome_before=summary.eval_reward_before,
+        outcome_before_se=summary.eval_reward_before_se,
+        outcome_after=summary.eval_reward_after,
+        outcome_after_se=summary.eval_reward_after_se,
+        tool_use_before=summary.tool_use_before,
+        tool_use_after=summary.tool_use_after,
+        episode_s_before=summary.episode_s_before,
+        episode_s_after=summary.episode_s_after,
+    )
+    found = [_outcome("all", whole, _paired_words(summary))]
+    found += [_outcome(level, change, None) for level, change in summary.levels.items()]
+    apart = summary.levels or {"all": whole}
+    found += [_tool_use(level, change) for level, change in apart.items()]
+    found += [_episode_time(level, change) for level, change in apart.items()]
     return tuple(headline for headline in found if headline is not None)
 
 
-def _outcome(summary: Summary, level: str) -> Headline | None:
-    suffix = f"_{level}" if level else ""
-    before, after, before_se, after_se = (
-        getattr(summary, f"eval_reward_{when}{suffix}{tail}") for tail in ("", "_se") for when in ("before", "after")
-    )
+def _outcome(level: str, change: LevelChange, paired: str | None) -> Headline | None:
+    before, after = change.outcome_before, change.outcome_after
     if before is None and after is None:
         return None
-    paired = None if level else _paired_words(summary)
-    words = paired or _outcome_words(before, after, before_se, after_se)
     return Headline(
-        label=f"Outcome reward, {level or 'all'} tasks",
-        before=_with_error(before, before_se),
-        after=_with_error(after, after_se),
-        words=words,
+        label=f"Outcome reward, {level} tasks",
+        before=_with_error(before, change.outcome_before_se),
+        after=_with_error(after, change.outcome_after_se),
+        words=paired or _outcome_words(before, after, change.outcome_before_se, change.outcome_after_se),
     )
 
 
@@ -69,8 +74,8 @@ def _outcome_words(before: float | None, after: float | None, before_se: float |
     return f"{moved}: {direction}, {size}."
 
 
-def _tool_use(summary: Summary, level: str) -> Headline | None:
-    before, after = getattr(summary, f"tool_use_before_{level}"), getattr(summary, f"tool_use_after_{level}")
+def _tool_use(level: str, change: LevelChange) -> Headline | None:
+    before, after = change.tool_use_before, change.tool_use_after
     if before is None and after is None:
         return None
     return Headline(
@@ -81,8 +86,8 @@ def _tool_use(summary: Summary, level: str) -> Headline | None:
     )
 
 
-def _episode_time(summary: Summary, level: str) -> Headline | None:
-    before, after = getattr(summary, f"episode_s_before_{level}"), getattr(summary, f"episode_s_after_{level}")
+def _episode_time(level: str, change: LevelChange) -> Headline | None:
+    before, after = change.episode_s_before, change.episode_s_after
     if before is None and after is None:
         return None
     return Headline(

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
 from forgejax.errors import ConfigError
-from forgejax.report.evaluation import EvaluationResult
+from forgejax.report.evaluation import NOT_MEASURED, EvaluationResult, LevelResult
 from forgejax.report.final.account import close_account
 from forgejax.report.final.bootstrap import paired_gain
 from forgejax.report.storage import storage_errors, write_atomic
@@ -25,50 +25,54 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LevelChange:
+    """What the evaluations before and after training say of one level of tasks; None where one was not measured."""
+
+    outcome_before: Share | None = None
+    outcome_before_se: Amount | None = None
+    outcome_after: Share | None = None
+    outcome_after_se: Amount | None = None
+    tool_use_before: Share | None = None
+    tool_use_after: Share | None = None
+    episode_s_before: Amount | None = None
+    episode_s_after: Amount | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """One run in figures. Outcomes and shares are in [0, 1], ``_s`` are seconds, ``_se`` standard errors.
 
-    A figure that was not measured, or is not finite, is None; array scalars become plain numbers. ``*_not_trained``
-    count by reason. ``eval_gain`` is the paired difference of the outcomes with its 95 % interval. ``figures`` takes
-    whatever else a run wants to keep. Each annotation is checked: ValueError.
+    A figure that was not measured, or is not finite, is None here and absent from the file; array scalars become plain
+    numbers. ``*_not_trained`` count by reason. ``eval_gain`` is the paired difference of the outcomes with its 95 %
+    interval. ``levels`` are those of the tasks where there are several, tool use is there where a tool was called.
+    ``figures`` takes whatever else a run wants to keep. Each annotation is checked: ValueError.
     """
 
-    eval_reward_before: Share | None
-    eval_reward_after: Share | None
-    eval_reward_before_se: Amount | None
-    eval_reward_after_se: Amount | None
-    eval_gain: float | None
-    eval_gain_low: float | None
-    eval_gain_high: float | None
-    eval_reward_before_easy: Share | None
-    eval_reward_before_hard: Share | None
-    eval_reward_after_easy: Share | None
-    eval_reward_after_hard: Share | None
-    eval_reward_before_easy_se: Amount | None
-    eval_reward_before_hard_se: Amount | None
-    eval_reward_after_easy_se: Amount | None
-    eval_reward_after_hard_se: Amount | None
-    tool_use_before_easy: Share | None
-    tool_use_before_hard: Share | None
-    tool_use_after_easy: Share | None
-    tool_use_after_hard: Share | None
-    episode_s_before_easy: Amount | None
-    episode_s_before_hard: Amount | None
-    episode_s_after_easy: Amount | None
-    episode_s_after_hard: Amount | None
+    eval_reward_before: Share | None = None
+    eval_reward_after: Share | None = None
+    eval_reward_before_se: Amount | None = None
+    eval_reward_after_se: Amount | None = None
+    eval_gain: float | None = None
+    eval_gain_low: float | None = None
+    eval_gain_high: float | None = None
+    tool_use_before: Share | None = None
+    tool_use_after: Share | None = None
+    episode_s_before: Amount | None = None
+    episode_s_after: Amount | None = None
+    levels: dict[str, LevelChange] = field(default_factory=dict)
     eval_tasks: Count
     seed: int
     steps: Count
     wall_s: Amount
     skipped_steps: Count
     drift_tokens: Count
-    logprob_gap_max: Amount | None
-    logprob_gap_mean: Amount | None
+    logprob_gap_max: Amount | None = None
+    logprob_gap_mean: Amount | None = None
     logprob_gap_tokens: Count
-    tree_token_ratio: Amount | None
-    prefix_cache_hit_rate: Share | None
-    staleness_steps_max: Count | None
-    window_disorder_max: Count | None
+    tree_token_ratio: Amount | None = None
+    prefix_cache_hit_rate: Share | None = None
+    staleness_steps_max: Count | None = None
+    window_disorder_max: Count | None = None
     tokens_sampled: Count
     tokens_trained: Count
     tokens_not_trained: dict[str, Count]
@@ -98,46 +102,49 @@ class Summary:
         return self.groups_dispatched - self.groups_trained - sum(self.groups_not_trained.values())
 
 
-def evaluation_fields(when: Literal["before", "after"], result: EvaluationResult) -> dict[str, Any]:
-    """The fields of Summary that one evaluation fills; those of a level it did not have are None."""
-    found: dict[str, float | None] = {
-        f"eval_reward_{when}": result.overall.reward,
-        f"eval_reward_{when}_se": result.overall.reward_se,
-    }
-    for level in ("easy", "hard"):
-        figures = result.levels.get(level)
-        found |= {
-            f"eval_reward_{when}_{level}": figures.reward if figures else None,
-            f"eval_reward_{when}_{level}_se": figures.reward_se if figures else None,
-            f"tool_use_{when}_{level}": figures.tool_use if figures else None,
-            f"episode_s_{when}_{level}": figures.episode_s if figures else None,
-        }
-    return found
-
-
-def gain_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
-    """The fields of Summary that two evaluations fill together."""
+def evaluation_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
+    """The fields of Summary that the evaluations before and after training fill."""
     gain = paired_gain(before.tasks, after.tasks)
+    tools = any(result.overall.tool_use for result in (before, after))
+    whole = _change(before.overall, after.overall, tools=tools)
+    nothing = NOT_MEASURED.overall
+    levels = {
+        level: _change(before.levels.get(level, nothing), after.levels.get(level, nothing), tools=tools)
+        for level in {**before.levels, **after.levels}
+    }
     return {
+        "eval_reward_before": whole.outcome_before,
+        "eval_reward_after": whole.outcome_after,
+        "eval_reward_before_se": whole.outcome_before_se,
+        "eval_reward_after_se": whole.outcome_after_se,
         "eval_gain": gain.mean if gain else None,
         "eval_gain_low": gain.low if gain else None,
         "eval_gain_high": gain.high if gain else None,
+        "tool_use_before": whole.tool_use_before,
+        "tool_use_after": whole.tool_use_after,
+        "episode_s_before": whole.episode_s_before,
+        "episode_s_after": whole.episode_s_after,
+        "levels": levels if len(levels) > 1 else {},
     }
 
 
-def level_outcomes(before: EvaluationResult, after: EvaluationResult) -> dict[str, float | None]:
-    """The outcomes of every level, for ``figures``."""
-    return {
-        f"outcome_{when}/{level}": figures.reward
-        for when, result in (("before", before), ("after", after))
-        for level, figures in result.levels.items()
-    }
+def _change(before: LevelResult, after: LevelResult, *, tools: bool) -> LevelChange:
+    return LevelChange(
+        outcome_before=before.reward,
+        outcome_before_se=before.reward_se,
+        outcome_after=after.reward,
+        outcome_after_se=after.reward_se,
+        tool_use_before=before.tool_use if tools else None,
+        tool_use_after=after.tool_use if tools else None,
+        episode_s_before=before.episode_s,
+        episode_s_after=after.episode_s,
+    )
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
     """Writes ``run_dir/summary.json``, whole or not at all; gives its path. Raises StorageFullError or ConfigError."""
     path = run_dir / SUMMARY_FILE
-    record = {**asdict(summary), _OPEN: summary.account_open_tokens}
+    record = _measured({**asdict(summary), _OPEN: summary.account_open_tokens})
     write_atomic(path, json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
     return path
 
@@ -175,8 +182,19 @@ def _field_laws() -> dict[str, Any]:
     return get_type_hints(Summary, include_extras=True)
 
 
+def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what is None, at any depth."""
+    return {
+        name: _measured(value) if isinstance(value, Mapping) else value
+        for name, value in record.items()
+        if value is not None
+    }
+
+
 def _plain(value: Any) -> Any:
-    """``value`` without array scalars, and with None for numbers that are not finite."""
+    """``value`` as plain data: without array scalars, and with None for numbers that are not finite."""
+    if isinstance(value, LevelChange):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     number = value.item() if hasattr(value, "item") else value

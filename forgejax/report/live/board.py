@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from forgejax.report.names import OUTCOME, STEP
+from forgejax.report.names import OUTCOME, STEP, TOOLS
 
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -52,6 +52,7 @@ class Board:
         self._durations: deque[float] = deque(maxlen=16)
         self._rewards: deque[float] = deque(maxlen=120)
         self._row: dict[str, float] = {}
+        self._tools_used = False
 
     def begin(self, name: str, detail: str) -> None:
         with self._lock:
@@ -75,6 +76,7 @@ class Board:
             if OUTCOME in row:
                 self._rewards.append(float(row[OUTCOME]))
             self._row |= {name: float(value) for name, value in row.items()}
+            self._tools_used |= any(value > 0 for name, value in self._row.items() if name.startswith(TOOLS))
             return step
 
     def view(self) -> View:
@@ -92,5 +94,8 @@ class Board:
                 steps=self._steps,
                 eta_s=None if pace is None else pace * max(0, self._steps - self._step),
                 rewards=tuple(self._rewards),
-                row=dict(self._row),
+                # Agents that have no tools need not be told that they use none.
+                row={
+                    name: value for name, value in self._row.items() if self._tools_used or not name.startswith(TOOLS)
+                },
             )

@@ -7,7 +7,7 @@ from typing import SupportsFloat, TextIO
 
 from forgejax.report.live.board import Board, View, printable
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.names import SHOWN, duration, written
+from forgejax.report.names import duration, find_shown, written
 
 
 class LinesProgress:
@@ -53,9 +53,7 @@ class LinesProgress:
 def step_line(view: View) -> str:
     """The line of the last step: number, the known figures that are there, time left."""
     parts = [f"step {view.step}/{view.steps}"]
-    parts += [
-        f"{shown.label} {written(view.row[shown.name], shown.style)}" for shown in SHOWN if shown.name in view.row
-    ]
+    parts += [f"{shown.label} {written(view.row[shown.name], shown.style)}" for shown in find_shown(view.row)]
     if view.eta_s is not None:
         parts.append(f"eta {duration(view.eta_s)}")
     return " | ".join(parts)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from forgejax.report.live.board import Board, View, printable
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.names import SHOWN, duration, written
+from forgejax.report.names import duration, find_shown, written
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NARROW = 28
@@ -89,8 +89,7 @@ def draw(view: View, *, width: int) -> RenderableType:
     """The panel for a terminal of ``width`` columns; no line of it is wider."""
     figures = [
         _line(Text.assemble((f"{shown.label} ", "dim"), (written(view.row[shown.name], shown.style), "bold")))
-        for shown in SHOWN
-        if shown.name in view.row
+        for shown in find_shown(view.row)
     ]
     parts: list[RenderableType] = [_line(Text(_headline(view), style="bold"))]
     if view.steps > 0 and width > _NARROW:

@@ -19,7 +19,7 @@ class Progress(Protocol):
         ...
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
-        """A training step has ended. ``row`` is the metrics row with ``step`` in it; names.SHOWN are displayed."""
+        """A training step has ended. ``row`` is its metrics row; ``find_shown`` says what of it is shown."""
         ...
 
     def note(self, text: str) -> None:

@@ -1,25 +1,22 @@
-"""Metrics on disk: one JSON object a row in ``metrics.jsonl``, and the same scalars as TensorBoard events."""
+"""Metrics on disk: one JSON object a row in ``metrics.jsonl``."""
 
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 from forgejax.errors import ConfigError
 from forgejax.report.names import STEP
-from forgejax.report.sinks.tensorboard import EventLog
+from forgejax.report.sinks.base import NONFINITE, TIME, Row
 from forgejax.report.storage import storage_errors, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
-_TIME = "time"
-_NONFINITE = "_nonfinite"
 
 
-class MetricsWriter:
-    """Appends metrics rows to ``run_dir/metrics.jsonl`` and ``run_dir/tensorboard/``. One thread at a time.
+class JsonLines:
+    """Appends rows to ``run_dir/metrics.jsonl``. One thread at a time.
 
     ``resumed_step`` is the step of the checkpoint that the run goes on from: later rows belong to work that was lost
     and are cut away (``rows_cut``), as are lines that are not rows (``lines_damaged``, a torn last line among them).
@@ -35,28 +32,22 @@ class MetricsWriter:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a row is in the file, whole, when write returns.
             self._file = self._path.open("ab", buffering=0)
-        self._events = EventLog(self._path.parent / "tensorboard", resumed_step=resumed_step)
 
-    def write(self, row: Mapping[str, SupportsFloat]) -> None:
-        """Appends one row; ``row["step"]`` says which step. A second row of a step adds to the first.
+    def write(self, row: Row) -> None:
+        """Appends one row. NaN and infinities are written as null and named in ``_nonfinite``.
 
-        Values are numbers or arrays of one number. NaN and infinities are written as null and named in ``_nonfinite``.
         If the disk is full the file ends with the last whole row and StorageFullError is raised.
         """
-        step, scalars = _checked(row)
-        now = time.time()
-        nonfinite = sorted(name for name, value in scalars.items() if not math.isfinite(value))
-        record: dict[str, Any] = {STEP: step, _TIME: round(now, 3)}
-        record |= {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        nonfinite = sorted(name for name, value in row.values.items() if not math.isfinite(value))
+        record: dict[str, Any] = {STEP: row.step, TIME: round(row.at, 3)}
+        record |= {name: value if math.isfinite(value) else None for name, value in row.values.items()}
         if nonfinite:
-            record[_NONFINITE] = nonfinite
+            record[NONFINITE] = nonfinite
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._events.write(step, scalars, wall_time=now)
 
     def close(self) -> None:
-        """Closes both files. Idempotent."""
+        """Idempotent."""
         self._file.close()
-        self._events.close()
 
     def _append(self, line: bytes) -> None:
         with storage_errors(self._path):
@@ -130,19 +121,3 @@ def _cut(path: Path, resumed_step: int | None) -> tuple[int, int]:
     if repaired != content:
         write_atomic(path, repaired)
     return cut, damaged
-
-
-def _checked(row: Mapping[str, SupportsFloat]) -> tuple[int, dict[str, float]]:
-    """The step and the other values as floats. Raises ValueError for a row that is not one."""
-    if STEP not in row:
-        raise ValueError(f"metrics row without a step: {sorted(row)}; expected the key 'step'")
-    reserved = {_TIME, _NONFINITE} & row.keys()
-    if reserved:
-        raise ValueError(f"metrics row uses the reserved names {sorted(reserved)}; give these metrics other names")
-    scalars: dict[str, float] = {}
-    for name, value in row.items():
-        try:
-            scalars[name] = float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metric {name!r} is {value!r}; expected one number") from error
-    return int(scalars.pop(STEP)), scalars

@@ -1,13 +1,13 @@
 """Scalars as TensorBoard event files, without TensorFlow."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forgejax.report.sinks.base import Row
 from forgejax.report.storage import storage_errors
 
 
-class EventLog:
+class TensorBoard:
     """Writes scalars to an event file of its own under ``folder``; nothing is imported or opened before the first.
 
     It writes on the caller's thread: tensorboardX's own SummaryWriter hands events to a thread through a bounded queue,
@@ -20,17 +20,17 @@ class EventLog:
         self._resumed_step = resumed_step
         self._records: Any = None
 
-    def write(self, step: int, scalars: Mapping[str, float], *, wall_time: float) -> None:
-        """Adds one event with all of ``scalars``; it is in the file when this returns."""
+    def write(self, row: Row) -> None:
+        """Adds one event with all of the row; it is in the file when this returns."""
         # Imported late: a tenth of a second, and more where tensorboardX finds torch to import.
         from tensorboardX.proto.event_pb2 import Event  # noqa: PLC0415
         from tensorboardX.proto.summary_pb2 import Summary  # noqa: PLC0415
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        event = Event(wall_time=wall_time, step=step, summary=Summary(value=values))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.values.items()]
+        event = Event(wall_time=row.at, step=row.step, summary=Summary(value=values))
         with storage_errors(self._folder):
             if self._records is None:
-                self._records = self._opened(wall_time)
+                self._records = self._open(row.at)
             self._records.write(event.SerializeToString())
             self._records.flush()
 
@@ -41,7 +41,7 @@ class EventLog:
             with storage_errors(self._folder):
                 records.close()
 
-    def _opened(self, wall_time: float) -> Any:
+    def _open(self, wall_time: float) -> Any:
         from tensorboardX import RecordWriter  # noqa: PLC0415
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
 

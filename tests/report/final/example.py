@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from forgejax.report.final.summary import Summary
+from forgejax.report.final.summary import LevelChange, Summary
 
 
 def summary(**changes: Any) -> Summary:
@@ -15,22 +15,28 @@ def summary(**changes: Any) -> Summary:
         "eval_gain_high": 0.58,
         "eval_reward_before_se": 0.03,
         "eval_reward_after_se": 0.04,
-        "eval_reward_before_easy": 0.4,
-        "eval_reward_before_hard": 0.1,
-        "eval_reward_after_easy": 0.9,
-        "eval_reward_after_hard": 0.6,
-        "eval_reward_before_easy_se": 0.05,
-        "eval_reward_before_hard_se": 0.05,
-        "eval_reward_after_easy_se": 0.05,
-        "eval_reward_after_hard_se": 0.05,
-        "tool_use_before_easy": 0.5,
-        "tool_use_before_hard": 0.5,
-        "tool_use_after_easy": 0.05,
-        "tool_use_after_hard": 0.95,
-        "episode_s_before_easy": 1.5,
-        "episode_s_before_hard": 2.5,
-        "episode_s_after_easy": 0.5,
-        "episode_s_after_hard": 3.5,
+        "levels": {
+            "easy": LevelChange(
+                outcome_before=0.4,
+                outcome_before_se=0.05,
+                outcome_after=0.9,
+                outcome_after_se=0.05,
+                tool_use_before=0.5,
+                tool_use_after=0.05,
+                episode_s_before=1.5,
+                episode_s_after=0.5,
+            ),
+            "hard": LevelChange(
+                outcome_before=0.1,
+                outcome_before_se=0.05,
+                outcome_after=0.6,
+                outcome_after_se=0.05,
+                tool_use_before=0.5,
+                tool_use_after=0.95,
+                episode_s_before=2.5,
+                episode_s_after=3.5,
+            ),
+        },
         "eval_tasks": 64,
         "seed": 7,
         "steps": 20,

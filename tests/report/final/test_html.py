@@ -105,6 +105,7 @@ def test_a_run_that_measured_nothing_still_has_a_page() -> None:
                 ("eval_reward", "tool_use", "episode_s", "logprob_gap_m", "tree", "prefix", "stale", "wind")
             )
         },
+        levels={},
         tokens_sampled=0,
         tokens_trained=0,
         tokens_not_trained={},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forgejax.report.final import plots
 from forgejax.report.final.plots import reward_curve, smoothed
 
 
@@ -21,14 +22,31 @@ def test_the_trailing_mean_leaves_out_what_is_not_finite() -> None:
     assert math.isnan(smoothed([math.nan], 3)[0])
 
 
-@pytest.mark.parametrize("count", [0, 1, 60])
-def test_a_curve_of_any_length_is_drawn_at_one_size(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 60])
+@pytest.mark.parametrize("tools", [0.0, 0.5])
+def test_a_curve_of_any_length_is_drawn_at_one_size(count: int, tools: float) -> None:
     rows = [
-        {"step": step, "reward/outcome": step / 60, "tools/easy": 0.5, "tools/hard": math.nan} for step in range(count)
+        {"step": step, "reward/outcome": step / 60, "tools/a": tools, "tools/b": math.nan, "episode/tokens": 9.0}
+        for step in range(count)
     ]
-    if count:
-        rows[-1] |= {"eval/outcome": 0.9, "eval/tools_easy": 0.1}
-    assert size(reward_curve(rows)) == (1350, 960)
+    rows[-1] |= {"eval/outcome": 0.9, "eval/tools_a": tools}
+    png = reward_curve(rows)
+    assert png is not None and size(png) == (1350, 960)
+
+
+def test_a_panel_without_figures_is_left_out_and_nothing_at_all_is_no_picture() -> None:
+    assert reward_curve([]) is None
+    png = reward_curve([{"step": 0, "eval/outcome": 0.5, "eval/tools_a": 0.0}])
+    assert png is not None and size(png) == (1350, 555)
+
+
+def test_the_lower_panel_shows_tools_where_any_level_used_one_and_the_episodes_length_elsewhere() -> None:
+    row = {"step": 1.0, "reward/outcome": 0.5, "tools/a": 0.0, "tools/b": 0.0, "episode/tokens": 9.0}
+    assert [drawing.__name__ for drawing, _ in plots._panels([row])] == ["_draw_reward", "_draw_length"]
+    assert [drawing.__name__ for drawing, _ in plots._panels([row | {"eval/tools_b": 0.1}])] == [
+        "_draw_reward",
+        "_draw_tools",
+    ]
 
 
 def test_drawing_is_silent_without_a_display_or_a_home(tmp_path: Path) -> None:

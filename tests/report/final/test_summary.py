@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from forgejax.errors import ConfigError
-from forgejax.report.evaluation import EvaluationResult, LevelResult
-from forgejax.report.final.summary import SUMMARY_FILE, Summary, evaluation_fields, read_summary, write_summary
+from forgejax.report.evaluation import NOT_MEASURED, EvaluationResult, LevelResult
+from forgejax.report.final.summary import SUMMARY_FILE, evaluation_fields, read_summary, write_summary
 from tests.report.final.example import summary
 
 
@@ -42,7 +42,8 @@ def test_numbers_that_are_not_finite_become_none_and_array_scalars_plain_numbers
     ("name", "value"),
     [
         ("eval_reward_after", 1.5),
-        ("tool_use_before_easy", -0.1),
+        ("tool_use_before", -0.1),
+        ("levels", {"easy": {"tool_use_before": -0.1}}),
         ("steps", -1),
         ("steps", 2.5),
         ("wall_s", math.nan),
@@ -82,11 +83,27 @@ def test_a_missing_summary_is_a_clear_error(tmp_path: Path) -> None:
         read_summary(tmp_path)
 
 
-def test_one_evaluation_fills_its_half_of_the_fields() -> None:
-    easy = LevelResult(episodes=4, tasks=4, masked=0, reward=0.5, reward_se=0.25, tool_use=0.75, episode_s=2.0)
-    result = EvaluationResult(overall=replace(easy, reward=0.6), levels={"easy": easy})
-    given = evaluation_fields("after", result)
-    assert given["eval_reward_after"] == 0.6 and given["eval_reward_after_se"] == 0.25
-    assert given["tool_use_after_easy"] == 0.75 and given["episode_s_after_easy"] == 2.0
-    assert given["eval_reward_after_hard"] is None
-    assert given.keys() == {known.name for known in fields(Summary) if "_after" in known.name}
+_LEVEL = LevelResult(episodes=4, tasks=4, masked=0, reward=0.5, reward_se=0.25, tool_use=0.75, episode_s=2.0)
+
+
+def test_levels_are_those_that_were_played() -> None:
+    before = EvaluationResult(overall=_LEVEL, levels={"red": _LEVEL, "blue": replace(_LEVEL, reward=0.1)})
+    after = EvaluationResult(overall=replace(_LEVEL, reward=0.6), levels={"red": replace(_LEVEL, reward=0.9)})
+    given = summary(**evaluation_fields(before, after))
+
+    assert (given.eval_reward_before, given.eval_reward_after, given.tool_use_after) == (0.5, 0.6, 0.75)
+    assert list(given.levels) == ["red", "blue"]
+    assert (given.levels["red"].outcome_before, given.levels["red"].outcome_after) == (0.5, 0.9)
+    assert (given.levels["blue"].outcome_before, given.levels["blue"].outcome_after) == (0.1, None)
+
+
+def test_what_a_run_cannot_have_is_absent_and_not_null(tmp_path: Path) -> None:
+    plain = replace(_LEVEL, tool_use=0.0)
+    result = EvaluationResult(overall=plain, levels={"default": plain})
+    path = write_summary(tmp_path, summary(**evaluation_fields(result, NOT_MEASURED)))
+    record = json.loads(path.read_text())
+
+    assert "null" not in path.read_text()
+    assert record["levels"] == {} and record["eval_reward_before"] == 0.5
+    assert {"tool_use_before", "tool_use_after", "eval_reward_after", "eval_gain"}.isdisjoint(record)
+    assert read_summary(tmp_path).eval_reward_after is None

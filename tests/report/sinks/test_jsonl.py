@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from forgejax.errors import ConfigError, StorageFullError
-from forgejax.report.sinks.jsonl import METRICS_FILE, MetricsWriter, read_metrics
+from forgejax.report.sinks import JsonLines, Sinks, TensorBoard
+from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
 
 
 def events(folder: Path) -> list[Any]:
@@ -32,8 +33,14 @@ def events(folder: Path) -> list[Any]:
     return found
 
 
+def open_files(run_dir: Path, resumed_step: int | None = None) -> Sinks:
+    return Sinks(
+        JsonLines(run_dir, resumed_step=resumed_step), TensorBoard(run_dir / "tensorboard", resumed_step=resumed_step)
+    )
+
+
 def test_a_row_is_on_disk_when_write_returns_and_reads_back(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     writer.write({"step": 1, "reward/outcome": np.float32(0.5), "tokens": np.int64(7)})
     record = json.loads((tmp_path / METRICS_FILE).read_text())
     assert record.items() >= {"step": 1, "reward/outcome": 0.5, "tokens": 7.0}.items()
@@ -44,7 +51,7 @@ def test_a_row_is_on_disk_when_write_returns_and_reads_back(tmp_path: Path) -> N
 
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     writer.write({"step": 1, "loss": math.nan, "norm": math.inf, "fine": 1.0})
     writer.close()
     record = json.loads((tmp_path / METRICS_FILE).read_text())
@@ -55,13 +62,14 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
 
 def test_on_resume_later_rows_and_a_torn_line_are_cut_away(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     for step in range(6):
         writer.write({"step": step, "x": step})
     writer.close()
     path.write_bytes(path.read_bytes() + b'{"step": 6, "x": 6')
-    writer = MetricsWriter(tmp_path, resumed_step=3)
-    assert (writer.rows_cut, writer.lines_damaged) == (2, 1)
+    lines = JsonLines(tmp_path, resumed_step=3)
+    assert (lines.rows_cut, lines.lines_damaged) == (2, 1)
+    writer = Sinks(lines)
     writer.write({"step": 4, "x": 40.0})
     writer.close()
     assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
@@ -69,14 +77,14 @@ def test_on_resume_later_rows_and_a_torn_line_are_cut_away(tmp_path: Path) -> No
 
 def test_a_whole_last_row_without_its_line_feed_is_kept(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1, "x": 1}\n{"step": 2, "x": 2}')
-    writer = MetricsWriter(tmp_path, resumed_step=2)
+    writer = open_files(tmp_path, resumed_step=2)
     writer.write({"step": 3, "x": 3})
     writer.close()
     assert [row["x"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_second_row_of_a_step_adds_to_the_first_and_order_does_not_matter(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     writer.write({"step": 2, "eval/outcome": 0.7})
     writer.write({"step": 1, "loss": 3.0})
     writer.write({"step": 2, "loss": 2.0})
@@ -87,11 +95,11 @@ def test_a_second_row_of_a_step_adds_to_the_first_and_order_does_not_matter(tmp_
 
 
 def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     writer.write({"step": 1})
     writer.close()
     with pytest.raises(ConfigError, match="already holds 1 rows"):
-        MetricsWriter(tmp_path)
+        open_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
 def test_a_row_that_is_none_is_refused_and_nothing_is_written(
     tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     with pytest.raises(ValueError, match=message):
         writer.write(row)
     writer.close()
@@ -114,7 +122,7 @@ def test_a_row_that_is_none_is_refused_and_nothing_is_written(
 
 
 def test_the_same_scalars_are_in_tensorboard_files_that_read_back(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_files(tmp_path)
     writer.write({"step": 1, "loss": 2.5, "reward/outcome": 0.25})
     writer.write({"step": 2, "loss": math.nan})
     seen = [event for event in events(tmp_path / "tensorboard") if event.HasField("summary")]
@@ -127,7 +135,7 @@ def test_the_same_scalars_are_in_tensorboard_files_that_read_back(tmp_path: Path
 
 def test_a_resumed_run_has_its_own_event_file_that_voids_the_later_steps(tmp_path: Path) -> None:
     for resumed_step, step in ((None, 5), (3, 4)):
-        writer = MetricsWriter(tmp_path, resumed_step=resumed_step)
+        writer = open_files(tmp_path, resumed_step=resumed_step)
         writer.write({"step": step, "x": step})
         writer.close()
     found = events(tmp_path / "tensorboard")
@@ -138,9 +146,10 @@ def test_a_resumed_run_has_its_own_event_file_that_voids_the_later_steps(tmp_pat
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = MetricsWriter(tmp_path)
+    lines = JsonLines(tmp_path)
+    writer = Sinks(lines)
     writer.write({"step": 1, "x": 1.0})
-    whole = writer._file
+    whole = lines._file
 
     class Full:
         """Takes ten bytes of a row, then the disk is full."""
@@ -160,7 +169,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_rows(tmp_path: Path, monke
         def truncate(self, size: int) -> int:
             return whole.truncate(size)
 
-    monkeypatch.setattr(writer, "_file", Full())
+    monkeypatch.setattr(lines, "_file", Full())
     with pytest.raises(StorageFullError, match=r"the disk is full .* Free space under"):
         writer.write({"step": 2, "x": 2.0})
     monkeypatch.undo()
@@ -171,9 +180,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_rows(tmp_path: Path, monke
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_disk_full_under_tensorboard_raises_and_does_not_hang(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    events_sink = TensorBoard(tmp_path / "tensorboard")
+    writer = Sinks(JsonLines(tmp_path), events_sink)
     writer.write({"step": 0})
-    records = writer._events._records
+    records = events_sink._records
     records._writer.close()
     records._writer = Path("/dev/full").open("wb")  # noqa: SIM115 - closed by the writer under test
     for step in range(1, 30):
@@ -187,7 +197,7 @@ def test_a_disk_full_under_tensorboard_raises_and_does_not_hang(tmp_path: Path) 
 def test_a_run_directory_that_is_a_file_is_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="Choose another run directory"):
-        MetricsWriter(tmp_path / "run")
+        open_files(tmp_path / "run")
     with pytest.raises(ConfigError, match="could not be used"):
         read_metrics(tmp_path)
 
@@ -196,8 +206,9 @@ def test_writing_events_imports_no_tensorflow_and_nothing_before_the_first_row(t
     program = f"""
 import sys
 from pathlib import Path
-from forgejax.report.sinks.jsonl import MetricsWriter
-writer = MetricsWriter(Path({str(tmp_path)!r}))
+from forgejax.report.live.progress import NoProgress
+from forgejax.report.sinks import open_sinks
+writer = open_sinks(Path({str(tmp_path)!r}), NoProgress())
 assert "tensorboardX" not in sys.modules
 writer.write({{"step": 1, "x": 1.0}})
 assert "tensorboardX" in sys.modules
