@@ -19,7 +19,7 @@ from forgejax.chat import ChatFormat
 from forgejax.errors import ForgejaxError
 from forgejax.models import abstract_policy, export_policy
 from forgejax.run import rundir
-from forgejax.run.checkpoint import load_params
+from forgejax.run.checkpoint import load_trained
 from forgejax.run.config import TrainConfig, load_saved
 
 
@@ -35,7 +35,7 @@ class Options:
 
 def main(options: Options) -> None:
     config = load_saved(rundir.saved_config(options.run), str(options.run))
-    step, params = load_params(rundir.checkpoints_of(options.run), options.step, abstract_policy(config.policy)[1])
+    step, params = load_trained(rundir.checkpoints_of(options.run), options.step, abstract_policy(config.policy)[1])
     export_policy(
         config.policy,
         params,

@@ -26,7 +26,7 @@ from forgejax.rollout.engine._jetstream import jetstream_pb2_grpc
 from forgejax.rollout.server.grpc_service import OrchestratorService
 from forgejax.rollout.server.http import Publishing, RolloutServer
 from forgejax.run import rundir
-from forgejax.run.checkpoint import load_params, load_tree
+from forgejax.run.checkpoint import load_trained, load_tree
 from forgejax.run.config import load_saved
 from forgejax.types import SamplingLaw
 
@@ -95,7 +95,7 @@ def load_served(config: ServeConfig) -> Served:
     if config.run is not None:
         # The saved configuration is complete: the folder that the run began with may be gone.
         policy = load_saved(rundir.saved_config(config.run), str(config.run)).policy
-        step, params = load_params(rundir.checkpoints_of(config.run), config.step, abstract_policy(policy)[1])
+        step, params = load_trained(rundir.checkpoints_of(config.run), config.step, abstract_policy(policy)[1])
         return Served(policy=policy, params=params, version=step if config.version is None else config.version)
     policy = config.policy
     if policy.path:

@@ -77,13 +77,13 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
 
 def _train(config: TrainConfig, place: RunDir) -> int:
     from forgejax.report.live.progress import open_progress  # noqa: PLC0415
-    from forgejax.run.build import run  # noqa: PLC0415
+    from forgejax.run.build import play_run  # noqa: PLC0415
     from forgejax.run.conclude import conclude  # noqa: PLC0415
 
     progress = open_progress(steps=config.run.steps)
     try:
         stopper = Stopper(progress)
-        outcome: Outcome = run(config, place, progress, stopper.watch)
+        outcome: Outcome = play_run(config, place, progress, stopper.watch)
         with progress.phase("reporting"):
             summary, report = conclude(outcome, config, place, shlex.join(["python", *sys.argv]))
         if not outcome.finished:

@@ -5,6 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled in many variants, run a few times: quickly, not well
 os.environ["NPROC"] = "32"  # threads for the collectives of 8 devices; see forgejax/sharding/mesh.py
 
 from pathlib import Path

@@ -31,8 +31,8 @@ _CANCEL_S = 5.0
 _OPEN_S = 60.0
 _CLOSE_S = 15.0
 _SCORE_S = 10.0
-T = TypeVar("T")
-log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class EpisodeRunner:
             trajectory = await self._score(task, workspace, trajectory)
         _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
         if problem is not None:
-            log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
+            _log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
         return trajectory
 
     async def _score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Trajectory:
@@ -198,7 +198,7 @@ def _describe(problem: BaseException | None) -> str:
     return f"{type(problem).__name__}: {problem}"
 
 
-async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | None, BaseException | None]:
+async def _settle(work: Coroutine[Any, Any, _T], deadline_s: float) -> tuple[_T | None, BaseException | None]:
     """The result of ``work`` or what it raised; TimeoutError past the deadline. Being cancelled cancels ``work``.
 
     ``work`` that ignores its cancellation is left behind after _CANCEL_S, so that nothing waits on it for ever.
@@ -211,7 +211,7 @@ async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | 
         if task.cancel():
             await asyncio.wait({task}, timeout=_CANCEL_S)
             if not task.done():
-                log.warning("%r ignores its cancellation and is left behind", task)
+                _log.warning("%r ignores its cancellation and is left behind", task)
             late: BaseException | None = TimeoutError(f"nothing within {deadline_s:g} s")
         else:
             late = None
@@ -223,7 +223,7 @@ async def _settle(work: Coroutine[Any, Any, T], deadline_s: float) -> tuple[T | 
     return (None, problem) if problem is not None else (task.result(), None)
 
 
-async def _shield(work: Coroutine[Any, Any, T]) -> T:
+async def _shield(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -232,12 +232,12 @@ async def _shield(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def _call_in_thread(function: Callable[[], T]) -> T:
+async def _call_in_thread(function: Callable[[], _T]) -> _T:
     """Runs a function that may be slow in a daemon thread, so that one that hangs cannot hold up the end of the run."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[_T] = loop.create_future()
 
-    def settle(value: T | None, problem: BaseException | None) -> None:
+    def settle(value: _T | None, problem: BaseException | None) -> None:
         if future.done():
             return
         if problem is not None:
@@ -246,7 +246,7 @@ async def _call_in_thread(function: Callable[[], T]) -> T:
             future.set_result(value)
 
     def work() -> None:
-        value: T | None = None
+        value: _T | None = None
         problem: Exception | None = None
         try:
             value = function()

@@ -5,9 +5,9 @@ from forgejax.learner.learner import Learner
 from forgejax.learner.pack import PackGroups, TrainingBatch, pack
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.drift import drift_tokens
+from forgejax.learner.packing.drift import count_drift
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.packing.samples import Sample, supervised_sample
+from forgejax.learner.packing.samples import Sample, make_supervised_sample
 from forgejax.learner.step.corrections import CorrectionConfig
 from forgejax.learner.step.losses import LossConfig
 from forgejax.learner.step.optimizer import OptimizerConfig
@@ -32,10 +32,10 @@ __all__ = [
     "TrainStep",
     "TrainingBatch",
     "assign_credit",
-    "drift_tokens",
+    "count_drift",
     "lay_empty",
     "make_judge",
+    "make_supervised_sample",
     "make_train_step",
     "pack",
-    "supervised_sample",
 ]

@@ -22,7 +22,7 @@ from forgejax.types import Dispatch
 LOST_ATTEMPT = "lost_attempt"
 GroupState = Literal["waiting", "dispatched", "finished", "failed"]
 Kind = Literal["taken", "dropped"]
-Outcome = Literal["accepted", "repeated", "lost"]
+Acceptance = Literal["accepted", "repeated", "lost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Journal:
             connection.execute(sa.update(schema.groups).where(schema.groups.c.index == index).values(**started))
             return Dispatch(index=index, attempt=row.attempt, version=version)
 
-    def finish(self, dispatch: Dispatch, *, task_id: str, payload: bytes, sampled_tokens: int) -> Outcome:
+    def finish(self, dispatch: Dispatch, *, task_id: str, payload: bytes, sampled_tokens: int) -> Acceptance:
         """Accepts a finished group.
 
         "repeated": it was reported before, nothing changes. "lost": its attempt was given up, so it is not kept and its
@@ -123,7 +123,7 @@ class Journal:
             sampled_tokens,
         )
 
-    def fail(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Outcome:
+    def fail(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Acceptance:
         """Records that a group came to nothing and counts its tokens under ``reason``. Outcomes as in ``finish``."""
         return self._end(dispatch, {"state": "failed", "reason": reason}, sampled_tokens)
 
@@ -142,7 +142,7 @@ class Journal:
     def forget(self, step: int) -> None:
         """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on."""
         with self._write() as connection:
-            already = connection.scalar(sa.select(schema.run.c.forgotten_before)) or 0
+            already = connection.scalar(sa.select(schema.fence.c.forgotten_before)) or 0
             past = sa.select(schema.consumption.c.index).where(
                 schema.consumption.c.voided_by.is_(None),
                 schema.consumption.c.step >= already,
@@ -154,7 +154,7 @@ class Journal:
                 .values(payload=None)
             )
             connection.execute(
-                sa.update(schema.run).where(schema.run.c.forgotten_before < step).values(forgotten_before=step)
+                sa.update(schema.fence).where(schema.fence.c.forgotten_before < step).values(forgotten_before=step)
             )
 
     def payload(self, index: int) -> bytes:
@@ -198,7 +198,7 @@ class Journal:
     def _write(self) -> Iterator[Connection]:
         """One transaction, behind the fence."""
         with schema.errors(), self._writer.begin() as connection:
-            newest = connection.scalar(sa.select(schema.run.c.attempt).with_for_update())
+            newest = connection.scalar(sa.select(schema.fence.c.attempt).with_for_update())
             if newest != self.attempt:
                 raise PoolError(
                     f"run attempt {self.attempt} may not write to the journal: attempt {newest} has taken over; "
@@ -206,7 +206,7 @@ class Journal:
                 )
             yield connection
 
-    def _end(self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int) -> Outcome:
+    def _end(self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int) -> Acceptance:
         with self._write() as connection:
             row = _row(connection, dispatch.index)
             if row is None or dispatch.attempt > row.attempt:
@@ -232,7 +232,7 @@ class Journal:
             return "accepted"
 
     def _check_step(self, connection: Connection, step: int) -> None:
-        forgotten = connection.scalar(sa.select(schema.run.c.forgotten_before)) or 0
+        forgotten = connection.scalar(sa.select(schema.fence.c.forgotten_before)) or 0
         if step < forgotten:
             raise PoolError(
                 f"cannot go back to step {step}: the journal has forgotten the groups consumed before "
@@ -274,11 +274,11 @@ def _count(
 
 
 def _claim(connection: Connection) -> int:
-    row = connection.execute(sa.select(schema.run).with_for_update()).mappings().one_or_none()
+    row = connection.execute(sa.select(schema.fence).with_for_update()).mappings().one_or_none()
     if row is None:
-        connection.execute(sa.insert(schema.run).values(id=1, schema=schema.VERSION, attempt=0, forgotten_before=0))
+        connection.execute(sa.insert(schema.fence).values(id=1, schema=schema.VERSION, attempt=0, forgotten_before=0))
         return 0
     if row["schema"] != schema.VERSION:
         raise PoolError(f"the journal has schema {row['schema']}, expected {schema.VERSION}; start a new run directory")
-    connection.execute(sa.update(schema.run).values(attempt=row["attempt"] + 1))
+    connection.execute(sa.update(schema.fence).values(attempt=row["attempt"] + 1))
     return int(row["attempt"]) + 1

@@ -17,8 +17,8 @@ WRITES = "forgejax_writes"  # the execution option of a connection that will wri
 _LOCK_TIMEOUT_S = 30.0
 
 tables = sa.MetaData()
-run = sa.Table(
-    "run",  # one row: the fence
+fence = sa.Table(
+    "run",  # one row: who may write
     tables,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("schema", sa.Integer, nullable=False),

@@ -43,7 +43,7 @@ NOT_MEASURED = EvaluationResult(
 )
 
 
-def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> EvaluationResult:
+def sum_up_evaluation(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> EvaluationResult:
     """Sums up ``trajectories`` of ``tasks``; every level of ``tasks`` has an entry, with or without episodes.
 
     Raises ValueError for a trajectory whose task is not among ``tasks``.
@@ -63,7 +63,7 @@ def evaluation_table(trajectories: Sequence[Trajectory], tasks: Sequence[Task]) 
     )
 
 
-def evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, float]:
+def make_evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, float]:
     """The metrics row of an evaluation after ``step`` training steps, under the names that the curve is drawn from."""
     figures = {
         EVAL_OUTCOME: result.overall.reward,

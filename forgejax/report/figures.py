@@ -8,7 +8,7 @@ from forgejax.report.names import OUTCOME
 from forgejax.types import Group
 
 
-def group_figures(groups: Sequence[Group]) -> dict[str, float]:
+def measure_groups(groups: Sequence[Group]) -> dict[str, float]:
     """Mean outcome and reward, tool use and seconds per level, turns and tokens per episode; masked episodes left out.
 
     Tool use of level L is ``tools/L``: the share of its episodes with at least one tool call.

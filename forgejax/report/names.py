@@ -54,12 +54,12 @@ def find_shown(row: Mapping[str, float]) -> list[Shown]:
     return [shown for shown in (outcome, *tools, *others) if shown.name in row]
 
 
-def levels_of(row: Mapping[str, float], prefix: str) -> set[str]:
+def find_levels(row: Mapping[str, float], prefix: str) -> set[str]:
     """The levels that a row has a figure of, under names that begin with ``prefix``."""
     return {name.removeprefix(prefix) for name in row if name.startswith(prefix)}
 
 
-def written(value: float, style: Style) -> str:
+def format_value(value: float, style: Style) -> str:
     """``value`` as people read it: 0.53, 12%, 1,234, 3.1e-07, 4.5x; a non-finite value as ``nan`` or ``inf``."""
     if not math.isfinite(value):
         return str(value)
@@ -76,7 +76,7 @@ def written(value: float, style: Style) -> str:
             return f"{value:.2f}x"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``seconds`` as 4.2s, 3m05s or 2h07m."""
     if seconds < 59.95:
         return f"{seconds:.1f}s"

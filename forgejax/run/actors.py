@@ -31,7 +31,7 @@ _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
 _WARM_TOKENS = 8
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class RolloutService:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(self._running)
 
-    def _call(self, work: Coroutine[Any, Any, T], deadline_s: float, failure: str) -> T:
+    def _call(self, work: Coroutine[Any, Any, _T], deadline_s: float, failure: str) -> _T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(deadline_s)

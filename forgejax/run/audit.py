@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forgejax.learner import Learner, PackConfig, PackedBatch, PackedStep, Sample, drift_tokens, pack
-from forgejax.learner.packing.drift import trained_ids
-from forgejax.learner.packing.samples import turn_sample, untrainable_reason
+from forgejax.learner import Learner, PackConfig, PackedBatch, PackedStep, Sample, count_drift, pack
+from forgejax.learner.packing.drift import read_trained_ids
+from forgejax.learner.packing.samples import find_untrainable_reason, make_turn_sample
 from forgejax.rollout import Engines
 from forgejax.run.account import RunSums
 from forgejax.types import Completion, SampleRequest, SamplingLaw, Turn
@@ -37,14 +37,14 @@ class Audit:
         """Counts the ids of a trained step that differ from the engines' own records of its requests."""
         records = self.engines.requests_of({placement.request_id for placement in packed.placements})
         given = {name: (record.prompt_ids, record.sampled_ids) for name, record in records.items()}
-        self.sums.drift_tokens += drift_tokens(packed, given)
+        self.sums.drift_tokens += count_drift(packed, given)
 
     def measure_gap(self, turns: Iterable[Turn], version: int) -> None:
         """Scores what the sampler drew with the learner's current weights, of ``version``."""
         samples: list[Sample] = [
-            turn_sample(turn, 1.0)
+            make_turn_sample(turn, 1.0)
             for turn in turns
-            if len(turn.completion.token_ids) and untrainable_reason(turn, self.packing) is None
+            if len(turn.completion.token_ids) and find_untrainable_reason(turn, self.packing) is None
         ]
         if samples:
             packed = pack([samples], self.packing, row_shards=self.learner.row_shards)
@@ -57,7 +57,7 @@ class Audit:
         return [
             SampleRequest(
                 request_id=f"probe-{self.attempt}-{step}-{number}",
-                prompt_ids=trained_ids(parts[placement.batch], placement)[0],
+                prompt_ids=read_trained_ids(parts[placement.batch], placement)[0],
                 max_tokens=_PROBE_TOKENS,
                 law=self.law,
                 purpose="probe",

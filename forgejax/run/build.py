@@ -33,9 +33,9 @@ from forgejax.run.rundir import RunDir
 from forgejax.run.steps import PooledSteps
 from forgejax.run.warm_start import (
     Demonstrations,
-    cache_key,
     describe_weights,
     imitate,
+    make_cache_key,
     make_demonstrations,
     note_tenths,
 )
@@ -44,7 +44,7 @@ from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, re
 BEFORE_FILE = "evaluation-before.json"
 
 
-def run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callable[[Trainer], None]) -> Outcome:
+def play_run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callable[[Trainer], None]) -> Outcome:
     """Builds everything, has it trained and takes it down; what is left to report is plain data.
 
     ``on_ready`` gets the trainer as soon as it can be stopped. Raises ForgejaxError with a sentence for the user.
@@ -141,7 +141,7 @@ def _warm_params(
     step_config = warm.step_config(config.step)
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
     described = [to_mapping(each) for each in settings] + describe_weights(config.policy.path)
-    cached = Path(warm.cache) / cache_key(described, demonstrations, config.tokenizer_folder)
+    cached = Path(warm.cache) / make_cache_key(described, demonstrations, config.tokenizer_folder)
     if warm.cache and cached.is_dir():
         progress.note(f"warm start taken from {cached}")
         return load_tree(cached, params)

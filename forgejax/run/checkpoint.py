@@ -126,7 +126,7 @@ def load_tree(path: Path, like: Any) -> Any:
     return _read(state, like, "params.") if state.is_dir() else _read(path, like, "")
 
 
-def load_params(directory: Path, step: int | None, like: Any) -> tuple[int, Any]:
+def load_trained(directory: Path, step: int | None, like: Any) -> tuple[int, Any]:
     """The weights alone out of a run's checkpoints: the step they are of (None asks for the newest) and the weights.
 
     Laid out as ``load_tree`` says. The optimizer's moments are not read, and a trainer may be writing meanwhile. Raises

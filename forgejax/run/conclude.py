@@ -10,8 +10,8 @@ from pathlib import Path
 from forgejax.report.evaluation import NOT_MEASURED
 from forgejax.report.final.html import Report, write_html
 from forgejax.report.final.invariants import Bounds
-from forgejax.report.final.plots import reward_curve
-from forgejax.report.final.summary import Summary, evaluation_fields, write_summary
+from forgejax.report.final.plots import draw_curve
+from forgejax.report.final.summary import Summary, make_evaluation_fields, write_summary
 from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.report.storage import write_atomic
 from forgejax.run.config import TrainConfig, to_mapping
@@ -36,13 +36,13 @@ def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line:
     """Writes the run's results and gives the summary and the path of the report."""
     summary = summarise(outcome, config)
     write_summary(place.path, summary)
-    curve = reward_curve(read_metrics(place.path))
+    curve = draw_curve(read_metrics(place.path))
     if curve is not None:
         write_atomic(place.path / CURVE_FILE, curve)
     report = Report(
         title=place.name,
         summary=summary,
-        bounds=bounds(config),
+        bounds=window_bounds(config),
         curve_png=curve,
         examples_before=outcome.before.examples if outcome.before else (),
         examples_after=outcome.after.examples if outcome.after else (),
@@ -53,7 +53,7 @@ def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line:
     return summary, write_html(place.path, report)
 
 
-def bounds(config: TrainConfig) -> Bounds:
+def window_bounds(config: TrainConfig) -> Bounds:
     """What the window promises for this configuration."""
     window = config.pool.window
     return Bounds(disorder=window.max_disorder, staleness_steps=window.max_staleness)
@@ -63,7 +63,7 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
     sums, account = outcome.sums, outcome.account
     before, after = (each.result if each else NOT_MEASURED for each in (outcome.before, outcome.after))
     return Summary(
-        **evaluation_fields(before, after),
+        **make_evaluation_fields(before, after),
         eval_tasks=outcome.eval_tasks,
         seed=config.run.seed,
         steps=outcome.steps,

@@ -27,7 +27,7 @@ from forgejax.run.warm_start import WarmStartConfig
 from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import SamplingLaw
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
     return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
 
 
-def from_mapping(cls: type[T], given: Mapping[str, Any], source: str) -> T:
+def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:
     """A dataclass from plain data; unknown keys and wrong types are errors that name their place."""
     _refuse_unknown(cls, given, source, "")
     try:

@@ -11,7 +11,7 @@ import msgspec
 from forgejax.agents import EpisodeRunner, run_tasks
 from forgejax.chat import ChatFormat
 from forgejax.errors import CheckpointError
-from forgejax.report.evaluation import EvaluationResult, evaluation_table
+from forgejax.report.evaluation import EvaluationResult, sum_up_evaluation
 from forgejax.report.final.html import Example
 from forgejax.report.storage import write_atomic
 from forgejax.types import SamplingLaw, SessionSpec, Task, Trajectory, Turn
@@ -45,7 +45,7 @@ async def evaluate(
     """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request."""
     session = SessionSpec(purpose="evaluation", law=law, seed=seed)
     trajectories = await run_tasks(episodes, tasks, samples=samples, session=session, concurrency=concurrency)
-    return Evaluation(result=evaluation_table(trajectories, tasks), trajectories=tuple(trajectories))
+    return Evaluation(result=sum_up_evaluation(trajectories, tasks), trajectories=tuple(trajectories))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def load_evaluated(path: Path) -> Evaluated | None:
         raise CheckpointError(f"{path} is damaged: {error}; delete it, and the report will do without it") from error
 
 
-def examples(evaluation: Evaluation, tasks: Sequence[Task], chat: ChatFormat, per_level: int = 2) -> list[Example]:
+def pick_examples(evaluation: Evaluation, tasks: Sequence[Task], chat: ChatFormat, per_level: int = 2) -> list[Example]:
     """A few episodes of each level for a reader, with what the policy wrote."""
     found: list[Example] = []
     shown: dict[str, int] = {}

@@ -24,7 +24,7 @@ from forgejax.run.actors import RolloutService
 from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import RunConfig
-from forgejax.run.evaluate import Evaluated, examples, load_evaluated, save_evaluated
+from forgejax.run.evaluate import Evaluated, load_evaluated, pick_examples, save_evaluated
 from forgejax.run.rows import StepRows
 from forgejax.run.steps import StepData, StepSource
 
@@ -121,7 +121,7 @@ class Trainer:
         if outcome is not None:
             self.progress.note(f"held-out outcome after step {self.step}: {outcome:.3f}")
         self.rows.mark()
-        return Evaluated(result=evaluation.result, examples=examples(evaluation, tasks, self.chat))
+        return Evaluated(result=evaluation.result, examples=pick_examples(evaluation, tasks, self.chat))
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""

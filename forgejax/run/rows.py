@@ -12,7 +12,7 @@ import jax
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.learner import Learner, Metrics
 from forgejax.pool.pool import Pool
-from forgejax.report.evaluation import EvaluationResult, evaluation_row
+from forgejax.report.evaluation import EvaluationResult, make_evaluation_row
 from forgejax.report.live.progress import Progress
 from forgejax.report.sinks import Sinks
 from forgejax.rollout import Engines
@@ -104,7 +104,7 @@ class StepRows:
 
     def write_evaluation(self, result: EvaluationResult, step: int) -> None:
         """The figures of an evaluation after ``step`` steps, beside those of the step."""
-        self.sinks.write(evaluation_row(result, step=step))
+        self.sinks.write(make_evaluation_row(result, step=step))
 
     def mark(self) -> None:
         """Rates are measured from here: called where training begins or goes on after something else."""

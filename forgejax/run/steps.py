@@ -12,7 +12,7 @@ import grain
 from forgejax.learner import CreditConfig, PackConfig, PackGroups, TrainingBatch, make_judge
 from forgejax.pool.dataset import GroupBatch, GroupDataset
 from forgejax.pool.pool import Pool
-from forgejax.report.figures import group_figures
+from forgejax.report.figures import measure_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class PooledSteps:
         return StepData(
             number=batch.number,
             training=training,
-            figures=group_figures(batch.groups),
+            figures=measure_groups(batch.groups),
             packing_began=began,
             packing_ended=time.monotonic(),
         )

@@ -30,8 +30,8 @@ from forgejax.learner import (
     PackedStep,
     Sample,
     StepConfig,
+    make_supervised_sample,
     pack,
-    supervised_sample,
 )
 from forgejax.report.live.progress import Progress
 from forgejax.types import Task
@@ -115,7 +115,7 @@ class Demonstrations:
                 context = self.chat.render(history, shown.tools)
                 spoken = self.chat.encode_assistant(message, history)
                 samples.append(
-                    supervised_sample(
+                    make_supervised_sample(
                         f"demonstration-{index}-{position}", np.asarray(context, np.int32), np.asarray(spoken, np.int32)
                     )
                 )
@@ -156,7 +156,7 @@ def make_demonstrations(
     return Demonstrations(config=config, environment=environment, chat=chat, demonstrator=demonstrator, seed=seed)
 
 
-def cache_key(settings: Any, demonstrations: Demonstrations, tokenizer: str) -> str:
+def make_cache_key(settings: Any, demonstrations: Demonstrations, tokenizer: str) -> str:
     """A digest of all that the phase's result depends on: configuration, tokenizer and demonstrator."""
     parts = [
         json.dumps(settings, sort_keys=True),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from forgejax.learner.pack import pack
 from forgejax.learner.packing.batch import Part
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.drift import trained_ids
+from forgejax.learner.packing.drift import read_trained_ids
 from forgejax.learner.packing.lay import lay_empty
 from tests.learner.samples import random_group, sample
 
@@ -29,7 +29,7 @@ def test_every_term_lies_in_exactly_one_place_with_its_own_numbers(seed: int, gr
     assert sorted(place.request_id for place in packed.placements) == sorted(by_id)
     for place in packed.placements:
         one, batch = by_id[place.request_id], packed.batches[place.batch]
-        context, sampled = trained_ids(Part(batch=batch), place)
+        context, sampled = read_trained_ids(Part(batch=batch), place)
         assert context.tolist() == one.context_ids.tolist()
         assert sampled.tolist() == one.token_ids.tolist()
         terms = (place.row, slice(place.start, place.stop))

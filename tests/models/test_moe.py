@@ -1,7 +1,7 @@
 """Laws of the mixture of experts."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,15 +18,6 @@ from forgejax.models.moe import Experts, MoEConfig, RouterLoad, Routing, expert_
 from forgejax.models.ragged import ragged_matmul
 from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
 from tests.models.reference import causal, mixture
-
-
-@pytest.fixture(autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Everything here is compiled once and run once: compile quickly instead of well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 SOFTMAX = MoEConfig(num_experts=7, experts_per_token=3)
 KINDS = [

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from forgejax.report.evaluation import evaluation_row, evaluation_table
+from forgejax.report.evaluation import make_evaluation_row, sum_up_evaluation
 from forgejax.types import Completion, FinishReason, SamplingLaw, StopReason, Task, Trajectory, Turn
 
 
@@ -51,7 +51,7 @@ def episode(
 
 def test_figures_are_by_level_and_overall() -> None:
     tasks = [task("a", "easy"), task("b", "easy"), task("c", "hard"), task("d", "hard")]
-    result = evaluation_table(
+    result = sum_up_evaluation(
         [
             episode("a", 1.0, seconds=1.0),
             episode("b", 0.0, tools=2, seconds=4.0, queued_s=1.0),
@@ -71,14 +71,14 @@ def test_figures_are_by_level_and_overall() -> None:
 def test_repeated_episodes_of_a_task_do_not_shrink_the_error() -> None:
     tasks = [task(name, "easy") for name in "abc"]
     outcomes = {"a": 1.0, "b": 0.0, "c": 0.5}
-    once = evaluation_table([episode(name, value) for name, value in outcomes.items()], tasks)
-    often = evaluation_table([episode(name, value) for name, value in outcomes.items() for _ in range(10)], tasks)
+    once = sum_up_evaluation([episode(name, value) for name, value in outcomes.items()], tasks)
+    often = sum_up_evaluation([episode(name, value) for name, value in outcomes.items() for _ in range(10)], tasks)
     assert often.overall.reward_se == pytest.approx(once.overall.reward_se)
     assert often.overall.reward == 0.5 and (often.overall.episodes, often.overall.tasks) == (30, 3)
 
 
 def test_a_masked_episode_is_counted_and_in_no_mean() -> None:
-    result = evaluation_table(
+    result = sum_up_evaluation(
         [episode("a", 1.0), episode("a", 0.0, seconds=900.0, masked="environment_failed")], [task("a", "easy")]
     )
     assert (result.overall.reward, result.overall.episodes, result.overall.masked) == (1.0, 1, 1)
@@ -86,19 +86,19 @@ def test_a_masked_episode_is_counted_and_in_no_mean() -> None:
 
 
 def test_a_level_without_episodes_has_no_figures() -> None:
-    result = evaluation_table([], [task("a", "hard")])
+    result = sum_up_evaluation([], [task("a", "hard")])
     assert result.levels["hard"].reward is None and result.overall.tool_use is None
-    assert evaluation_row(result, step=3) == {"step": 3}
+    assert make_evaluation_row(result, step=3) == {"step": 3}
 
 
 def test_an_episode_of_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError, match="'z' is not of this evaluation"):
-        evaluation_table([episode("z", 1.0)], [task("a", "easy")])
+        sum_up_evaluation([episode("z", 1.0)], [task("a", "easy")])
 
 
 def test_the_row_of_an_evaluation_carries_the_names_of_the_curve() -> None:
-    result = evaluation_table([episode("a", 1.0), episode("b", 0.0, tools=1)], [task("a", "easy"), task("b", "hard")])
-    assert evaluation_row(result, step=5) == {
+    result = sum_up_evaluation([episode("a", 1.0), episode("b", 0.0, tools=1)], [task("a", "easy"), task("b", "hard")])
+    assert make_evaluation_row(result, step=5) == {
         "step": 5,
         "eval/outcome": 0.5,
         "eval/outcome_se": pytest.approx(0.5),

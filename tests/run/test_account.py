@@ -11,14 +11,14 @@ import pytest
 from forgejax.gateway import Gateway
 from forgejax.pool.ledger import PoolSnapshot, TokenAccount
 from forgejax.pool.pool import Pool
-from forgejax.report.final.invariants import checks
+from forgejax.report.final.invariants import check_invariants
 from forgejax.report.final.summary import read_summary
 from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
 from forgejax.run.account import Account, RunAccount, RunSums, settle
 from forgejax.run.actors import RolloutService
-from forgejax.run.build import run
-from forgejax.run.conclude import bounds
+from forgejax.run.build import play_run
+from forgejax.run.conclude import window_bounds
 from forgejax.run.loop import Trainer
 from forgejax.types import Group, Turn
 from tests.run.tiny_run import Ended, Notes, go_on, group_states, logged_tokens, play, tiny_config, tiny_place
@@ -59,7 +59,9 @@ def test_sums_come_back_from_plain_data_as_they_were_and_refuse_anything_else() 
 
 def holds(ended: Ended, name: str) -> bool | None:
     """Whether an invariant of the report holds."""
-    return next(each.holds for each in checks(ended.summary, bounds(ended.config)) if each.name == name)
+    return next(
+        each.holds for each in check_invariants(ended.summary, window_bounds(ended.config)) if each.name == name
+    )
 
 
 def snapshot(**changed: Any) -> PoolSnapshot:
@@ -208,7 +210,7 @@ def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
         patched.setattr(Pool, "finish", finish_but_those_of_the_last_version)
         patched.setattr(Pool, "fail", lambda *_: None)
         with pytest.raises(PowerCutError):
-            run(config, place, Notes(), cut_after_the_last_step)
+            play_run(config, place, Notes(), cut_after_the_last_step)
     dispatched = group_states(place.path).count("dispatched")
     monkeypatch.setattr(RolloutService, "start_groups", lambda _: None)
     ended = go_on(config, rundir.reopen(tmp_path, ""))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from forgejax.learner import PackConfig, Sample, pack
-from forgejax.report.final.invariants import checks
+from forgejax.report.final.invariants import check_invariants
 from forgejax.report.final.summary import read_summary
 from forgejax.rollout import DrawnRequest, LocalEngines
 from forgejax.run.account import RunSums
 from forgejax.run.audit import Audit, fresh_gaps
-from forgejax.run.conclude import bounds
+from forgejax.run.conclude import window_bounds
 from forgejax.types import SamplingLaw
 from tests.run.tiny_run import GROUP, Ended, logged_tokens, play
 
@@ -120,5 +120,5 @@ def test_ids_that_differ_from_the_engines_records_are_counted_one_by_one(
     ended = play(tmp_path, "--tasks.eval-tasks=0")
 
     assert ended.summary.drift_tokens == len(altered) >= 2 * GROUP
-    found = {each.name: each.holds for each in checks(ended.summary, bounds(ended.config))}
+    found = {each.name: each.holds for each in check_invariants(ended.summary, window_bounds(ended.config))}
     assert found["Token drift"] is False

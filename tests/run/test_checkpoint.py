@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from forgejax.errors import CheckpointError
-from forgejax.run.checkpoint import Checkpoints, load_params, load_tree, save_tree
+from forgejax.run.checkpoint import Checkpoints, load_trained, load_tree, save_tree
 
 
 def numbers() -> grain.DatasetIterator[int]:
@@ -169,21 +169,21 @@ def test_the_weights_alone_come_out_of_a_runs_checkpoint_without_the_moments(tmp
         checkpoints.save(step, trained, {}, numbers())
         checkpoints.wait()
     checkpoints.close()
-    newest, found = load_params(tmp_path, None, weights)
+    newest, found = load_trained(tmp_path, None, weights)
     np.testing.assert_array_equal(found["w"], np.full((2, 4), 8.0))
     assert newest == 8 and set(found) == {"w"}
-    assert load_params(tmp_path, 4, jax.eval_shape(lambda: weights))[1]["w"].tolist() == [[4.0] * 4] * 2
+    assert load_trained(tmp_path, 4, jax.eval_shape(lambda: weights))[1]["w"].tolist() == [[4.0] * 4] * 2
     np.testing.assert_array_equal(load_tree(tmp_path / "4", weights)["w"], np.full((2, 4), 4.0))
 
 
 def test_weights_are_asked_for_by_a_step_that_is_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint; give a run's folder"):
-        load_params(tmp_path / "gone", None, state(0.0))
+        load_trained(tmp_path / "gone", None, state(0.0))
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(4, {"params": state(4.0)}, {}, numbers())
     checkpoints.wait()
     checkpoints.close()
     (tmp_path / "9.orbax-checkpoint-tmp-1").mkdir()  # a save under way, or cut off
-    assert load_params(tmp_path, None, state(0.0))[0] == 4
+    assert load_trained(tmp_path, None, state(0.0))[0] == 4
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; kept are \[4\]"):
-        load_params(tmp_path, 9, state(0.0))
+        load_trained(tmp_path, 9, state(0.0))

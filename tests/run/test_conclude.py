@@ -5,7 +5,7 @@ import json
 import msgspec
 
 from forgejax.report.final.summary import read_summary
-from forgejax.run.conclude import bounds, summarise
+from forgejax.run.conclude import summarise, window_bounds
 from forgejax.run.loop import Outcome
 from tests.run.tiny_run import Ended
 
@@ -19,7 +19,7 @@ def test_an_outcome_is_plain_data_and_a_summary_needs_nothing_else(ended: Ended)
 
 
 def test_the_window_keeps_its_bounds(ended: Ended) -> None:
-    summary, limits = read_summary(ended.path), bounds(ended.config)
+    summary, limits = read_summary(ended.path), window_bounds(ended.config)
 
     assert (limits.disorder, limits.staleness_steps) == (0, 1)
     assert summary.window_disorder_max == 0

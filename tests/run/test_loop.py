@@ -19,7 +19,7 @@ from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
 from forgejax.run.account import RunSums
-from forgejax.run.build import run
+from forgejax.run.build import play_run
 from forgejax.run.config import RunConfig
 from forgejax.run.loop import Trainer
 from forgejax.run.steps import StepData
@@ -157,7 +157,7 @@ def test_a_learning_rate_of_zero_leaves_every_weight_as_it_was(tmp_path: Path) -
         seen.extend(jax.device_get(jax.tree.leaves(trainer.learner.params())))
 
     with contextlib.closing(place):
-        outcome = run(config, place, Notes(), remember)
+        outcome = play_run(config, place, Notes(), remember)
     after = saved_weights(config, place.path)
 
     assert outcome.steps == 3 and outcome.account.tokens_trained > 0

@@ -18,7 +18,7 @@ from forgejax.environments import ReasoningGym
 from forgejax.errors import ConfigError
 from forgejax.gateway import Gateway
 from forgejax.run.config import TrainConfig, load_config, to_mapping
-from forgejax.run.warm_start import Demonstration, Demonstrations, WarmStartConfig, cache_key, make_demonstrations
+from forgejax.run.warm_start import Demonstration, Demonstrations, WarmStartConfig, make_cache_key, make_demonstrations
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec, StopReason, Task
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, go_on, saved_weights, tiny_config, tiny_place
 
@@ -152,18 +152,18 @@ def test_the_key_depends_on_settings_tokenizer_and_the_agents_words_and_on_nothi
 ) -> None:
     shown, settings = demonstrations(quickstart, tasks, chat), to_mapping(quickstart.policy)
     other = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
-    key = cache_key(settings, shown, str(TOKENIZER))
+    key = make_cache_key(settings, shown, str(TOKENIZER))
 
-    assert key == cache_key(dict(reversed(settings.items())), demonstrations(quickstart, tasks, chat), str(other))
+    assert key == make_cache_key(dict(reversed(settings.items())), demonstrations(quickstart, tasks, chat), str(other))
     rewritten = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(rewritten, indent=1) + " ")
     reworded = dataclasses.replace(shown, demonstrator=Silent("Another prompt."))
     untooled = dataclasses.replace(shown, demonstrator=Silent("No tools."))
     others = [
-        cache_key(settings | {"d_model": 16}, shown, str(TOKENIZER)),
-        cache_key(settings, shown, str(other)),
-        cache_key(settings, reworded, str(TOKENIZER)),
-        cache_key(settings, untooled, str(TOKENIZER)),
+        make_cache_key(settings | {"d_model": 16}, shown, str(TOKENIZER)),
+        make_cache_key(settings, shown, str(other)),
+        make_cache_key(settings, reworded, str(TOKENIZER)),
+        make_cache_key(settings, untooled, str(TOKENIZER)),
     ]
     assert len({key, *others}) == 5
 

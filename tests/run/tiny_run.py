@@ -16,8 +16,8 @@ from forgejax.report.final.summary import Summary
 from forgejax.report.live.progress import NoProgress
 from forgejax.rollout import RequestLog
 from forgejax.run import rundir
-from forgejax.run.build import run
-from forgejax.run.checkpoint import load_params
+from forgejax.run.build import play_run
+from forgejax.run.checkpoint import load_trained
 from forgejax.run.conclude import summarise
 from forgejax.run.config import TrainConfig, load_config, to_mapping
 from forgejax.run.loop import Outcome
@@ -103,14 +103,14 @@ def go_on(config: TrainConfig, place: RunDir) -> Ended:
     """Runs it to its end in this process, and lets go of the run directory."""
     notes = Notes()
     with contextlib.closing(place):
-        outcome = run(config, place, notes, lambda trainer: None)
+        outcome = play_run(config, place, notes, lambda trainer: None)
     return Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines)
 
 
 def saved_weights(config: TrainConfig, path: Path) -> list[np.ndarray]:
     """Every weight in the newest checkpoint of the run at ``path``."""
     _, like = abstract_policy(config.policy)
-    return jax.tree.leaves(load_params(rundir.checkpoints_of(path), None, like)[1])
+    return jax.tree.leaves(load_trained(rundir.checkpoints_of(path), None, like)[1])
 
 
 def logged_tokens(path: Path, purpose: str) -> list[int]:

@@ -23,7 +23,15 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from forgejax.learner import PackConfig, PackedBatch, PackedStep, StepConfig, make_train_step, pack, supervised_sample
+from forgejax.learner import (
+    PackConfig,
+    PackedBatch,
+    PackedStep,
+    StepConfig,
+    make_supervised_sample,
+    make_train_step,
+    pack,
+)
 from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.step.trunk_step import make_trunk_step
 from forgejax.models import PolicyConfig, abstract_policy
@@ -102,7 +110,7 @@ def _layout(**axes: int) -> Layout:
 def _tree(prompt: int, answers: int, tokens: int, layout: Layout, *, row: int) -> PackedStep:
     """One prompt with different answers, in rows of that length."""
     first, later = np.zeros(prompt, np.int32), np.ones(tokens - 1, np.int32)
-    group = [supervised_sample(str(n), first, np.append(np.int32(n + 2), later)) for n in range(answers)]
+    group = [make_supervised_sample(str(n), first, np.append(np.int32(n + 2), later)) for n in range(answers)]
     packing = PackConfig(row_length=row, rows=1).on("tpu", layout.shards("length"))
     return pack([group], packing, row_shards=layout.shards("rows"))
 

@@ -26,7 +26,7 @@ MUTE_DEADLINES = 8  # deadlines in a row without a line in between: the worker h
 COMPLAINTS = 5  # lines reported per process; the rest is counted
 BACKOFF_S = 0.1
 ERROR_REASONS = (StopReason.TRUNCATED, StopReason.ENVIRONMENT_FAILED)
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class WorkerScaffold:
@@ -163,7 +163,7 @@ class _Worker:
                 if self._deaths > self._config.max_restarts:
                     self._break(error)
                     return
-                log.warning("%s; restart %d of %d", error, self._deaths, self._config.max_restarts)
+                _log.warning("%s; restart %d of %d", error, self._deaths, self._config.max_restarts)
                 await asyncio.sleep(BACKOFF_S * 2**self._deaths)
                 try:
                     restarted = await self._launch()
@@ -203,13 +203,13 @@ class _Worker:
     def _note_deadline(self) -> None:
         self._mute += 1
         if self._mute >= MUTE_DEADLINES and self._process is not None and self.ready.is_set():
-            log.warning("agent worker: %d deadlines in a row without a line from it; restarting it", self._mute)
+            _log.warning("agent worker: %d deadlines in a row without a line from it; restarting it", self._mute)
             self._mute = 0
             self._process.kill()
 
     def _break(self, error: str) -> None:
         self.broken = AgentError(f"{error}\nIt ended {self._deaths} times in a row without giving a result.")
-        log.error("%s; it is not started again", self.broken)
+        _log.error("%s; it is not started again", self.broken)
         self._fail_open(str(self.broken))
         self.ready.set()  # lets waiting episodes see that it is broken
 
@@ -222,7 +222,7 @@ class _Worker:
         self._complaints += 1
         if self._complaints <= COMPLAINTS:
             last = " (further ones are not reported)" if self._complaints == COMPLAINTS else ""
-            log.warning("agent worker %s printed %s%s", quote_command(self._config.command), what, last)
+            _log.warning("agent worker %s printed %s%s", quote_command(self._config.command), what, last)
 
 
 def _parse(line: bytes) -> dict[str, object] | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from forgejax.errors import ConfigError
 from forgejax.learner.credit.baselines import BASELINES
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.samples import Sample, turn_sample, untrainable_reason
+from forgejax.learner.packing.samples import Sample, find_untrainable_reason, make_turn_sample
 from forgejax.types import Group, Judge, Trajectory, Turn, Verdict
 
 _NO_ADVANTAGE = 1e-8
@@ -84,7 +84,7 @@ def assign_credit(group: Group, config: CreditConfig, packing: PackConfig) -> Gr
     turns: list[tuple[Turn, int, int]] = []  # a trainable turn, its member, its step
     for member, trajectory in enumerate(members):
         for step, turn in enumerate(_in_order(trajectory)):
-            reason = untrainable_reason(turn, packing)
+            reason = find_untrainable_reason(turn, packing)
             if reason is not None:
                 untrained[reason] += len(turn.completion.token_ids)
             elif len(turn.completion.token_ids):
@@ -97,13 +97,13 @@ def assign_credit(group: Group, config: CreditConfig, packing: PackConfig) -> Gr
         if all(abs(advantages[member][step]) <= _NO_ADVANTAGE for _, member, step in turns):
             drop = "zero_advantage"
         else:
-            samples = tuple(turn_sample(turn, float(advantages[member][step])) for turn, member, step in turns)
+            samples = tuple(make_turn_sample(turn, float(advantages[member][step])) for turn, member, step in turns)
     if drop is not None:
         untrained[drop] += sum(len(turn.completion.token_ids) for turn, _, _ in turns)
     return GroupCredit(samples=samples, drop=drop, untrained={k: n for k, n in untrained.items() if n})
 
 
-def returns_to_go(trajectory: Trajectory, gamma: float) -> tuple[NDArray[np.float64], float]:
+def compute_returns(trajectory: Trajectory, gamma: float) -> tuple[NDArray[np.float64], float]:
     """The return-to-go of each turn, in order of request, and the total return of the episode.
 
     ``R_k = sum(gamma ** (p - k) * r)`` over the rewards granted at or after the request of turn k, where p is the last
@@ -127,7 +127,7 @@ def _in_order(trajectory: Trajectory) -> list[Turn]:
 
 def _advantages(group: Group, members: list[Trajectory], config: CreditConfig) -> list[NDArray[np.float64]]:
     """One advantage for each turn of each member, in order of request."""
-    found = [returns_to_go(trajectory, config.gamma) for trajectory in members]
+    found = [compute_returns(trajectory, config.gamma) for trajectory in members]
     advantages = BASELINES[config.baseline]([returns for returns, _ in found], np.array([total for _, total in found]))
     if not config.shuffle_advantages:
         return advantages

@@ -17,7 +17,7 @@ from forgejax.types import TokenIds
 Ids = Sequence[int] | NDArray[np.integer]
 
 
-def drift_tokens(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> int:
+def count_drift(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> int:
     """How many positions differ, over all samples of a step.
 
     Args:
@@ -27,12 +27,12 @@ def drift_tokens(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> in
     """
     parts = packed.parts
     return sum(
-        _differences(trained_ids(parts[placement.batch], placement), given.get(placement.request_id))
+        _differences(read_trained_ids(parts[placement.batch], placement), given.get(placement.request_id))
         for placement in packed.placements
     )
 
 
-def trained_ids(part: Part, placement: Placement) -> tuple[TokenIds, TokenIds]:
+def read_trained_ids(part: Part, placement: Placement) -> tuple[TokenIds, TokenIds]:
     """The context and the trained ids of one sample, as the step sees them.
 
     The context of a term is what its source node attends to; the last term's source sees the whole sample. A row behind

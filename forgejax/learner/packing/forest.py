@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from forgejax.learner.packing.samples import Sample
-from forgejax.learner.packing.tree import PrefixTree, build_tree, samples_through
+from forgejax.learner.packing.tree import PrefixTree, build_tree, count_samples_through
 
 Range = tuple[int, int]
 
@@ -119,7 +119,7 @@ class Forest:
             positions_T=tree.positions_T[nodes],
             end_T=end,
             parent_T=(np.searchsorted(nodes, tree.parent_T[nodes], side="right") - 1).astype(np.int32),
-            samples_through_T=samples_through(np.searchsorted(nodes, ends), end),
+            samples_through_T=count_samples_through(np.searchsorted(nodes, ends), end),
             edge_src_E=np.searchsorted(nodes, tree.edge_src_E[edges]).astype(np.int32),
             edge_tgt_E=tree.edge_tgt_E[edges],
             edge_temperature_E=tree.edge_temperature_E[edges],

@@ -56,7 +56,7 @@ class Sample:
         return len(self.context_ids) + len(self.token_ids) - 1
 
 
-def turn_sample(turn: Turn, advantage: float) -> Sample:
+def make_turn_sample(turn: Turn, advantage: float) -> Sample:
     """The sample of one trainable turn."""
     completion = turn.completion
     return Sample(
@@ -71,7 +71,7 @@ def turn_sample(turn: Turn, advantage: float) -> Sample:
     )
 
 
-def supervised_sample(
+def make_supervised_sample(
     request_id: str,
     context_ids: Sequence[int] | NDArray[np.integer],
     token_ids: Sequence[int] | NDArray[np.integer],
@@ -92,7 +92,7 @@ def supervised_sample(
     )
 
 
-def untrainable_reason(turn: Turn, packing: PackConfig) -> str | None:
+def find_untrainable_reason(turn: Turn, packing: PackConfig) -> str | None:
     """Why a turn's tokens cannot be trained, or None. A turn without tokens has nothing to train and no reason."""
     completion = turn.completion
     if turn.untrainable is not None:

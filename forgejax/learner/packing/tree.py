@@ -104,7 +104,7 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
         positions_T=positions,
         end_T=end,
         parent_T=parent,
-        samples_through_T=samples_through(end_of_share - 1, end),
+        samples_through_T=count_samples_through(end_of_share - 1, end),
         edge_src_E=term_src[first].astype(np.int32),
         edge_tgt_E=term_tgt[first].astype(np.int32),
         edge_temperature_E=temperatures[which[first]],
@@ -113,7 +113,7 @@ def build_tree(samples: Sequence[Sample]) -> PrefixTree:
     )
 
 
-def samples_through(terminals: NDArray[np.int64], end: Ints) -> Ints:
+def count_samples_through(terminals: NDArray[np.int64], end: Ints) -> Ints:
     """How many samples end inside each node's subtree, of those that end at ``terminals``."""
     before = np.concatenate([[0], np.bincount(terminals, minlength=len(end)).cumsum()])
     return (before[end] - before[:-1]).astype(np.int32)

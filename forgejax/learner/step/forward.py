@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from forgejax.learner.packing.batch import PackedBatch
-from forgejax.learner.step.memory import kept_within
+from forgejax.learner.step.memory import choose_kept
 from forgejax.learner.step.objective import Terms
-from forgejax.learner.step.vocabulary import drawn_logps
+from forgejax.learner.step.vocabulary import score_drawn
 from forgejax.models import Attend, Kept, PerLayer, Policy
 from forgejax.ops import SplitMeta, TreeMeta, tree_attention
 from forgejax.sharding import Layout, constrain
@@ -84,7 +84,7 @@ class ForwardPass:
         policy = nnx.merge(self.graphdef, params)
         keep = self.keep
         if keep == "auto":
-            keep = kept_within(policy.config, batch.tokens_BT.size, self.activation_gib, layout=self.layout)
+            keep = choose_kept(policy.config, batch.tokens_BT.size, self.activation_gib, layout=self.layout)
         hidden_BTD, left, load = policy.with_router_load(
             batch.tokens_BT,
             batch.positions_BT,
@@ -117,7 +117,7 @@ def _edge_terms(
     )
     hidden_BSED = jax.vmap(_gather_rows)(by_shard(hidden_BTD), source_BSE)
     with jax.named_scope("vocabulary"):
-        found_BSE = drawn_logps(hidden_BSED, policy.unembedding(), target_BSE, temperature_BSE, vocab_chunk)
+        found_BSE = score_drawn(hidden_BSED, policy.unembedding(), target_BSE, temperature_BSE, vocab_chunk)
     logp_BE, entropy_BE = (constrain(x.reshape(len(x), -1), "rows", None) for x in found_BSE)
     return _gather_rows(logp_BE, batch.term_edge_BM), _gather_rows(entropy_BE, batch.term_edge_BM)
 

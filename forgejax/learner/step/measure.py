@@ -104,7 +104,7 @@ class Tally:
         }
 
 
-def tally(
+def tally_terms(
     *,
     loss: jax.Array,
     logp: jax.Array,

@@ -10,7 +10,7 @@ from forgejax.sharding import ONE_DEVICE, Layout
 _LADDER: tuple[Kept, ...] = ("products", "attention", "nothing")  # each keeps less than the one before
 
 
-def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept, *, layout: Layout = ONE_DEVICE) -> int:
+def count_activation_bytes(config: PolicyConfig, tokens: int, keep: Kept, *, layout: Layout = ONE_DEVICE) -> int:
     """Bytes that all layers keep on one device for the backward pass of the ``tokens`` tokens it works on.
 
     Counted per token and layer. ``nothing``: the layer's input. ``attention`` adds queries, keys and values, the
@@ -43,7 +43,7 @@ def activation_bytes(config: PolicyConfig, tokens: int, keep: Kept, *, layout: L
     return tokens * config.num_layers * (width * size + sums)
 
 
-def kept_within(config: PolicyConfig, tokens: int, budget_gib: float, *, layout: Layout = ONE_DEVICE) -> Kept:
+def choose_kept(config: PolicyConfig, tokens: int, budget_gib: float, *, layout: Layout = ONE_DEVICE) -> Kept:
     """The most that layers may keep of ``tokens`` tokens, split over the mesh, within the budget of one device.
 
     Keeping products costs no product again; ``attention`` costs about two of every nine of a layer's forward pass;
@@ -53,4 +53,4 @@ def kept_within(config: PolicyConfig, tokens: int, budget_gib: float, *, layout:
     own = -(-tokens // layout.shards("rows", "length"))
     least = "share" if layout.shards("kept") > layout.shards("length") else _LADDER[-1]
     room = budget_gib * 2**30
-    return next((keep for keep in _LADDER if activation_bytes(config, own, keep, layout=layout) <= room), least)
+    return next((keep for keep in _LADDER if count_activation_bytes(config, own, keep, layout=layout) <= room), least)

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, Int
 from forgejax.learner.packing.batch import PackedBatch
 from forgejax.learner.step.corrections import CORRECTIONS
 from forgejax.learner.step.losses import LOSSES, LossConfig, log_ratio
-from forgejax.learner.step.measure import Tally, tally
+from forgejax.learner.step.measure import Tally, tally_terms
 from forgejax.models.moe import RouterLoad
 
 Terms = tuple[Float[Array, "B M"], Float[Array, "B M"], RouterLoad | None]
 """Log-probability of each term, entropy of the distribution it was drawn from, and what the routers did."""
 
 
-def objective(
+def sum_objective(
     terms: Terms, batch: PackedBatch, version: Int[Array, ""], config: LossConfig
 ) -> tuple[Float[Array, ""], Tally]:
     """The sum over the batch's terms of ``weight * correction * loss(term)``, and its figures.
@@ -36,7 +36,7 @@ def objective(
     factor_BM = correct(log_ratio_BM, advantage_BM, jnp.asarray(batch.term_sample_BM), mask_BM, config.correction)
     loss = jnp.where(mask_BM, weight_BM * factor_BM * loss_BM, 0.0).sum()
     fresh_BM = mask_BM & (jnp.asarray(batch.version_BM) == version) & (jnp.asarray(batch.oldest_version_BM) == version)
-    counted = tally(
+    counted = tally_terms(
         loss=jax.lax.stop_gradient(loss),
         logp=fixed_BM,
         old_logp=old_logp_BM,

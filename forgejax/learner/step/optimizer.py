@@ -45,7 +45,7 @@ class OptimizerConfig:
             )
 
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     """The rate of update 0, 1, 2, ...; warm-up starts above 0, so that no update is wasted."""
     peak = config.learning_rate
     if config.schedule == "cosine":
@@ -60,9 +60,9 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW, for gradients that are ``clipped``. Initialise it on FP32 parameters: the moments take their dtype."""
+    """AdamW, for gradients that were clipped. Initialise it on FP32 parameters: the moments take their dtype."""
     return optax.adamw(
-        learning_rate(config),
+        make_schedule(config),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
@@ -71,7 +71,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def clipped(grads: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
+def clip_gradients(grads: Any, norm: jax.Array, config: OptimizerConfig) -> Any:
     """Gradients of global norm ``norm``, made shorter where that exceeds ``max_grad_norm``."""
     scale = jnp.minimum(1.0, config.max_grad_norm / norm)  # 1 for a norm of 0
     return optax.tree.scale(scale, grads)

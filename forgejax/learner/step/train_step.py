@@ -21,9 +21,9 @@ from forgejax.errors import ConfigError
 from forgejax.learner.packing.batch import PackedBatch
 from forgejax.learner.step.forward import ForwardPass
 from forgejax.learner.step.losses import LossConfig
-from forgejax.learner.step.measure import Tally, tally
-from forgejax.learner.step.objective import objective
-from forgejax.learner.step.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
+from forgejax.learner.step.measure import Tally, tally_terms
+from forgejax.learner.step.objective import sum_objective
+from forgejax.learner.step.optimizer import OptimizerConfig, clip_gradients, make_optimizer, make_schedule
 from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
 from forgejax.sharding import ONE_DEVICE, Layout
@@ -151,7 +151,7 @@ def make_train_step(
 
     def accumulate(params: Any, accumulated: Accumulated, batch: PackedBatch, version: jax.Array) -> Accumulated:
         def loss(params: Any) -> tuple[jax.Array, Tally]:
-            return objective(forward.terms(params, batch), batch, version, config.loss)
+            return sum_objective(forward.terms(params, batch), batch, version, config.loss)
 
         value, pull_back, counted = jax.vjp(loss, params, has_aux=True)
         (grads,) = add_gradients((accumulated.grads,), (params,), pull_back, jnp.ones_like(value))
@@ -165,11 +165,11 @@ def make_train_step(
 
     state, sums = (layout.shardings(jax.eval_shape(function, abstract_params)) for function in (init, start))
     return TrainStep(
-        init=jitted(init, layout, state),
-        start=jitted(start, layout, sums),
-        accumulate=jitted(accumulate, layout, sums, donate=(1,)),
-        apply=jitted(apply, layout, (state, layout.sharding()), donate=(0,)),
-        score=jitted(score, layout, None),
+        init=jit_on(init, layout, state),
+        start=jit_on(start, layout, sums),
+        accumulate=jit_on(accumulate, layout, sums, donate=(1,)),
+        apply=jit_on(apply, layout, (state, layout.sharding()), donate=(0,)),
+        score=jit_on(score, layout, None),
     )
 
 
@@ -180,7 +180,7 @@ def _apply(
     sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
 
     def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(clipped(grads, norm, config), opt_state, _wide(params))
+        updates, opt_state = optimizer.update(clip_gradients(grads, norm, config), opt_state, _wide(params))
         return optax.apply_updates(params, updates), opt_state
 
     def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ def _apply(
     metrics |= {
         "grad_norm": norm,
         "skipped": 1 - sound.astype(jnp.int32),
-        "learning_rate": learning_rate(config)(state.step),
+        "learning_rate": make_schedule(config)(state.step),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
 
@@ -205,7 +205,7 @@ def _wide(params: Any) -> Any:
 def _nothing(real: Any, router: RouterLoad | None) -> Tally:
     none = jnp.zeros((1, 1), jnp.bool_)
     zero = jnp.zeros((1, 1), real)
-    return tally(
+    return tally_terms(
         loss=jnp.zeros((), real),
         logp=zero,
         old_logp=zero,
@@ -218,7 +218,7 @@ def _nothing(real: Any, router: RouterLoad | None) -> Tally:
     )
 
 
-def jitted(function: Callable[..., Any], layout: Layout, out: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+def jit_on(function: Callable[..., Any], layout: Layout, out: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
     """jit, traced inside the layout's scope.
 
     Args:

@@ -20,8 +20,8 @@ from flax import nnx
 from forgejax.errors import ConfigError
 from forgejax.learner.packing.batch import PackedBatch
 from forgejax.learner.step.measure import Tally
-from forgejax.learner.step.objective import Terms, objective
-from forgejax.learner.step.train_step import Accumulated, StepConfig, add_gradients, jitted
+from forgejax.learner.step.objective import Terms, sum_objective
+from forgejax.learner.step.train_step import Accumulated, StepConfig, add_gradients, jit_on
 from forgejax.models import Attend
 from forgejax.sharding import ONE_DEVICE, Layout, constrain
 
@@ -92,7 +92,7 @@ def make_trunk_step(
 
     def accumulate_leaves(params: Any, kv: TrunkKV, sums: Sums, batch: PackedBatch, version: jax.Array) -> Sums:
         def loss(params: Any, kv: TrunkKV) -> tuple[jax.Array, Tally]:
-            return objective(of_leaves(params, kv, batch), batch, version, config.loss)
+            return sum_objective(of_leaves(params, kv, batch), batch, version, config.loss)
 
         accumulated, d_kv = sums
         value, pull_back, counted = jax.vjp(loss, params, kv, has_aux=True)
@@ -104,7 +104,7 @@ def make_trunk_step(
     ) -> Accumulated:
         def run(params: Any) -> tuple[tuple[jax.Array, TrunkKV], Tally]:
             terms, kv = of_trunk(params, batch)
-            loss, counted = objective(terms, batch, version, config.loss)
+            loss, counted = sum_objective(terms, batch, version, config.loss)
             return (loss, kv), counted
 
         (loss, kv), back, counted = jax.vjp(run, params, has_aux=True)
@@ -119,10 +119,10 @@ def make_trunk_step(
     num_kv_heads = nnx.merge(graphdef, abstract_params).config.num_kv_heads
     kv = layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None, None)
     return TrunkStep(
-        trunk=jitted(trunk, layout, (kv, kv)),
-        accumulate_leaves=jitted(accumulate_leaves, layout, (sums, kv), donate=(2,)),
-        pull_back=jitted(pull_back, layout, sums, donate=(1,)),
-        score_leaves=jitted(score_leaves, layout, None),
+        trunk=jit_on(trunk, layout, (kv, kv)),
+        accumulate_leaves=jit_on(accumulate_leaves, layout, (sums, kv), donate=(2,)),
+        pull_back=jit_on(pull_back, layout, sums, donate=(1,)),
+        score_leaves=jit_on(score_leaves, layout, None),
     )
 
 

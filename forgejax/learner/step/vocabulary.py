@@ -20,7 +20,7 @@ from forgejax.models.dense import unembed, unembed_gradients
 from forgejax.sharding import Layout, current_layout
 
 
-def drawn_logps(
+def score_drawn(
     hidden_BSED: Float[Array, "B S E D"],
     head_DV: Float[Array, "D V"],
     drawn_BSE: Int[Array, "B S E"],

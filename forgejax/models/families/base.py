@@ -29,7 +29,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experts:
+class ExpertSettings:
     """The names of a mixture of experts in config.json.
 
     ``aliases`` are other names of ``count``. Without a ``d_ff`` the experts' width is intermediate_size. ``normalize``
@@ -61,7 +61,7 @@ class Family:
     head_dim: int = 0  # of a config.json that does not say; 0: hidden_size / num_attention_heads
     rope_theta: float = 10_000.0  # of a config.json that does not say
     partial_rope: bool = False
-    experts: Experts | None = None
+    experts: ExpertSettings | None = None
     supported: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     interleaved_gguf: bool = False  # whether GGUF files hold q and k permuted for interleaved rotary pairs
 

@@ -1,6 +1,6 @@
 """MiniMax-M2: QK-norm over all heads at once, rotary on a part of each head, a sigmoid router with correction bias."""
 
-from forgejax.models.families.base import ATTENTION, EMBEDDINGS, FULL_NORMS, Experts, Family, Tensor
+from forgejax.models.families.base import ATTENTION, EMBEDDINGS, FULL_NORMS, ExpertSettings, Family, Tensor
 
 _LAYER = "model.layers.{layer}.block_sparse_moe"
 
@@ -22,7 +22,7 @@ MINIMAX_M2 = Family(
     head_dim=128,
     rope_theta=5_000_000.0,
     partial_rope=True,
-    experts=Experts(count="num_local_experts", aliases=("num_experts",), router="sigmoid", correction_bias=True),
+    experts=ExpertSettings(count="num_local_experts", aliases=("num_experts",), router="sigmoid", correction_bias=True),
     supported={
         "attention_dropout": (0, None),
         "router_jitter_noise": (0, None),

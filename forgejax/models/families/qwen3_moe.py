@@ -1,6 +1,6 @@
 """Qwen3-MoE: Qwen3 with a softmax router over experts in every layer."""
 
-from forgejax.models.families.base import ATTENTION, EMBEDDINGS, HEAD_NORMS, Experts, Family, Tensor
+from forgejax.models.families.base import ATTENTION, EMBEDDINGS, HEAD_NORMS, ExpertSettings, Family, Tensor
 
 _LAYER = "model.layers.{layer}.mlp"
 
@@ -18,7 +18,7 @@ QWEN3_MOE = Family(
         Tensor(ours="blocks.expert_down", name=_LAYER + ".experts.{expert}.down_proj.weight", form="D F -> F D"),
     ),
     qk_norm="head",
-    experts=Experts(
+    experts=ExpertSettings(
         count="num_experts",
         aliases=("num_local_experts",),
         d_ff="moe_intermediate_size",

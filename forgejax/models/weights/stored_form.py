@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = Callable[[int, int], NDArray[Any]]
+_Rows = Callable[[int, int], NDArray[Any]]
 """``rows(start, stop)``: that part of a stored tensor along its first dimension."""
 
 _BLOCK_BYTES = 4 << 20  # what of a stored tensor is in memory at a time
@@ -40,7 +40,7 @@ class StoredForm:
 
     def copy(
         self,
-        rows: Rows,
+        rows: _Rows,
         sizes: Mapping[str, int],
         index: tuple[slice, ...],
         out: NDArray[Any],

@@ -15,7 +15,7 @@ def close_account(*, sampled: int, trained: int, not_trained: Mapping[str, int])
     return sampled - trained - sum(not_trained.values())
 
 
-def account_sentence(*, sampled: int, trained: int, not_trained: Mapping[str, int]) -> str:
+def describe_account(*, sampled: int, trained: int, not_trained: Mapping[str, int]) -> str:
     """The state of the account in plain words; if it is open, names the entry whose size is nearest to the gap."""
     gap = close_account(sampled=sampled, trained=trained, not_trained=not_trained)
     if gap == 0:

@@ -21,7 +21,7 @@ class Gain:
     tasks: int
 
 
-def paired_gain(before: Mapping[str, float], after: Mapping[str, float], seed: int = 0) -> Gain | None:
+def measure_gain(before: Mapping[str, float], after: Mapping[str, float], seed: int = 0) -> Gain | None:
     """The gain over the tasks that both evaluations measured; None for fewer than two of them.
 
     Tasks are drawn with replacement, each with its own pair of means, and the interval is that between the percentiles

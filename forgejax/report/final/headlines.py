@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from forgejax.report.final.summary import LevelChange, Summary
-from forgejax.report.names import duration
+from forgejax.report.names import format_duration
 
 _NOISE = 2.0  # standard errors below which a difference is called noise
 
@@ -19,7 +19,7 @@ class Headline:
     words: str
 
 
-def headlines(summary: Summary) -> tuple[Headline, ...]:
+def make_headlines(summary: Summary) -> tuple[Headline, ...]:
     """Outcome overall and per level, then tool use and episode time, as far as they were measured."""
     whole = LevelChange(
         outcome_before=summary.eval_reward_before,
@@ -92,8 +92,8 @@ def _episode_time(level: str, change: LevelChange) -> Headline | None:
         return None
     return Headline(
         label=f"Episode time, {level} tasks",
-        before="—" if before is None else duration(before),
-        after="—" if after is None else duration(after),
+        before="—" if before is None else format_duration(before),
+        after="—" if after is None else format_duration(after),
         words="Median wall clock of an episode, tools included, without the time queued in our own engine.",
     )
 

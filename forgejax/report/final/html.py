@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from forgejax.report.final.headlines import headlines
-from forgejax.report.final.invariants import Bounds, checks
+from forgejax.report.final.headlines import make_headlines
+from forgejax.report.final.invariants import Bounds, check_invariants
 from forgejax.report.final.summary import Summary
-from forgejax.report.names import duration
+from forgejax.report.names import format_duration
 from forgejax.report.storage import write_atomic
 
 REPORT_FILE = "report.html"
@@ -50,7 +50,7 @@ class Slice:
     share: float
 
 
-def slices(trained: int, not_trained: Mapping[str, int], *, unaccounted: int) -> tuple[Slice, ...]:
+def make_slices(trained: int, not_trained: Mapping[str, int], *, unaccounted: int) -> tuple[Slice, ...]:
     """The account of tokens or groups, trained first, then the reasons by size, then what nothing accounts for."""
     entries = [("trained", trained), *sorted(not_trained.items(), key=lambda entry: (-entry[1], entry[0]))]
     if unaccounted:
@@ -72,15 +72,15 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     summary = report.summary
-    found = checks(summary, report.bounds)
+    found = check_invariants(summary, report.bounds)
     return environment.get_template(REPORT_FILE).render(
         report=report,
         summary=summary,
-        headlines=headlines(summary),
+        headlines=make_headlines(summary),
         checks=found,
         broken=sum(check.holds is False for check in found),
-        tokens=slices(summary.tokens_trained, summary.tokens_not_trained, unaccounted=summary.account_open_tokens),
-        groups=slices(summary.groups_trained, summary.groups_not_trained, unaccounted=summary.groups_open),
+        tokens=make_slices(summary.tokens_trained, summary.tokens_not_trained, unaccounted=summary.account_open_tokens),
+        groups=make_slices(summary.groups_trained, summary.groups_not_trained, unaccounted=summary.groups_open),
         figures=_figures(summary),
         examples=(
             ("Before training", [_cut(example) for example in report.examples_before]),
@@ -102,7 +102,7 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
     known = [
         ("Training steps", f"{summary.steps:,}"),
         ("Steps skipped (not finite)", f"{summary.skipped_steps:,}"),
-        ("Wall clock", duration(summary.wall_s)),
+        ("Wall clock", format_duration(summary.wall_s)),
         ("Evaluation tasks", f"{summary.eval_tasks:,}"),
         ("Seed", str(summary.seed)),
         ("Unmerged tokens per tree token", _optional(summary.tree_token_ratio, ".2f")),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from forgejax.errors import ConfigError
-from forgejax.report.final.account import account_sentence
+from forgejax.report.final.account import describe_account
 from forgejax.report.final.summary import Summary
 
 
@@ -39,7 +39,7 @@ class Check:
     meaning: str
 
 
-def checks(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
+def check_invariants(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
     """The invariants of a run, in the order of the report."""
     return (
         Check(
@@ -54,7 +54,7 @@ def checks(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
             measured=f"{summary.account_open_tokens:,} tokens open",
             bound="0",
             holds=summary.account_open_tokens == 0,
-            meaning=account_sentence(
+            meaning=describe_account(
                 sampled=summary.tokens_sampled, trained=summary.tokens_trained, not_trained=summary.tokens_not_trained
             ),
         ),

@@ -16,7 +16,7 @@ from forgejax.report.names import (
     OUTCOME,
     STEP,
     TOOLS,
-    levels_of,
+    find_levels,
 )
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ _LEVEL_COLORS = (_GREEN, _ORANGE, "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 _LEVEL_MARKERS = "osD^vP"
 _DPI = 150
 
-Rows = Sequence[Mapping[str, float]]
-Drawing = Callable[["Axes", Rows], None]
+_Rows = Sequence[Mapping[str, float]]
+_Drawing = Callable[["Axes", _Rows], None]
 
 
-def reward_curve(rows: Rows) -> bytes | None:
+def draw_curve(rows: _Rows) -> bytes | None:
     """A PNG of 1350 pixels' width, readable at 900, from the metrics rows of a run (see names).
 
     Above: the outcome of each training step, its trailing mean, and the evaluations with one standard error. Below: the
@@ -62,20 +62,20 @@ def reward_curve(rows: Rows) -> bytes | None:
     return png.getvalue()
 
 
-def _panels(rows: Rows) -> list[tuple[Drawing, list[str]]]:
+def _panels(rows: _Rows) -> list[tuple[_Drawing, list[str]]]:
     """What could be drawn, and the names of which one must be there for it."""
     levels = _levels(rows)
     names = [f"{prefix}{level}" for level in levels for prefix in (TOOLS, EVAL_TOOLS)]
     used = any(value > 0 for name in names for value in _series(rows, name)[1])
-    lower: tuple[Drawing, list[str]] = (_draw_tools, names) if used else (_draw_length, [EPISODE_TOKENS])
+    lower: tuple[_Drawing, list[str]] = (_draw_tools, names) if used else (_draw_length, [EPISODE_TOKENS])
     return [(_draw_reward, [OUTCOME, EVAL_OUTCOME]), lower]
 
 
-def _levels(rows: Rows) -> list[str]:
-    return sorted({level for row in rows for prefix in (TOOLS, EVAL_TOOLS) for level in levels_of(row, prefix)})
+def _levels(rows: _Rows) -> list[str]:
+    return sorted({level for row in rows for prefix in (TOOLS, EVAL_TOOLS) for level in find_levels(row, prefix)})
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
+def smooth_values(values: Sequence[float], window: int) -> list[float]:
     """The mean of the last ``window`` finite values up to each position; NaN where there is none."""
     means = []
     for end in range(1, len(values) + 1):
@@ -84,14 +84,14 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _draw_reward(axes: "Axes", rows: Rows) -> None:
+def _draw_reward(axes: "Axes", rows: _Rows) -> None:
     steps, outcomes = _series(rows, OUTCOME)
     if steps:
         window = _window(steps)
         axes.plot(steps, outcomes, color=_BLUE, alpha=0.35, linewidth=1, marker=".", markersize=4, label="each step")
         if window > 1:
             label = f"mean of {window} steps"
-            axes.plot(steps, smoothed(outcomes, window), color=_BLUE, linewidth=2.2, label=label)
+            axes.plot(steps, smooth_values(outcomes, window), color=_BLUE, linewidth=2.2, label=label)
     steps, outcomes = _series(rows, EVAL_OUTCOME)
     if steps:
         errors = {row[STEP]: row[EVAL_OUTCOME_SE] for row in rows if math.isfinite(row.get(EVAL_OUTCOME_SE, math.nan))}
@@ -112,12 +112,14 @@ def _draw_reward(axes: "Axes", rows: Rows) -> None:
     axes.set_title("Outcome reward", loc="left", fontsize=11, fontweight="bold")
 
 
-def _draw_tools(axes: "Axes", rows: Rows) -> None:
+def _draw_tools(axes: "Axes", rows: _Rows) -> None:
     looks = itertools.cycle(zip(_LEVEL_COLORS, _LEVEL_MARKERS, strict=True))
     for level, (color, marker) in zip(_levels(rows), looks, strict=False):
         steps, shares = _series(rows, f"{TOOLS}{level}")
         if steps:
-            axes.plot(steps, smoothed(shares, _window(steps)), color=color, linewidth=1.8, label=f"{level}, training")
+            axes.plot(
+                steps, smooth_values(shares, _window(steps)), color=color, linewidth=1.8, label=f"{level}, training"
+            )
         steps, shares = _series(rows, f"{EVAL_TOOLS}{level}")
         if steps:
             axes.plot(
@@ -129,12 +131,12 @@ def _draw_tools(axes: "Axes", rows: Rows) -> None:
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
 
 
-def _draw_length(axes: "Axes", rows: Rows) -> None:
+def _draw_length(axes: "Axes", rows: _Rows) -> None:
     steps, tokens = _series(rows, EPISODE_TOKENS)
     axes.plot(steps, tokens, color=_GREEN, alpha=0.35, linewidth=1, marker=".", markersize=4, label="each step")
     if _window(steps) > 1:
         label = f"mean of {_window(steps)} steps"
-        axes.plot(steps, smoothed(tokens, _window(steps)), color=_GREEN, linewidth=2.2, label=label)
+        axes.plot(steps, smooth_values(tokens, _window(steps)), color=_GREEN, linewidth=2.2, label=label)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens")
     axes.set_title("Tokens sampled in an episode", loc="left", fontsize=11, fontweight="bold")
@@ -145,7 +147,7 @@ def _window(steps: Sequence[float]) -> int:
     return max(1, min(20, len(steps) // 8))
 
 
-def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+def _series(rows: _Rows, name: str) -> tuple[list[float], list[float]]:
     """The steps at which ``name`` was measured, and its values."""
     found = [(row[STEP], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
     return [step for step, _ in found], [value for _, value in found]

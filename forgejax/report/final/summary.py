@@ -13,7 +13,7 @@ import msgspec
 from forgejax.errors import ConfigError
 from forgejax.report.evaluation import NOT_MEASURED, EvaluationResult, LevelResult
 from forgejax.report.final.account import close_account
-from forgejax.report.final.bootstrap import paired_gain
+from forgejax.report.final.bootstrap import measure_gain
 from forgejax.report.storage import storage_errors, write_atomic
 
 SUMMARY_FILE = "summary.json"
@@ -102,9 +102,9 @@ class Summary:
         return self.groups_dispatched - self.groups_trained - sum(self.groups_not_trained.values())
 
 
-def evaluation_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
+def make_evaluation_fields(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
     """The fields of Summary that the evaluations before and after training fill."""
-    gain = paired_gain(before.tasks, after.tasks)
+    gain = measure_gain(before.tasks, after.tasks)
     tools = any(result.overall.tool_use for result in (before, after))
     whole = _change(before.overall, after.overall, tools=tools)
     nothing = NOT_MEASURED.overall

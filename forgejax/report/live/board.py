@@ -14,7 +14,7 @@ from forgejax.report.names import OUTCOME, STEP, TOOLS
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
-def printable(text: str) -> str:
+def strip_controls(text: str) -> str:
     """``text`` on one line: control, format and separator characters become spaces, runs of spaces one space.
 
     Notes carry words of agent programs, and those may hold terminal escapes.
@@ -56,7 +56,7 @@ class Board:
 
     def begin(self, name: str, detail: str) -> None:
         with self._lock:
-            self._phases.append((printable(name), printable(detail), self._clock()))
+            self._phases.append((strip_controls(name), strip_controls(detail), self._clock()))
 
     def end(self) -> float:
         """Leaves the innermost phase and gives its seconds."""

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import SupportsFloat, TextIO
 
-from forgejax.report.live.board import Board, View, printable
+from forgejax.report.live.board import Board, View, strip_controls
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.names import duration, find_shown, written
+from forgejax.report.names import find_shown, format_duration, format_value
 
 
 class LinesProgress:
@@ -30,14 +30,14 @@ class LinesProgress:
             yield
             outcome = "done"
         finally:
-            self._say(f"{name} {outcome} in {duration(self._board.end())}")
+            self._say(f"{name} {outcome} in {format_duration(self._board.end())}")
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
         self._board.add_step(row)
         view = self._board.view()
         if view.elapsed_s >= self._next_line_s or view.step >= view.steps:
             self._next_line_s = view.elapsed_s + self._interval_s
-            self._say(step_line(view))
+            self._say(format_step(view))
 
     def note(self, text: str) -> None:
         for line in text.splitlines():
@@ -47,13 +47,13 @@ class LinesProgress:
         self._outlet.close()
 
     def _say(self, text: str) -> None:
-        self._outlet.write(f"[{duration(self._board.view().elapsed_s):>7}] {printable(text)}\n")
+        self._outlet.write(f"[{format_duration(self._board.view().elapsed_s):>7}] {strip_controls(text)}\n")
 
 
-def step_line(view: View) -> str:
+def format_step(view: View) -> str:
     """The line of the last step: number, the known figures that are there, time left."""
     parts = [f"step {view.step}/{view.steps}"]
-    parts += [f"{shown.label} {written(view.row[shown.name], shown.style)}" for shown in find_shown(view.row)]
+    parts += [f"{shown.label} {format_value(view.row[shown.name], shown.style)}" for shown in find_shown(view.row)]
     if view.eta_s is not None:
-        parts.append(f"eta {duration(view.eta_s)}")
+        parts.append(f"eta {format_duration(view.eta_s)}")
     return " | ".join(parts)

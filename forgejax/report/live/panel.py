@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from forgejax.report.live.board import Board, View, printable
+from forgejax.report.live.board import Board, View, strip_controls
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.names import duration, find_shown, written
+from forgejax.report.names import find_shown, format_duration, format_value
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NARROW = 28
@@ -38,7 +38,7 @@ class PanelProgress:
         self._console = Console(file=cast("IO[str]", self._outlet), width=width, force_terminal=True)
         self._live = Live(
             console=self._console,
-            get_renderable=lambda: draw(self._board.view(), width=self._console.width),
+            get_renderable=lambda: draw_panel(self._board.view(), width=self._console.width),
             refresh_per_second=refresh_hz,
             vertical_overflow="crop",
         )
@@ -54,7 +54,7 @@ class PanelProgress:
             yield
             outcome = "done"
         finally:
-            self._say(f"{name} {outcome} in {duration(self._board.end())}")
+            self._say(f"{name} {outcome} in {format_duration(self._board.end())}")
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
         self._board.add_step(row)
@@ -65,8 +65,8 @@ class PanelProgress:
 
     def _say(self, text: str) -> None:
         """Writes ``text`` above the panel, where it scrolls away like any output."""
-        stamp = f"[{duration(self._board.view().elapsed_s):>7}] "
-        self._console.print(Text.assemble((stamp, "dim"), printable(text)), soft_wrap=True)
+        stamp = f"[{format_duration(self._board.view().elapsed_s):>7}] "
+        self._console.print(Text.assemble((stamp, "dim"), strip_controls(text)), soft_wrap=True)
 
     def close(self) -> None:
         with self._closing:
@@ -76,7 +76,7 @@ class PanelProgress:
                 self._outlet.close()
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
+def draw_sparkline(values: Sequence[float], width: int) -> str:
     """The last ``width`` values in [0, 1] as bars, a non-finite one as a space."""
     marks = []
     for value in values[-width:] if width > 0 else ():
@@ -85,34 +85,34 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(marks)
 
 
-def draw(view: View, *, width: int) -> RenderableType:
+def draw_panel(view: View, *, width: int) -> RenderableType:
     """The panel for a terminal of ``width`` columns; no line of it is wider."""
     figures = [
-        _line(Text.assemble((f"{shown.label} ", "dim"), (written(view.row[shown.name], shown.style), "bold")))
+        _line(Text.assemble((f"{shown.label} ", "dim"), (format_value(view.row[shown.name], shown.style), "bold")))
         for shown in find_shown(view.row)
     ]
     parts: list[RenderableType] = [_line(Text(_headline(view), style="bold"))]
     if view.steps > 0 and width > _NARROW:
         parts.append(_line(_bar(view.step / view.steps, width - 4)))
     if view.rewards:
-        parts.append(_line(Text.assemble(("reward ", "dim"), (sparkline(view.rewards, width - 11), "green"))))
+        parts.append(_line(Text.assemble(("reward ", "dim"), (draw_sparkline(view.rewards, width - 11), "green"))))
     if figures:
         parts.append(Columns(figures, equal=True, expand=True) if width > _NARROW else Group(*figures))
     if width <= _NARROW:
         return Group(*parts)
-    title = Text(" · ".join(["forgejax", *([view.phase] if view.phase else []), duration(view.elapsed_s)]))
+    title = Text(" · ".join(["forgejax", *([view.phase] if view.phase else []), format_duration(view.elapsed_s)]))
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", width=width)
 
 
 def _headline(view: View) -> str:
     words = [f"step {view.step}/{view.steps}"]
     if view.eta_s is not None:
-        words.append(f"eta {duration(view.eta_s)}")
+        words.append(f"eta {format_duration(view.eta_s)}")
     if view.phase:
-        words.append(f"{view.phase} {duration(view.phase_s)}")
+        words.append(f"{view.phase} {format_duration(view.phase_s)}")
     if view.detail:
         words.append(view.detail)
-    return printable(" · ".join(words))
+    return strip_controls(" · ".join(words))
 
 
 def _bar(share: float, width: int) -> Text:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from forgejax.models import Policy, PolicyConfig
 from forgejax.rollout.engine.kv.base import KVMemory, PrefilledSequence
-from forgejax.rollout.engine.sampling import Laws, draw
+from forgejax.rollout.engine.sampling import Laws, draw_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +107,7 @@ class Programs:
             kv, slots = carry
             attend = kv.attend(slots.position_S[:, None], _find_longest(slots) + 1)
             hidden_S1D, kv = policy(slots.token_S[:, None], slots.position_S[:, None], attend, kv)
-            token_S, logp_S = draw(policy.logits(hidden_S1D[:, 0]), slots.laws, slots.position_S + 1)
+            token_S, logp_S = draw_tokens(policy.logits(hidden_S1D[:, 0]), slots.laws, slots.position_S + 1)
             return (kv, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
 
         served = jax.tree.map(lambda x: x[:count], state.slots)

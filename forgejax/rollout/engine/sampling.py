@@ -20,7 +20,7 @@ class Laws:
     key_S2: jax.Array
 
 
-def draw(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def draw_tokens(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws one token per slot; returns ids and log-probs [S].
 
     The log-prob is that of the whole softmax(logits / temperature), without the truncation of top_k and top_p; at

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forgejax.errors import ConfigError
-from forgejax.learner.credit.credit import CreditConfig, assign_credit, make_judge, returns_to_go
+from forgejax.learner.credit.credit import CreditConfig, assign_credit, compute_returns, make_judge
 from forgejax.learner.packing.config import PackConfig
 from forgejax.types import Trajectory
 from tests.learner.samples import group, trajectory, turn
@@ -23,11 +23,11 @@ def test_a_turn_is_credited_with_every_reward_granted_after_its_request() -> Non
         0, [turn(k, requested_at=float(10 * k)) for k in range(3)], [(1.0, 5.0), (2.0, 10.0), (4.0, 15.0), (8.0, 99.0)]
     )
 
-    returns, total = returns_to_go(one, 1.0)
+    returns, total = compute_returns(one, 1.0)
     assert returns.tolist() == [15.0, 14.0, 8.0]
     assert total == 15.0
 
-    returns, total = returns_to_go(one, 0.5)  # granted during turns 0, 1, 1, 2
+    returns, total = compute_returns(one, 0.5)  # granted during turns 0, 1, 1, 2
     assert returns.tolist() == [1 + 1 + 2 + 2, 2 + 4 + 4, 8]
     assert total == 6.0
 
@@ -35,7 +35,7 @@ def test_a_turn_is_credited_with_every_reward_granted_after_its_request() -> Non
 def test_turns_are_ordered_by_the_arrival_of_their_request() -> None:
     one = trajectory(0, [turn(0, requested_at=3.0), turn(1, requested_at=1.0)], [(1.0, 2.0)])
 
-    assert returns_to_go(one, 1.0)[0].tolist() == [1.0, 0.0]  # the turn requested at 1, then that at 3
+    assert compute_returns(one, 1.0)[0].tolist() == [1.0, 0.0]  # the turn requested at 1, then that at 3
 
 
 def test_leave_one_out_advantages_reach_every_sample() -> None:

@@ -7,7 +7,7 @@ from forgejax.errors import TrainingError
 from forgejax.learner.credit.credit import CreditConfig
 from forgejax.learner.pack import PackGroups, TrainingBatch
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.drift import drift_tokens
+from forgejax.learner.packing.drift import count_drift
 from forgejax.types import Group
 from tests.learner.samples import group, trajectory, turn
 
@@ -50,7 +50,7 @@ def test_what_is_trained_is_what_was_given_and_drawn() -> None:
     groups = [_group(0, (1.0, 0.0)), _group(1, (0.0, 1.0, 0.5))]
     for row_length in (8, 32):
         packed = _pack(groups, PackConfig(row_length=row_length, rows=1, block_size=8)).packed
-        assert drift_tokens(packed, _given(groups)) == 0
+        assert count_drift(packed, _given(groups)) == 0
 
 
 def test_one_changed_id_anywhere_is_drift() -> None:
@@ -58,11 +58,11 @@ def test_one_changed_id_anywhere_is_drift() -> None:
     packed, given = _pack(groups).packed, _given(groups)
     prompt, sampled = given["0.1.1"]
 
-    assert drift_tokens(packed, given | {"0.1.1": (np.array([1, 2, 9, 4, 1, 7]), sampled)}) == 1
-    assert drift_tokens(packed, given | {"0.1.1": (prompt, np.array([5, 8]))}) == 1
-    assert drift_tokens(packed, given | {"0.1.1": (prompt, np.array([5, 6, 6]))}) == 1
+    assert count_drift(packed, given | {"0.1.1": (np.array([1, 2, 9, 4, 1, 7]), sampled)}) == 1
+    assert count_drift(packed, given | {"0.1.1": (prompt, np.array([5, 8]))}) == 1
+    assert count_drift(packed, given | {"0.1.1": (prompt, np.array([5, 6, 6]))}) == 1
     del given["0.1.1"]
-    assert drift_tokens(packed, given) == 8
+    assert count_drift(packed, given) == 8
 
 
 def test_a_broken_index_in_the_packed_batch_is_drift() -> None:
@@ -70,7 +70,7 @@ def test_a_broken_index_in_the_packed_batch_is_drift() -> None:
     packed = _pack(groups).packed
     packed.batches[0].tokens_BT[0, 0] += 1  # the root that all four samples share
 
-    assert drift_tokens(packed, _given(groups)) == 4
+    assert count_drift(packed, _given(groups)) == 4
 
 
 def test_the_same_groups_give_the_same_batch() -> None:

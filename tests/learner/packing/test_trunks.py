@@ -14,7 +14,7 @@ from forgejax.learner.pack import pack
 from forgejax.learner.packing import plan
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.drift import drift_tokens
+from forgejax.learner.packing.drift import count_drift
 from forgejax.learner.packing.forest import Forest
 from forgejax.learner.packing.lay import choose_shape
 from forgejax.learner.packing.plan import Bin, RowPlan
@@ -188,7 +188,7 @@ def test_samples_that_end_in_a_trunk_beyond_what_its_row_holds_go_into_ordinary_
     assert sorted(at.request_id for at in packed.placements) == sorted(one.request_id for one in group)
     assert packed.stats.trained_tokens == sum(len(one.token_ids) for one in group)
     assert packed.trunks[0].trunk.term_mask_BM.any()
-    assert drift_tokens(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 0
+    assert count_drift(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 0
 
 
 def test_a_row_beyond_the_largest_bucket_is_an_error_that_says_so() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.step.memory import activation_bytes, kept_within
+from forgejax.learner.step.memory import choose_kept, count_activation_bytes
 from forgejax.learner.step.train_step import StepConfig, make_train_step
 from forgejax.models import Kept, PolicyConfig, abstract_policy
 from forgejax.models.moe import MoEConfig
@@ -47,7 +47,7 @@ def test_the_model_of_memory_is_what_the_compiler_allocates(policy: PolicyConfig
     # gradients are added to the sum where it lies.
     for_eight = _temporary_bytes(keep, 12, layout, policy) - _temporary_bytes(keep, 4, layout, policy)
 
-    assert for_eight == pytest.approx(activation_bytes(policy, 1024, keep, layout=layout), rel=0.03)
+    assert for_eight == pytest.approx(count_activation_bytes(policy, 1024, keep, layout=layout), rel=0.03)
 
 
 def test_devices_that_split_heads_keep_a_share_of_the_input_each() -> None:
@@ -56,31 +56,31 @@ def test_devices_that_split_heads_keep_a_share_of_the_input_each() -> None:
         _temporary_bytes(keep, 12, layout) - _temporary_bytes(keep, 4, layout) for keep in ("nothing", "share")
     )
 
-    assert whole - share == pytest.approx(activation_bytes(_POLICY, 1024, "nothing") / 2, rel=0.03)
+    assert whole - share == pytest.approx(count_activation_bytes(_POLICY, 1024, "nothing") / 2, rel=0.03)
 
 
 def test_layers_keep_the_most_that_the_budget_holds() -> None:
-    products = activation_bytes(_POLICY, 1024, "products") / 2**30
-    attention = activation_bytes(_POLICY, 1024, "attention") / 2**30
+    products = count_activation_bytes(_POLICY, 1024, "products") / 2**30
+    attention = count_activation_bytes(_POLICY, 1024, "attention") / 2**30
 
-    assert kept_within(_POLICY, 1024, products * 1.01) == "products"
-    assert kept_within(_POLICY, 1024, products * 0.99) == "attention"
-    assert kept_within(_POLICY, 1024, attention * 0.99) == "nothing"
+    assert choose_kept(_POLICY, 1024, products * 1.01) == "products"
+    assert choose_kept(_POLICY, 1024, products * 0.99) == "attention"
+    assert choose_kept(_POLICY, 1024, attention * 0.99) == "nothing"
 
 
 def test_a_mesh_holds_as_much_more_as_it_splits_tokens_and_heads() -> None:
     layout = _layout("cpu-8", data=2, context=2, tensor=2)
-    products = activation_bytes(_POLICY, 1024 // 4, "products", layout=layout) / 2**30
+    products = count_activation_bytes(_POLICY, 1024 // 4, "products", layout=layout) / 2**30
 
-    assert kept_within(_POLICY, 1024, products * 1.01, layout=layout) == "products"
-    assert kept_within(_POLICY, 1024, products * 0.99, layout=layout) == "attention"
+    assert choose_kept(_POLICY, 1024, products * 1.01, layout=layout) == "products"
+    assert choose_kept(_POLICY, 1024, products * 0.99, layout=layout) == "attention"
 
 
 def test_a_device_that_has_all_key_heads_keeps_all_of_them() -> None:
     layout = _layout("cpu-4", tensor=4)
     more_heads = dataclasses.replace(_POLICY, num_kv_heads=4)
 
-    found = [activation_bytes(policy, 1024, "attention", layout=layout) for policy in (_POLICY, more_heads)]
+    found = [count_activation_bytes(policy, 1024, "attention", layout=layout) for policy in (_POLICY, more_heads)]
 
     # Two whole heads of keys and values against one of four.
     assert found[0] - found[1] == 2 * 8 * 4 * 8 * 1024
@@ -89,5 +89,5 @@ def test_a_device_that_has_all_key_heads_keeps_all_of_them() -> None:
 def test_where_nothing_fits_devices_that_split_heads_keep_shares() -> None:
     with_heads, without = (_layout("cpu-2", **split) for split in ({"tensor": 2}, {"tensor": 1, "fsdp": 2}))
 
-    assert kept_within(_POLICY, 1024, 0.0, layout=with_heads) == "share"
-    assert kept_within(_POLICY, 1024, 0.0, layout=without) == kept_within(_POLICY, 1024, 0.0) == "nothing"
+    assert choose_kept(_POLICY, 1024, 0.0, layout=with_heads) == "share"
+    assert choose_kept(_POLICY, 1024, 0.0, layout=without) == choose_kept(_POLICY, 1024, 0.0) == "nothing"

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from forgejax.errors import ConfigError
-from forgejax.learner.step.optimizer import OptimizerConfig, clipped, learning_rate, make_optimizer
+from forgejax.learner.step.optimizer import OptimizerConfig, clip_gradients, make_optimizer, make_schedule
 
 
 def test_the_rate_warms_up_and_then_stays_or_falls() -> None:
-    constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=3))
-    cosine = learning_rate(
+    constant = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=3))
+    cosine = make_schedule(
         OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine", total_steps=13, final_fraction=0.2)
     )
 
@@ -42,11 +42,11 @@ def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_a_shorter_one_l
     grads = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[0.0, 4.0]])}
     config = OptimizerConfig(max_grad_norm=1.0)
 
-    np.testing.assert_allclose(clipped(grads, jnp.asarray(5.0), config)["b"], [[0.0, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(clip_gradients(grads, jnp.asarray(5.0), config)["b"], [[0.0, 0.8]], rtol=1e-6)
     for longer in (5.0, 50.0):
-        kept = clipped(grads, jnp.asarray(5.0), OptimizerConfig(max_grad_norm=longer))
+        kept = clip_gradients(grads, jnp.asarray(5.0), OptimizerConfig(max_grad_norm=longer))
         np.testing.assert_array_equal(kept["b"], grads["b"])
-    nothing = clipped({"a": jnp.zeros(2)}, jnp.asarray(0.0), config)
+    nothing = clip_gradients({"a": jnp.zeros(2)}, jnp.asarray(0.0), config)
     np.testing.assert_array_equal(nothing["a"], [0.0, 0.0])
 
 

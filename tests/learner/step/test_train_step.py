@@ -17,7 +17,7 @@ from forgejax.learner.learner import Learner
 from forgejax.learner.pack import pack
 from forgejax.learner.packing.config import PackConfig
 from forgejax.learner.packing.lay import lay_empty
-from forgejax.learner.packing.samples import Sample, supervised_sample
+from forgejax.learner.packing.samples import Sample, make_supervised_sample
 from forgejax.learner.step.losses import LossConfig
 from forgejax.learner.step.optimizer import OptimizerConfig
 from forgejax.learner.step.train_step import StepConfig, TrainStep, add_gradients, make_train_step
@@ -220,7 +220,7 @@ def test_gaps_are_measured_on_tokens_that_the_trained_weights_drew() -> None:
 def test_supervised_samples_run_the_same_step_and_are_learned() -> None:
     config = StepConfig(loss=LossConfig(name="sft"), optimizer=OptimizerConfig(learning_rate=0.02))
     learner = Learner(abstract_policy(_config())[0], init_params(_config()), config)
-    told = [supervised_sample("a", [1, 2], [3, 4]), supervised_sample("b", [1, 5], [6])]
+    told = [make_supervised_sample("a", [1, 2], [3, 4]), make_supervised_sample("b", [1, 5], [6])]
     packed = pack([told], PackConfig(row_length=16, rows=1, block_size=8, loss_norm="batch"))
     logps = np.asarray(learner.score(packed)[0])[packed.batches[0].term_mask_BM]
 

@@ -19,7 +19,7 @@ from forgejax.learner.pack import pack
 from forgejax.learner.packing import lay
 from forgejax.learner.packing.batch import PackedStep
 from forgejax.learner.packing.config import PackConfig
-from forgejax.learner.packing.drift import drift_tokens, trained_ids
+from forgejax.learner.packing.drift import count_drift, read_trained_ids
 from forgejax.learner.packing.samples import Sample
 from forgejax.learner.step.train_step import StepConfig
 from forgejax.learner.step.trunk_step import make_trunk_step
@@ -204,7 +204,7 @@ def test_scores_and_ids_are_those_of_longer_rows() -> None:
         assert len(scored) == len(packed.parts)
         found.append({at.request_id: scored[at.batch][at.row, at.start : at.stop] for at in packed.placements})
         given = {one.request_id: (one.context_ids, one.token_ids) for members in groups for one in members}
-        assert drift_tokens(packed, given) == 0
+        assert count_drift(packed, given) == 0
 
     split, whole = found
     assert split.keys() == whole.keys()
@@ -218,7 +218,7 @@ def test_a_wrong_token_in_a_trunk_drifts_once_for_every_sample_behind_it() -> No
     packed = _pack([group])
     packed.trunks[0].trunk.tokens_BT[0, 3] += 1
 
-    assert drift_tokens(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 8
+    assert count_drift(packed, {one.request_id: (one.context_ids, one.token_ids) for one in group}) == 8
 
 
 def test_a_mesh_that_splits_rows_by_length_is_refused_with_what_to_set() -> None:
@@ -240,7 +240,7 @@ def test_every_term_lies_in_one_place_and_every_token_counts_once_for_its_sample
         if at.request_id not in by_id:
             continue
         one, part = by_id[at.request_id], packed.parts[at.batch]
-        context, sampled = trained_ids(part, at)
+        context, sampled = read_trained_ids(part, at)
         assert (context.tolist(), sampled.tolist()) == (one.context_ids.tolist(), one.token_ids.tolist())
         assert part.batch.old_logp_BM[at.row, at.start : at.stop].tolist() == one.old_logp.tolist()
     masks = [part.batch.term_mask_BM.sum() for part in packed.parts]

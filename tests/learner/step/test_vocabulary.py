@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forgejax.learner.step.vocabulary import drawn_logps
+from forgejax.learner.step.vocabulary import score_drawn
 
 _V = 7
 
@@ -37,7 +37,7 @@ def test_log_probability_entropy_and_gradients_are_those_of_a_log_softmax(chunk:
         def oracle(hidden: jax.Array, head: jax.Array) -> jax.Array:
             return jnp.take_along_axis(law(hidden, head), drawn[..., None], axis=-1)[..., 0]
 
-        (logp, entropy), back = jax.vjp(lambda x, y: drawn_logps(x, y, drawn, temperature, chunk), hidden, head)
+        (logp, entropy), back = jax.vjp(lambda x, y: score_drawn(x, y, drawn, temperature, chunk), hidden, head)
         expected, expected_back = jax.vjp(oracle, hidden, head)
         logs = law(hidden, head)
 
@@ -50,7 +50,7 @@ def test_log_probability_entropy_and_gradients_are_those_of_a_log_softmax(chunk:
 def test_fp32_keeps_its_digits_where_one_token_has_all_the_mass() -> None:
     head = jnp.asarray([[80.0, 0.0, -300.0]], jnp.float32)
     one = jnp.ones((1, 1, 1), jnp.float32)
-    logp, entropy = drawn_logps(one[..., None], head, jnp.zeros((1, 1, 1), jnp.int32), one, 8)
+    logp, entropy = score_drawn(one[..., None], head, jnp.zeros((1, 1, 1), jnp.int32), one, 8)
 
     assert float(logp[0, 0, 0]) == 0.0
     assert 0.0 <= float(entropy[0, 0, 0]) < 1e-30
@@ -60,7 +60,7 @@ def test_fp32_keeps_its_digits_where_one_token_has_all_the_mass() -> None:
 def test_logits_come_in_the_fewest_chunks_that_the_limit_allows(limit: int, size: int) -> None:
     """32 edges; a divisor of the limit alone would cut 20 into chunks of 4."""
     hidden, head, drawn, temperature, _ = _edges(32)
-    program = str(jax.make_jaxpr(lambda x, y: drawn_logps(x, y, drawn, temperature, limit))(hidden, head))
+    program = str(jax.make_jaxpr(lambda x, y: score_drawn(x, y, drawn, temperature, limit))(hidden, head))
 
     assert set(re.findall(rf"f32\[2,1,(\d+),{_V}\]", program)) == {str(size)}
 
@@ -71,6 +71,6 @@ def test_the_heads_gradient_is_summed_before_it_is_rounded() -> None:
     hidden = jnp.ones((1, 1, n, 1), jnp.bfloat16)
     drawn, ones = jnp.zeros((1, 1, n), jnp.int32), jnp.ones((1, 1, n), jnp.float32)
     head = jnp.zeros((1, 2), jnp.bfloat16)
-    _, back = jax.vjp(lambda head: drawn_logps(hidden, head, drawn, ones, 1)[0], head)
+    _, back = jax.vjp(lambda head: score_drawn(hidden, head, drawn, ones, 1)[0], head)
 
     np.testing.assert_array_equal(np.asarray(back(2 * ones)[0], np.float32), [[n, -n]])

@@ -1,16 +1,16 @@
 import re
 from pathlib import Path
 
-from forgejax.report.final.headlines import headlines
-from forgejax.report.final.html import Example, Report, render_html, slices, write_html
-from forgejax.report.final.invariants import Bounds, checks
+from forgejax.report.final.headlines import make_headlines
+from forgejax.report.final.html import Example, Report, make_slices, render_html, write_html
+from forgejax.report.final.invariants import Bounds, check_invariants
 from tests.report.final.example import summary
 
 BOUNDS = Bounds(disorder=3, staleness_steps=2)
 
 
 def test_a_sound_run_holds_every_invariant() -> None:
-    assert {check.name: check.holds for check in checks(summary(), BOUNDS)} == {
+    assert {check.name: check.holds for check in check_invariants(summary(), BOUNDS)} == {
         "Token drift": True,
         "Token account": True,
         "Group account": True,
@@ -30,32 +30,32 @@ def test_each_invariant_breaks_on_its_own() -> None:
         "Staleness": summary(staleness_steps_max=3),
     }
     for name, given in broken.items():
-        assert [check.name for check in checks(given, BOUNDS) if not check.holds] == [name]
+        assert [check.name for check in check_invariants(given, BOUNDS) if not check.holds] == [name]
 
 
 def test_a_gap_measured_on_too_few_tokens_is_no_gap() -> None:
     for given in (summary(logprob_gap_tokens=1000), summary(logprob_gap_max=None)):
-        assert [check.name for check in checks(given, BOUNDS) if not check.holds] == ["Log-prob gap"]
+        assert [check.name for check in check_invariants(given, BOUNDS) if not check.holds] == ["Log-prob gap"]
 
 
 def test_the_greedy_window_claims_no_bound() -> None:
-    found = {check.name: check for check in checks(summary(), Bounds(disorder=None, staleness_steps=None))}
+    found = {check.name: check for check in check_invariants(summary(), Bounds(disorder=None, staleness_steps=None))}
     assert found["Staleness"].holds is None and found["Staleness"].bound == "none claimed"
 
 
 def test_a_change_is_called_noise_below_two_standard_errors() -> None:
-    clear = headlines(summary(eval_gain=None))[0].words
+    clear = make_headlines(summary(eval_gain=None))[0].words
     assert clear == "The mean outcome changed by +0.500: better, 10.0 standard errors."
-    noisy = headlines(summary(eval_gain=None, eval_reward_after=0.34))[0].words
+    noisy = make_headlines(summary(eval_gain=None, eval_reward_after=0.34))[0].words
     assert noisy.endswith("within the noise (one standard error of the difference is 0.050).")
-    worse = headlines(summary(eval_gain=None, eval_reward_after=0.1))[0].words
+    worse = make_headlines(summary(eval_gain=None, eval_reward_after=0.1))[0].words
     assert "-0.150: worse, 3.0 standard errors" in worse
-    alone = headlines(summary(eval_gain=None, eval_reward_before=None))[0]
+    alone = make_headlines(summary(eval_gain=None, eval_reward_before=None))[0]
     assert alone.before == "—" and "one side only" in alone.words
 
 
 def test_the_account_lists_trained_first_then_reasons_by_size() -> None:
-    found = slices(70, {"a": 10, "b": 15}, unaccounted=5)
+    found = make_slices(70, {"a": 10, "b": 15}, unaccounted=5)
     assert [(entry.name, entry.count, entry.share) for entry in found] == [
         ("trained", 70, 0.7),
         ("b", 15, 0.15),
@@ -125,7 +125,9 @@ def test_a_long_transcript_is_cut_and_says_by_how_much() -> None:
 
 
 def test_a_paired_interval_decides_what_is_noise() -> None:
-    better = headlines(summary(eval_gain=0.5, eval_gain_low=0.42, eval_gain_high=0.58))[0].words
+    better = make_headlines(summary(eval_gain=0.5, eval_gain_low=0.42, eval_gain_high=0.58))[0].words
     assert better == "Task by task the outcome changed by +0.500, 95 % interval +0.420 to +0.580: better."
-    assert "within the noise" in headlines(summary(eval_gain=0.1, eval_gain_low=-0.01, eval_gain_high=0.2))[0].words
-    assert "worse" in headlines(summary(eval_gain=-0.1, eval_gain_low=-0.2, eval_gain_high=-0.01))[0].words
+    assert (
+        "within the noise" in make_headlines(summary(eval_gain=0.1, eval_gain_low=-0.01, eval_gain_high=0.2))[0].words
+    )
+    assert "worse" in make_headlines(summary(eval_gain=-0.1, eval_gain_low=-0.2, eval_gain_high=-0.01))[0].words

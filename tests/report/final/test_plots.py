@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from forgejax.report.final import plots
-from forgejax.report.final.plots import reward_curve, smoothed
+from forgejax.report.final.plots import draw_curve, smooth_values
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -18,8 +18,8 @@ def size(png: bytes) -> tuple[int, int]:
 
 
 def test_the_trailing_mean_leaves_out_what_is_not_finite() -> None:
-    assert smoothed([1.0, math.nan, 0.0, 0.5], 2) == [1.0, 1.0, 0.0, 0.25]
-    assert math.isnan(smoothed([math.nan], 3)[0])
+    assert smooth_values([1.0, math.nan, 0.0, 0.5], 2) == [1.0, 1.0, 0.0, 0.25]
+    assert math.isnan(smooth_values([math.nan], 3)[0])
 
 
 @pytest.mark.parametrize("count", [1, 60])
@@ -30,13 +30,13 @@ def test_a_curve_of_any_length_is_drawn_at_one_size(count: int, tools: float) ->
         for step in range(count)
     ]
     rows[-1] |= {"eval/outcome": 0.9, "eval/tools_a": tools}
-    png = reward_curve(rows)
+    png = draw_curve(rows)
     assert png is not None and size(png) == (1350, 960)
 
 
 def test_a_panel_without_figures_is_left_out_and_nothing_at_all_is_no_picture() -> None:
-    assert reward_curve([]) is None
-    png = reward_curve([{"step": 0, "eval/outcome": 0.5, "eval/tools_a": 0.0}])
+    assert draw_curve([]) is None
+    png = draw_curve([{"step": 0, "eval/outcome": 0.5, "eval/tools_a": 0.0}])
     assert png is not None and size(png) == (1350, 555)
 
 
@@ -53,9 +53,9 @@ def test_drawing_is_silent_without_a_display_or_a_home(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     program = """
 import sys
-from forgejax.report.final.plots import reward_curve
+from forgejax.report.final.plots import draw_curve
 assert "matplotlib" not in sys.modules
-reward_curve([{"step": 1, "reward/outcome": 0.5, "eval/outcome": 0.5, "eval/outcome_se": 0.1}])
+draw_curve([{"step": 1, "reward/outcome": 0.5, "eval/outcome": 0.5, "eval/outcome_se": 0.1}])
 assert "matplotlib.pyplot" not in sys.modules
 """
     kept = {name: value for name, value in os.environ.items() if name not in {"DISPLAY", "MPLCONFIGDIR"}}

@@ -9,7 +9,7 @@ import pytest
 
 from forgejax.errors import ConfigError
 from forgejax.report.evaluation import NOT_MEASURED, EvaluationResult, LevelResult
-from forgejax.report.final.summary import SUMMARY_FILE, evaluation_fields, read_summary, write_summary
+from forgejax.report.final.summary import SUMMARY_FILE, make_evaluation_fields, read_summary, write_summary
 from tests.report.final.example import summary
 
 
@@ -89,7 +89,7 @@ _LEVEL = LevelResult(episodes=4, tasks=4, masked=0, reward=0.5, reward_se=0.25, 
 def test_levels_are_those_that_were_played() -> None:
     before = EvaluationResult(overall=_LEVEL, levels={"red": _LEVEL, "blue": replace(_LEVEL, reward=0.1)})
     after = EvaluationResult(overall=replace(_LEVEL, reward=0.6), levels={"red": replace(_LEVEL, reward=0.9)})
-    given = summary(**evaluation_fields(before, after))
+    given = summary(**make_evaluation_fields(before, after))
 
     assert (given.eval_reward_before, given.eval_reward_after, given.tool_use_after) == (0.5, 0.6, 0.75)
     assert list(given.levels) == ["red", "blue"]
@@ -100,7 +100,7 @@ def test_levels_are_those_that_were_played() -> None:
 def test_what_a_run_cannot_have_is_absent_and_not_null(tmp_path: Path) -> None:
     plain = replace(_LEVEL, tool_use=0.0)
     result = EvaluationResult(overall=plain, levels={"default": plain})
-    path = write_summary(tmp_path, summary(**evaluation_fields(result, NOT_MEASURED)))
+    path = write_summary(tmp_path, summary(**make_evaluation_fields(result, NOT_MEASURED)))
     record = json.loads(path.read_text())
 
     assert "null" not in path.read_text()

@@ -10,10 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from forgejax.report.live.board import Board, printable
+from forgejax.report.live.board import Board, strip_controls
 from forgejax.report.live.lines import LinesProgress
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.live.panel import PanelProgress, draw, sparkline
+from forgejax.report.live.panel import PanelProgress, draw_panel, draw_sparkline
 from forgejax.report.live.progress import NoProgress, Progress, open_progress
 
 ROW: dict[str, float] = {
@@ -124,7 +124,7 @@ def test_no_line_of_the_panel_is_wider_than_the_terminal(width: int) -> None:
         board.add_step({"step": step, **ROW, "reward/outcome": step / 11})
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with console.capture() as captured:
-        console.print(draw(board.view(), width=width))
+        console.print(draw_panel(board.view(), width=width))
     lines = captured.get().splitlines()
     assert max(cell_len(line) for line in lines) <= width
     if width >= 80:
@@ -138,9 +138,9 @@ def test_no_line_of_the_panel_is_wider_than_the_terminal(width: int) -> None:
 
 
 def test_the_sparkline_shows_the_last_values_and_leaves_a_gap_for_what_is_not_finite() -> None:
-    assert sparkline([0.0, float("nan"), 1.0, 7.0], 3) == " ██"
-    assert sparkline([0.0, 0.5], 0) == ""
-    assert len(sparkline([0.5] * 100, 10)) == 10
+    assert draw_sparkline([0.0, float("nan"), 1.0, 7.0], 3) == " ██"
+    assert draw_sparkline([0.0, 0.5], 0) == ""
+    assert len(draw_sparkline([0.5] * 100, 10)) == 10
 
 
 def test_the_panel_takes_notes_from_many_threads_and_closes_twice() -> None:
@@ -246,4 +246,4 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
 
 
 def test_printable_text_is_one_line() -> None:
-    assert printable(" a\n\tb\x00 \u200bc ") == "a b c"
+    assert strip_controls(" a\n\tb\x00 \u200bc ") == "a b c"

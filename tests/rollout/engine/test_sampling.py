@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from forgejax.rollout.engine.sampling import Laws
-from forgejax.rollout.engine.sampling import draw as plain_draw
+from forgejax.rollout.engine.sampling import draw_tokens as plain_draw
 from forgejax.types import SamplingLaw
 
 draw = jax.jit(plain_draw)
