@@ -140,33 +140,79 @@ def test_every_mesh_the_readme_names_resolves() -> None:
 
 
 def rooms() -> dict[str, set[str]]:
-    """Each package of the table in docs/structure.md, and what it says the package imports."""
+    """Each room of the first table in docs/structure.md, and what it says the room imports."""
     rows = re.findall(r"^\| \[`forgejax/(\w+)/`\].*\| ([^|]+) \|$", STRUCTURE, re.MULTILINE)
     return {name: set() if imports == "nothing" else set(imports.split(", ")) for name, imports in rows}
 
 
-def test_the_structure_page_names_exactly_the_packages_and_files_that_exist() -> None:
-    assert set(rooms()) == {path.parent.name for path in ROOT.glob("forgejax/*/__init__.py")}
-    files = set(re.findall(r"`(?:forgejax/)?(\w+\.py)`", "\n".join(re.findall(r"^\|.*?\|", STRUCTURE, re.MULTILINE))))
-    assert files == {path.name for path in ROOT.glob("forgejax/*.py")} - {"__init__.py"}
+def folders() -> dict[str, set[str]]:
+    """Each folder of the second table, and what of its own room it imports; "" stands for what lies loose there."""
+    rows = re.findall(r"^\| `(\w+/\w+)` .*\| ([^|]+) \|$", STRUCTURE, re.MULTILINE)
+    names = {name: set() if imports == "nothing" else set(imports.split(", ")) for name, imports in rows}
+    return {name: {"" if each == "what lies loose" else each for each in imports} for name, imports in names.items()}
+
+
+def test_the_structure_page_names_exactly_the_rooms_folders_and_loose_files_that_exist() -> None:
+    package = ROOT / "forgejax"
+    assert set(rooms()) == {path.parent.name for path in package.glob("*/__init__.py")}
+    single = {"ops/tree"}  # the only family of kernels: the first table says what it is
+    assert set(folders()) | single == {
+        path.parent.relative_to(package).as_posix() for path in package.glob("*/*/__init__.py")
+    }
+    loose = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert loose == {"errors.py", "imports.py"} and all(f"`{name}`" in STRUCTURE for name in loose)
+    run = {path.stem for path in (package / "run").glob("*.py")} - {"__init__"}
+    told = STRUCTURE[STRUCTURE.index("`run` has no folders") : STRUCTURE.index("`scripts/train.py` is the entrance")]
+    assert set(re.findall(r"`(\w+)`", told)) == run | {"run"}
 
 
 @pytest.mark.parametrize("room", sorted(rooms()))
-def test_a_package_imports_only_what_the_structure_page_allows(room: str) -> None:
-    allowed = rooms()[room] | {room} | ({"errors"} if "types" in rooms()[room] else set())
+def test_a_room_imports_only_what_the_structure_page_allows(room: str) -> None:
     found = {
         module.split(".")[1]
         for path in (ROOT / "forgejax" / room).rglob("*.py")
         for module in imported(path)
         if module.startswith("forgejax.")
     }
-    assert found <= allowed
+    assert found <= rooms()[room] | {room, "errors"}
 
 
-@pytest.mark.parametrize("room", ["agents", "gateway", "pool", "report"])
-def test_the_packages_beside_the_engines_never_import_jax(room: str) -> None:
+@pytest.mark.parametrize("folder", sorted(folders()))
+def test_a_folder_imports_of_its_room_only_what_the_structure_page_allows(folder: str) -> None:
+    room, name = folder.split("/")
+    parts = {path.parent.name for path in (ROOT / "forgejax" / room).glob("*/__init__.py")}
+    found = set()
+    for path in (ROOT / "forgejax" / folder).rglob("*.py"):
+        inside = [module.split(".") for module in imported(path) if module.startswith(f"forgejax.{room}.")]
+        found |= {module[2] if module[2] in parts else "" for module in inside}
+    assert found <= folders()[folder] | {name}
+
+
+def test_the_rooms_form_no_circle() -> None:
+    arrows = {(room, other) for room, imports in rooms().items() for other in imports}
+    above = dict.fromkeys({name for arrow in arrows for name in arrow}, 0)
+    for _ in range(len(above)):
+        for room, other in arrows:
+            above[other] = max(above[other], above[room] + 1)
+    assert max(above.values()) < len(above)
+
+
+@pytest.mark.parametrize("room", ["agents", "chat", "environments", "gateway", "pool", "report"])
+def test_the_rooms_beside_the_engines_never_import_jax(room: str) -> None:
     modules = [module for path in (ROOT / "forgejax" / room).rglob("*.py") for module in imported(path)]
     assert [module for module in modules if module.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
+
+
+def test_no_folder_is_fuller_than_a_reader_can_take_in_and_no_function_longer_than_a_screen() -> None:
+    counts: dict[Path, int] = {}
+    long = []
+    for path in (ROOT / "forgejax").rglob("*.py"):
+        counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                long += [f"{path.name}:{node.name}"] if node.end_lineno - node.lineno > 60 else []
+    assert {folder.name: count for folder, count in counts.items() if count > 14} == {}
+    assert long == []
 
 
 def imported(path: Path) -> list[str]:

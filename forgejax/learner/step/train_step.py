@@ -35,7 +35,7 @@ Metrics = dict[str, jax.Array]
 class StepConfig:
     """Loss, optimizer and memory of the train step.
 
-    ``keep``: what each layer keeps for the backward pass, the rest being computed again (``learner/memory.py`` tells
+    ``keep``: what each layer keeps for the backward pass, the rest being computed again (``step/memory.py`` tells
     what each costs); ``auto``: as much as ``activation_gib`` GiB a device hold. ``vocab_chunk``: the most edges of a
     row whose logits exist at a time; where one chunk holds them all their exponentials are kept, else computed twice.
     """

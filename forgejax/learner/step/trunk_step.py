@@ -73,11 +73,7 @@ def make_trunk_step(
     Raises:
         ConfigError: it splits the length of rows.
     """
-    if axes := layout.axes("length"):
-        raise ConfigError(
-            f"packing.trunks on a mesh that splits rows over {' and '.join(axes)}: trunks "
-            "stay on the device of their leaves; set packing.trunks = false, or mesh.context = 1"
-        )
+    _require_whole_rows(layout)
     forward = config.forward_pass(graphdef, layout)
 
     def of_trunk(params: Any, batch: PackedBatch) -> tuple[Terms, TrunkKV]:
@@ -115,15 +111,27 @@ def make_trunk_step(
     def score_leaves(params: Any, kv: TrunkKV, batch: PackedBatch) -> jax.Array:
         return of_leaves(params, kv, batch)[0]
 
-    sums = layout.shardings(jax.eval_shape(start, abstract_params))
-    num_kv_heads = nnx.merge(graphdef, abstract_params).config.num_kv_heads
-    kv = layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None, None)
+    sums, kv = layout.shardings(jax.eval_shape(start, abstract_params)), _lay_kv(graphdef, abstract_params, layout)
     return TrunkStep(
         trunk=jit_on(trunk, layout, (kv, kv)),
         accumulate_leaves=jit_on(accumulate_leaves, layout, (sums, kv), donate=(2,)),
         pull_back=jit_on(pull_back, layout, sums, donate=(1,)),
         score_leaves=jit_on(score_leaves, layout, None),
     )
+
+
+def _lay_kv(graphdef: Any, abstract_params: Any, layout: Layout) -> Any:
+    """How the keys and values of a trunk lie on the devices."""
+    num_kv_heads = nnx.merge(graphdef, abstract_params).config.num_kv_heads
+    return layout.sharding(None, "rows", None, "heads" if layout.kv_heads_axis(num_kv_heads) else None, None)
+
+
+def _require_whole_rows(layout: Layout) -> None:
+    if axes := layout.axes("length"):
+        raise ConfigError(
+            f"packing.trunks on a mesh that splits rows over {' and '.join(axes)}: trunks "
+            "stay on the device of their leaves; set packing.trunks = false, or mesh.context = 1"
+        )
 
 
 def _keeping_kv(attend: Attend) -> Attend:
