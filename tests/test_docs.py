@@ -210,7 +210,7 @@ def test_no_folder_is_fuller_than_a_reader_can_take_in_and_no_function_longer_th
         counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-                long += [f"{path.name}:{node.name}"] if node.end_lineno - node.lineno > 60 else []
+                long += [f"{path.name}:{node.name}"] if node.end_lineno - node.lineno >= 60 else []
     assert {folder.name: count for folder, count in counts.items() if count > 14} == {}
     assert long == []
 
