@@ -85,7 +85,7 @@ class Forest:
         """Query-key pairs of the tree of samples start to stop; tokens above the forest are keys, and no queries."""
         below = self.above + int(self.tree.shared_R[start])  # ancestors, repeated for this range
         repeated = below * (below + 1) // 2 - self.above * (self.above + 1) // 2
-        return repeated + int(self._seen[self.nodes[stop]] - self._seen[self.nodes[start]])
+        return repeated + int(self._seen[stop] - self._seen[start])
 
     def part(self, start: int, stop: int) -> PrefixTree:
         """The tree of samples start to stop: what ``build_tree`` makes of them, but for the order of equal branches."""
@@ -156,8 +156,9 @@ class Forest:
 
     @functools.cached_property
     def _seen(self) -> NDArray[np.int64]:
-        """[T + 1] query-key pairs of the nodes before each."""
-        return _sums(self.tree.positions_T.astype(np.int64) + 1)
+        """[R + 1] query-key pairs of the shares of the samples before each: a share is the lower end of a chain."""
+        deep, shared = self.fed + self.above, self.tree.shared_R.astype(np.int64) + self.above
+        return _sums((deep * (deep + 1) - shared * (shared + 1)) // 2)
 
     @functools.cached_property
     def _edges(self) -> NDArray[np.int64]:
