@@ -9,39 +9,42 @@ XLA:CPU does thirty times slower than over one of [T, D].
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from forgejax.ops.rounding import outer_products, precision_of, product, real_of, with_exact_sums
 from forgejax.sharding import current_layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
     """Contracts the last ``contracted`` dimensions of x with as many leading ones of the weight, in x's dtype."""
-    return jnp.tensordot(x, weight, axes=contracted)
+    return product(x, weight, contracted).astype(x.dtype)
 
 
 def _linear_forward(x: jax.Array, weight: jax.Array, contracted: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.tensordot(x, weight, axes=contracted), (x, weight)
+    return linear(x, weight, contracted), (x, weight)
 
 
 def _linear_backward(contracted: int, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, ...]:
     x, weight = saved
     shared = x.ndim - contracted
     last = tuple(range(shared, d_out.ndim)), tuple(range(contracted, weight.ndim))
-    return jnp.tensordot(d_out, weight, axes=last), _weight_gradient(x, d_out, shared)
+    d_x = jnp.tensordot(
+        d_out, weight, axes=last, precision=precision_of(weight.dtype), preferred_element_type=real_of(d_out)
+    )
+    return d_x.astype(x.dtype), _weight_gradient(x, d_out, shared).astype(weight.dtype)
 
 
-def _weight_gradient(
-    x: jax.Array, d_out: jax.Array, shared: int, precision: jax.lax.Precision | None = None
-) -> jax.Array:
-    """The product over the leading ``shared`` dimensions, which rows and tokens are."""
+def _weight_gradient(x: jax.Array, d_out: jax.Array, shared: int) -> jax.Array:
+    """The product over the leading ``shared`` dimensions, which rows and tokens are, in FP32 (FP64)."""
     if not _length_is_split():  # else merging rows and tokens would gather the tokens
         x, d_out = (jnp.reshape(y, (-1, *y.shape[shared:])) for y in (x, d_out))
         shared = 1
-    return jnp.tensordot(x, d_out, axes=(tuple(range(shared)),) * 2, precision=precision)
+    return outer_products(x, d_out, shared)
 
 
 def _length_is_split() -> bool:
@@ -73,8 +76,7 @@ embed.defvjp(_embed_forward, _embed_backward)
 @jax.custom_vjp
 def unembed(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     """``hidden @ head`` at full precision, accumulated and given in FP32 (FP64 for FP64); both of one dtype."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.tensordot(hidden, head_DV, axes=1, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
+    return product(hidden, head_DV)
 
 
 def _unembed_forward(hidden: jax.Array, head_DV: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -94,7 +96,7 @@ def unembed_gradients(hidden: jax.Array, head_DV: jax.Array, d_logits: jax.Array
     """The gradients of both, in the logits' dtype: those of the head may be summed before they are rounded."""
     highest, wide = jax.lax.Precision.HIGHEST, d_logits.dtype
     d_hidden = jnp.tensordot(d_logits, head_DV.astype(wide), axes=((-1,), (1,)), precision=highest)
-    return d_hidden, _weight_gradient(hidden.astype(wide), d_logits, hidden.ndim - 1, highest)
+    return d_hidden, _weight_gradient(hidden.astype(wide), d_logits, hidden.ndim - 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -105,9 +107,13 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
 
 
 def _normed(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32 * inverse, inverse
+    inverse = with_exact_sums(functools.partial(_inverse_root, eps), x)
+    return x.astype(inverse.dtype) * inverse, inverse
+
+
+def _inverse_root(eps: float, sums: Any, x: jax.Array) -> jax.Array:
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(sums)), axis=-1, keepdims=True) + eps)
+    return inverse.astype(real_of(x))
 
 
 def _widened(scale: jax.Array, normed: jax.Array) -> jax.Array:
@@ -133,18 +139,23 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @jax.custom_vjp
 def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """``silu(gate) * up`` (SwiGLU, arXiv 2002.05202); the backward pass keeps the two inputs and nothing else."""
-    return jax.nn.silu(gate) * up
+    """``silu(gate) * up`` (SwiGLU, arXiv 2002.05202), taken in FP32 and rounded once.
+
+    The backward pass keeps the two inputs and nothing else.
+    """
+    wide = real_of(gate)
+    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
 
 
 def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jax.nn.silu(gate) * up, (gate, up)
+    return silu_gated(gate, up), (gate, up)
 
 
 def _gated_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
+    dtype, wide = d_out.dtype, real_of(d_out)
+    gate, up, d_out = (x.astype(wide) for x in (*saved, d_out))
     open_ = jax.nn.sigmoid(gate)
-    return d_out * up * open_ * (1 + gate * (1 - open_)), d_out * gate * open_
+    return (d_out * up * open_ * (1 + gate * (1 - open_))).astype(dtype), (d_out * gate * open_).astype(dtype)
 
 
 silu_gated.defvjp(_gated_forward, _gated_backward)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from forgejax.errors import ConfigError
 from forgejax.models.dense import silu_gated
 from forgejax.models.ragged import ragged_matmul
+from forgejax.ops.rounding import product, real_of
 from forgejax.sharding import Layout, constrain, current_layout
 
 
@@ -89,8 +90,8 @@ def route(
     The weights are the scores of the chosen; the correction bias moves the choice alone and has no gradient
     (arXiv 2408.15664).
     """
-    real = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    logits_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(real), router_DX.astype(real), precision=lax.Precision.HIGHEST)
+    operand, real = jnp.promote_types(x_BTD.dtype, router_DX.dtype), real_of(x_BTD, router_DX)
+    logits_BTX = product(x_BTD.astype(operand), router_DX.astype(operand))
     if config.router == "softmax":
         score_BTX = chance_BTX = jax.nn.softmax(logits_BTX, axis=-1)
     else:

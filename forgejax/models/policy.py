@@ -343,8 +343,7 @@ class Policy(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in FP32 (or FP64 where the parameters are): widened operands, a full-precision product.
 
-        The precision is asked for because TPUs and GPUs otherwise multiply FP32 operands in bf16 or TF32. Operands that
-        are both bf16 stay so: their products are exact in the FP32 accumulator.
+        Operands that are both bf16 stay so: their products are exact in the FP32 accumulator.
         """
         head_DV = self.unembedding()
         operand = jnp.promote_types(hidden.dtype, head_DV.dtype)

@@ -7,12 +7,14 @@ blocks that exist, so that the cost follows the rows. Both are exact, and nothin
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from forgejax.ops.rounding import outer_products, precision_of, real_of
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128
 
@@ -55,12 +57,10 @@ def _within(x_AD: jax.Array, sizes_X: jax.Array) -> jax.Array:
     return jnp.where(inside_A[:, None], x_AD, jnp.zeros((), x_AD.dtype))
 
 
-def _real(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _rows_by_instruction(x_AD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    return lax.ragged_dot(x_AD, w_XDF, sizes_X, preferred_element_type=_real(x_AD)).astype(x_AD.dtype)
+    return lax.ragged_dot(
+        x_AD, w_XDF, sizes_X, precision=precision_of(x_AD.dtype), preferred_element_type=real_of(x_AD)
+    ).astype(x_AD.dtype)
 
 
 _OUTER_PRODUCTS = lax.RaggedDotDimensionNumbers(
@@ -69,7 +69,14 @@ _OUTER_PRODUCTS = lax.RaggedDotDimensionNumbers(
 
 
 def _matrices_by_instruction(x_AD: jax.Array, dout_AF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    return lax.ragged_dot_general(x_AD, dout_AF, sizes_X, _OUTER_PRODUCTS, preferred_element_type=_real(x_AD))
+    return lax.ragged_dot_general(
+        x_AD,
+        dout_AF,
+        sizes_X,
+        _OUTER_PRODUCTS,
+        precision=precision_of(x_AD.dtype),
+        preferred_element_type=real_of(x_AD),
+    )
 
 
 class _Blocks(NamedTuple):
@@ -109,7 +116,7 @@ def _rows_by_blocks(x_AD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> ja
     def one(i: jax.Array, out_AF: jax.Array) -> jax.Array:
         x_SD = lax.dynamic_slice_in_dim(padded_AD, blocks.start_M[i], blocks.size)
         w_DF = lax.dynamic_index_in_dim(w_XDF, blocks.run_M[i], keepdims=False)
-        y_SF = jnp.einsum("SD,DF->SF", x_SD, w_DF, preferred_element_type=_real(x_SD)).astype(x_SD.dtype)
+        y_SF = jnp.einsum("SD,DF->SF", x_SD, w_DF, preferred_element_type=real_of(x_SD)).astype(x_SD.dtype)
         return lax.dynamic_update_slice_in_dim(out_AF, y_SF, blocks.start_M[i], axis=0)
 
     out_AF = jnp.zeros((padded_AD.shape[0], w_XDF.shape[2]), x_AD.dtype)
@@ -124,8 +131,8 @@ def _matrices_by_blocks(x_AD: jax.Array, dout_AF: jax.Array, sizes_X: jax.Array)
         x_SD, dout_SF = (lax.dynamic_slice_in_dim(rows, blocks.start_M[i], blocks.size) for rows in (x_AD, dout_AF))
         own_S = jnp.arange(blocks.size) < blocks.rows_M[i]
         dout_SF = jnp.where(own_S[:, None], dout_SF, jnp.zeros((), dout_SF.dtype))
-        part_DF = jnp.einsum("SD,SF->DF", x_SD, dout_SF, preferred_element_type=_real(x_SD))
+        part_DF = outer_products(x_SD, dout_SF)
         return sum_XDF.at[blocks.run_M[i]].add(part_DF)
 
-    sum_XDF = jnp.zeros((sizes_X.shape[0], x_AD.shape[1], dout_AF.shape[1]), _real(x_AD))
+    sum_XDF = jnp.zeros((sizes_X.shape[0], x_AD.shape[1], dout_AF.shape[1]), real_of(x_AD))
     return lax.fori_loop(0, blocks.total, one, sum_XDF)

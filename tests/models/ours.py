@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ from forgejax.models import PolicyConfig, abstract_policy, export_policy, load_p
 from tests.models.recipe import Tensors
 from tests.models.reference import causal
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options of a program that runs once on next to nothing."""
-
 _PACKING = PackConfig(row_length=64, rows=1, block_size=16)
 
 
@@ -36,7 +33,7 @@ def logits(config: PolicyConfig, params: Any, tokens_T: NDArray[np.int32]) -> ND
     return np.asarray(_logits(config, params, jnp.asarray(tokens_T)[None]))[0]
 
 
-@functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="config")
 def _logits(config: PolicyConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
     policy = nnx.merge(abstract_policy(config)[0], params)
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
@@ -49,19 +46,15 @@ def gradients(
     groups: Sequence[Sequence[Sample]],
     folder: Path,
     out: Path,
-    *,
-    options: Mapping[str, Any] | None = None,
 ) -> tuple[Tensors, float]:
     """The gradient that the learner's merged step takes on these groups, by Hugging Face names, and the loss.
 
-    It is written to ``out`` by what exports weights: a gradient has the same names and shapes. ``options`` are the
-    compiler's; without them it is the program that trains.
+    It is written to ``out`` by what exports weights: a gradient has the same names and shapes.
     """
     step = make_train_step(abstract_policy(config)[0], params, StepConfig(keep="all"))
-    accumulate = step.accumulate if options is None else jax.jit(step.accumulate, compiler_options=dict(options))
     total = step.start(params)
     for batch in pack(groups, _PACKING).batches:
-        total = accumulate(params, total, batch, np.int32(0))
+        total = step.accumulate(params, total, batch, np.int32(0))
     return exported(config, total.grads, folder, out), float(total.tally.loss)
 
 

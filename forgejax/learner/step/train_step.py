@@ -26,6 +26,7 @@ from forgejax.learner.step.objective import sum_objective
 from forgejax.learner.step.optimizer import OptimizerConfig, clip_gradients, make_optimizer, make_schedule
 from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
+from forgejax.ops.rounding import AS_WRITTEN
 from forgejax.sharding import ONE_DEVICE, Layout
 
 Metrics = dict[str, jax.Array]
@@ -233,4 +234,4 @@ def jit_on(function: Callable[..., Any], layout: Layout, out: Any, donate: tuple
         with layout.scope():
             return function(*args)
 
-    return jax.jit(scoped, donate_argnums=donate, out_shardings=out)
+    return jax.jit(scoped, donate_argnums=donate, out_shardings=out, compiler_options=AS_WRITTEN)

@@ -17,10 +17,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from forgejax.ops.rounding import real_of, with_exact_sums
+from forgejax.ops.softmax import NEVER, RunningSoftmax
 from forgejax.ops.tree.meta import TreeMeta
-
-_NEVER = -1e30  # the score of what is not visible
-_LOWEST = -1e25  # below every score, and so far above _NEVER that exp(_NEVER - _LOWEST) is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +117,6 @@ def _first(x: jax.Array, index: _Index) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index))))
 
 
-def _real(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _visible(meta: TreeMeta, row: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """[block, block]: which queries of the row's query block a see which keys of its block b."""
     block, at = meta.block_size, _at(meta.query_at, row, a)
@@ -135,31 +130,31 @@ def _visible(meta: TreeMeta, row: jax.Array, a: jax.Array, b: jax.Array) -> jax.
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, tuple]:
-    group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
+    out, lse = checkpoint_name(with_exact_sums(_over_pairs, q, k, v, meta), "attended")
+    return out, (q, k, v, meta, out, lse)
+
+
+def _over_pairs(sums: Any, q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta) -> tuple[jax.Array, jax.Array]:
+    """The output and the logarithm of each query's sum, taken in ``sums`` and given in FP32 (FP64)."""
+    group, scale = q.shape[-2] // meta.block_size, q.shape[-1] ** -0.5
 
     def visit(queries: _Index, keys: _Index, visible: jax.Array, carry: _Carry) -> _Carry:
-        out, top, total = carry
-        scores = jnp.einsum("QC,SC->QS", _at(q, *queries), _at(k, *keys), preferred_element_type=real) * scale
-        scores = jnp.where(jnp.tile(visible, (group, 1)), scores, _NEVER)
-        old_top = _at(top, *queries)
-        new_top = jnp.maximum(old_top, scores.max(axis=-1))
-        weights = jnp.exp(scores - new_top[:, None])  # 0 where not visible: new_top is no less than _LOWEST
-        decay = jnp.exp(old_top - new_top)
-        out = _put(out, _at(out, *queries) * decay[:, None] + weights @ _at(v, *keys).astype(real), queries)
-        total = _put(total, _at(total, *queries) * decay + weights.sum(axis=-1), queries)
-        return out, _put(top, new_top, queries), total
+        q_a, k_b, v_b = (_at(x, *index).astype(sums) for x, index in ((q, queries), (k, keys), (v, keys)))
+        scores = jnp.einsum("QC,SC->QS", q_a, k_b) * scale
+        scores = jnp.where(jnp.tile(visible, (group, 1)), scores, NEVER)
+        own = RunningSoftmax(*(_at(x, *queries) for x in carry)).add(scores, v_b)
+        return tuple(_put(x, value, queries) for x, value in zip(carry, own, strict=True))
 
-    start = jnp.zeros(q.shape, real), jnp.full(q.shape[:-1], _LOWEST, real), jnp.zeros(q.shape[:-1], real)
-    out, top, total = _each_pair(visit, meta, k.shape[1], start)
+    out, top, total = _each_pair(visit, meta, k.shape[1], tuple(RunningSoftmax.nothing(q.shape, sums)))
     total = jnp.where(total == 0.0, 1.0, total)  # a block of padding alone was never visited
-    out, lse = checkpoint_name((out / total[..., None], top + jnp.log(total)), "attended")
-    return out, (q, k, v, meta, out, lse)
+    real = real_of(q)
+    return (out / total[..., None]).astype(real), (top + jnp.log(total)).astype(real)
 
 
 def _backward(residuals: tuple, d_out: jax.Array) -> _Carry:
     """Scores stand transposed, keys by queries: two of the three products that take them then read them as they lie."""
     q, k, v, meta, out, lse = residuals
-    group, real, scale = q.shape[-2] // meta.block_size, _real(q), q.shape[-1] ** -0.5
+    group, real, scale = q.shape[-2] // meta.block_size, real_of(q), q.shape[-1] ** -0.5
     d_out = d_out.astype(real)
     # Not a product and then its sum: XLA:CPU sums the rows of [1, ...] thirty times slower.
     delta = jnp.einsum("...C,...C->...", d_out, out)

@@ -255,6 +255,7 @@ def _forward_kernel(*refs: Any, plan: _Plan) -> None:
         k_SC, j_S = _load(k.at[keys], width), keys.start + jnp.arange(tile)
         scores = plan.scores(q_QC, k_SC, i=i_Q, j=j_S, end_S=end[keys], first_Q=first_Q)
         new_top = jnp.maximum(top, scores.max(axis=1))
+        new_top = new_top if v.dtype == scores.dtype else jnp.ceil(new_top)  # ``round_up_top``, in units of log2
         # Of a query that has seen no key yet this is garbage, and the next decay is 0: its own key comes last.
         weights = jnp.exp2(scores - new_top[:, None])
         decay = jnp.exp2(top - new_top)

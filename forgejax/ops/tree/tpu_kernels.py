@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from forgejax.ops.rounding import precision_of
+from forgejax.ops.softmax import round_up_top
 from forgejax.ops.tree.meta import KEY_BITS, QUERY_SHIFT
 
 LANES = 128
@@ -61,9 +63,7 @@ def pair_at(pairs: Any, row: Any, p: Any, n: Any, size: int) -> Any:
 
 
 def _dot(x: jax.Array, y: jax.Array, dims: Any) -> jax.Array:
-    exact = x.dtype == jnp.float32  # else FP32 operands are rounded to bf16
-    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, dims, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _spread(x_Q128: jax.Array, width: int) -> jax.Array:
@@ -114,6 +114,7 @@ def forward_kernel(*refs: Any, walk: Walk, scale: float) -> None:
                 first_seen_i = None if first_seen is None else _spread(first_column[...], block)
                 scores = _masked(scores, i, j, end[...], first_seen_i)
             new_top = jnp.maximum(top[g], scores.max(axis=1, keepdims=True))
+            new_top = new_top if v.dtype == scores.dtype else round_up_top(new_top)
             # Of a query that has seen no key yet this is garbage, and the next decay is 0: its own key comes last.
             weights = jnp.exp(scores - _spread(new_top, block))
             decay = jnp.exp(top[g] - new_top)

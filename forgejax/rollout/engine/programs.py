@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from forgejax.models import Policy, PolicyConfig
+from forgejax.ops.rounding import AS_WRITTEN
 from forgejax.rollout.engine.kv.base import KVMemory, PrefilledSequence
 from forgejax.rollout.engine.sampling import Laws, draw_tokens
 
@@ -54,7 +55,7 @@ class Programs:
         policy: Policy = nnx.merge(graphdef, params)
         return policy
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=AS_WRITTEN)
     def extend(
         self, params: Any, prefix: PrefilledSequence, tokens_T: jax.Array, count: jax.Array
     ) -> PrefilledSequence:
@@ -94,7 +95,7 @@ class Programs:
         """Freezes the slots that are not kept. The state is donated."""
         return replace(state, slots=replace(state.slots, active_S=state.slots.active_S & kept_S))
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=AS_WRITTEN)
     def generate(
         self, count: int, params: Any, state: DecodeState, version: jax.Array
     ) -> tuple[DecodeState, jax.Array]:

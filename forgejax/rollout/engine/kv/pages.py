@@ -11,7 +11,7 @@ import numpy as np
 
 from forgejax.models import PolicyConfig
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.rollout.engine.kv.rows import KVRows
+from forgejax.rollout.engine.kv.rows import KVRows, stored_dtype
 
 # Dimension key beside the usual one: P pages of the pool, N pages of a row, W tokens of a page.
 
@@ -30,7 +30,7 @@ class PagePool:
             policy.head_size,
         )
         with jax.default_device(device):
-            self._pages = tuple(jax.device_put(jnp.zeros(shape, policy.compute_dtype), device) for _ in "kv")
+            self._pages = tuple(jax.device_put(jnp.zeros(shape, stored_dtype(policy)), device) for _ in "kv")
 
     def load(self, pages: Sequence[int]) -> KVRows:
         """One new row that begins with these pages; the rest of it is zero."""
