@@ -21,8 +21,10 @@ class Learner:
     """Owns the train state. One thread calls it: it dispatches programs with collectives.
 
     Attributes:
-        state: weights, optimizer state and update count; its arrays die with the next ``update``. Assign a restored
-            state of the same shapes and shardings to resume.
+        state: weights in FP32, optimizer state and update count; its arrays die with the next ``update``. Assign a
+            restored state of the same shapes and shardings to resume.
+        weights: those of ``state`` in the policy's dtype: what runs, and what is published. They may die with the next
+            ``update`` as well.
         row_shards: how many shards split the rows of a batch, for ``pack``.
         batch_shapes: those of the micro-batches so far; each new one compiles a program for every function it goes to.
     """
@@ -36,8 +38,16 @@ class Learner:
         )
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self.row_shards = layout.shards("rows")
-        self.state: TrainState = self._step.init(params)
+        self.state = self._step.init(params)
         self.batch_shapes: set[tuple[tuple[int, ...], ...]] = set()
+
+    @property
+    def state(self) -> TrainState:
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state, self.weights = state, self._step.cast(state.params)
 
     def update(self, step: PackedStep, version: int) -> Metrics:
         """One optimizer step over all its micro-batches; returns without waiting for the devices.
@@ -60,9 +70,9 @@ class Learner:
         """What an update applies: gradients and figures summed over the micro-batches; the state stays as it is."""
         if not step.batches and not step.trunks:
             raise ValueError("a step of no micro-batches; expected at least one")
-        accumulated = self._step.start(self.state.params)
+        accumulated = self._step.start(self.weights)
         for batch in step.batches:
-            accumulated = self._step.accumulate(self.state.params, accumulated, self.place(batch), np.int32(version))
+            accumulated = self._step.accumulate(self.weights, accumulated, self.place(batch), np.int32(version))
         for trunk in step.trunks:
             accumulated = self._through_trunk(accumulated, trunk, np.int32(version))
         return accumulated
@@ -70,7 +80,7 @@ class Learner:
     def score(self, step: PackedStep) -> list[jax.Array]:
         """log-probabilities [B, M] of the terms of every micro-batch, in the order of ``PackedStep.parts``, under the
         current weights; nothing is updated."""
-        params = self.state.params
+        params = self.weights
         scored = [self._step.score(params, self.place(batch)) for batch in step.batches]
         for each in step.trunks:
             trunk = self.place(each.trunk)
@@ -80,8 +90,8 @@ class Learner:
         return scored
 
     def params(self) -> Any:
-        """A copy of the current weights, on the same devices, to publish: it outlives the next update."""
-        return self._copy(self.state.params)
+        """A copy of the current weights, in the policy's dtype, on the same devices: it outlives the next update."""
+        return self._copy(self.weights)
 
     def compile(self, step: PackedStep) -> None:
         """Compiles the gradients of micro-batches of these shapes and leaves the state as it is.
@@ -93,10 +103,10 @@ class Learner:
     @functools.cached_property
     def _trunk_step(self) -> TrunkStep:
         """Made when the first trunk comes: not every mesh can have trunks."""
-        return self._make_trunk_step(self.state.params)
+        return self._make_trunk_step(self.weights)
 
     def _through_trunk(self, accumulated: Accumulated, packed: PackedTrunk, version: np.int32) -> Accumulated:
-        step, params, trunk = self._trunk_step, self.state.params, self.place(packed.trunk)
+        step, params, trunk = self._trunk_step, self.weights, self.place(packed.trunk)
         kv, d_kv = step.trunk(params, trunk)
         for leaf in packed.leaves:
             accumulated, d_kv = step.accumulate_leaves(params, kv, (accumulated, d_kv), self.place(leaf), version)

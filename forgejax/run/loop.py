@@ -152,7 +152,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """This step's weights to the engines; only then do the groups that made them make room for new ones."""
-        self.engines.publish(self.learner.state.params, self.step)  # copied when it returns
+        self.engines.publish(self.learner.weights, self.step)  # copied when it returns
         self.pool.publish(self.step)
         self.pool.retire(self.step - 1)
 

@@ -117,13 +117,14 @@ class Ours:
     def compiled(self, packed_step: PackedStep) -> str:
         """The HLO of the program that runs for each micro-batch."""
         accumulate: Any = self.step.accumulate
-        start = self.step.start(self.state.params)
-        return accumulate.lower(self.state.params, start, packed_step.batches[0], np.int32(0)).compile().as_text()
+        weights = self.step.cast(self.state.params)
+        return accumulate.lower(weights, self.step.start(weights), packed_step.batches[0], np.int32(0)).compile().as_text()
 
     def accumulate(self, packed_step: PackedStep) -> Any:
-        accumulated = self.step.start(self.state.params)
+        weights = self.step.cast(self.state.params)
+        accumulated = self.step.start(weights)
         for batch in packed_step.batches:
-            accumulated = self.step.accumulate(self.state.params, accumulated, jax.device_put(batch), np.int32(0))
+            accumulated = self.step.accumulate(weights, accumulated, jax.device_put(batch), np.int32(0))
         return accumulated
 
 

@@ -26,7 +26,7 @@ from forgejax.learner.step.objective import sum_objective
 from forgejax.learner.step.optimizer import OptimizerConfig, clip_gradients, make_optimizer, make_schedule
 from forgejax.models import Kept
 from forgejax.models.moe import RouterLoad
-from forgejax.ops.rounding import AS_WRITTEN
+from forgejax.ops.rounding import AS_WRITTEN, narrow
 from forgejax.sharding import ONE_DEVICE, Layout
 
 Metrics = dict[str, jax.Array]
@@ -67,7 +67,12 @@ class StepConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Weights, optimizer state and the number of updates applied (skipped steps do not count)."""
+    """What training goes on from: the master weights, optimizer state, and the number of updates applied.
+
+    ``params`` are in FP32 (FP64 stays), whatever the policy runs in: an update at RL's learning rates is far smaller
+    than the last bit of a bf16 weight, and would be rounded away (arXiv 1710.03740 §3.1). What runs is a cast of them.
+    Skipped steps do not count in ``step``.
+    """
 
     params: Any
     opt_state: Any
@@ -112,15 +117,17 @@ class TrainStep:
 
     Attributes:
         init: ``params -> TrainState``, on a copy of the params.
-        start: ``params -> Accumulated`` of nothing.
-        accumulate: ``(params, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version``
-            is the policy version of ``params``: log-probability gaps are measured on the terms it drew.
+        cast: the weights in the policy's dtype, out of those of a ``TrainState``; the same arrays where that is theirs.
+        start: ``weights -> Accumulated`` of nothing.
+        accumulate: ``(weights, accumulated, batch, version) -> Accumulated``; consumes ``accumulated``. ``version``
+            is the policy version of the weights: log-probability gaps are measured on the terms it drew.
         apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient
             norm is not finite the state comes back as it was, and the metric ``skipped`` is 1.
-        score: ``(params, batch) -> [B, M]`` log-probabilities of the terms.
+        score: ``(weights, batch) -> [B, M]`` log-probabilities of the terms.
     """
 
     init: Callable[[Any], TrainState]
+    cast: Callable[[Any], Any]
     start: Callable[[Any], Accumulated]
     accumulate: Callable[[Any, Accumulated, PackedBatch, Any], Accumulated]
     apply: Callable[[TrainState, Accumulated], tuple[TrainState, Metrics]]
@@ -142,7 +149,11 @@ def make_train_step(
     forward = config.forward_pass(graphdef, layout)
 
     def init(params: Any) -> TrainState:
-        return TrainState(params=params, opt_state=optimizer.init(_wide(params)), step=jnp.zeros((), jnp.int32))
+        wide = _wide(params)
+        return TrainState(params=wide, opt_state=optimizer.init(wide), step=jnp.zeros((), jnp.int32))
+
+    def cast(params: Any) -> Any:
+        return jax.tree.map(lambda x, like: narrow(x, like.dtype), params, abstract_params)
 
     def start(params: Any) -> Accumulated:
         zeros = jax.tree.map(jnp.zeros_like, _wide(params))
@@ -159,14 +170,18 @@ def make_train_step(
         return Accumulated(grads=grads, tally=accumulated.tally.merge(counted))
 
     def apply(state: TrainState, accumulated: Accumulated) -> tuple[TrainState, Metrics]:
-        return _apply(optimizer, config.optimizer, state, accumulated)
+        return _apply(optimizer, config.optimizer, state, accumulated, cast)
 
     def score(params: Any, batch: PackedBatch) -> jax.Array:
         return forward.terms(params, batch)[0]
 
-    state, sums = (layout.shardings(jax.eval_shape(function, abstract_params)) for function in (init, start))
+    state, sums, weights = (
+        layout.shardings(jax.eval_shape(function, abstract_params)) for function in (init, start, cast)
+    )
+    is_cast = any(jnp.promote_types(x.dtype, jnp.float32) != x.dtype for x in jax.tree.leaves(abstract_params))
     return TrainStep(
         init=jit_on(init, layout, state),
+        cast=jit_on(cast, layout, weights) if is_cast else lambda params: params,
         start=jit_on(start, layout, sums),
         accumulate=jit_on(accumulate, layout, sums, donate=(1,)),
         apply=jit_on(apply, layout, (state, layout.sharding()), donate=(0,)),
@@ -175,27 +190,45 @@ def make_train_step(
 
 
 def _apply(
-    optimizer: optax.GradientTransformation, config: OptimizerConfig, state: TrainState, accumulated: Accumulated
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    state: TrainState,
+    accumulated: Accumulated,
+    cast: Callable[[Any], Any],
 ) -> tuple[TrainState, Metrics]:
     norm = optax.tree.norm(accumulated.grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(accumulated.tally.loss)
 
-    def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(clip_gradients(grads, norm, config), opt_state, _wide(params))
-        return optax.apply_updates(params, updates), opt_state
+    def updated(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any, Metrics]:
+        updates, opt_state = optimizer.update(clip_gradients(grads, norm, config), opt_state, params)
+        new = optax.apply_updates(params, updates)
+        return new, opt_state, _measure_update(params, updates, cast(params), cast(new))
 
-    def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        return params, opt_state
+    def left_alone(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any, Metrics]:
+        return params, opt_state, {name: jnp.zeros((), norm.dtype) for name in ("update_to_weight", "moved_weights")}
 
     # A branch, not a choice between two results for every weight: that would move half as many bytes again.
-    params, opt_state = jax.lax.cond(sound, updated, left_alone, state.params, state.opt_state, accumulated.grads)
-    metrics = accumulated.tally.metrics()
+    params, opt_state, moved = jax.lax.cond(
+        sound, updated, left_alone, state.params, state.opt_state, accumulated.grads
+    )
+    metrics = accumulated.tally.metrics() | moved
     metrics |= {
         "grad_norm": norm,
         "skipped": 1 - sound.astype(jnp.int32),
         "learning_rate": make_schedule(config)(state.step),
     }
     return TrainState(params=params, opt_state=opt_state, step=state.step + sound.astype(jnp.int32)), metrics
+
+
+def _measure_update(params: Any, updates: Any, before: Any, after: Any) -> Metrics:
+    """The length of the update over that of the weights, and the share of the weights that run which it moves."""
+    moved = jax.tree.map(lambda x, y: jnp.sum(x != y, dtype=jnp.float32), before, after)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    norm = optax.tree.norm(updates)
+    return {
+        "update_to_weight": norm / optax.tree.norm(params),
+        "moved_weights": (sum(jax.tree.leaves(moved)) / count).astype(norm.dtype),
+    }
 
 
 def _wide(params: Any) -> Any:

@@ -110,7 +110,7 @@ def _learner() -> Learner:
 
 
 def _check_against_oracle(learner: Learner, bound: float, examples: int) -> None:
-    params = learner.state.params
+    params = learner.weights
     oracle = unmerged(abstract_policy(_policy(str(jax.tree.leaves(params)[0].dtype)))[0], _ROOM)
 
     @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
