@@ -45,6 +45,9 @@ def main() -> int:
     except ForgejaxError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the run began; nothing is left of it", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
@@ -58,18 +61,18 @@ def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
     # The rest takes seconds to import: a typo in the command line is answered first.
     from forgejax.run import rundir  # noqa: PLC0415
     from forgejax.run.config import load_config, load_saved, to_mapping  # noqa: PLC0415
-    from forgejax.run.preflight import check_mesh  # noqa: PLC0415
+    from forgejax.run.preflight import check_run  # noqa: PLC0415
 
     config = load_config(own.config, overrides)
     if own.resume is not None:
         with contextlib.ExitStack() as on_error:
             place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), own.resume)))
             config = load_saved(rundir.saved_config(place.path), str(place.path), overrides)
-            check_mesh(config)  # once only: it settles for good which devices this process has
+            check_run(config, place.path, fresh=not place.has_checkpoint)
             place.save_config(to_mapping(config))  # what was changed on the way holds for the next resume too
             on_error.pop_all()
         return config, place
-    check_mesh(config)
+    check_run(config, Path(config.run.root), fresh=True)
     place = rundir.create(Path(config.run.root), config.run.name, own.config.stem)
     place.save_config(to_mapping(config))
     return config, place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -28,6 +29,9 @@ from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import SamplingLaw
 
 _T = TypeVar("_T")
+_NAME = re.compile(r"\w[\w.+=@-]{0,99}")
+_MOST_STEPS = 2**31 - 1  # policy versions are int32 on the devices
+_SEEDS = 2**32  # what jax, numpy and Grain all take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class RunConfig:
     A run lives in ``root/name``; an empty name takes the configuration file's, numbered. ``eval_every`` and
     ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
     sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
+    ``seed`` is below 2**32.
     """
 
     name: str = ""
@@ -61,6 +66,15 @@ class RunConfig:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}; expected at least 1")
         if self.group_size < 2:
             raise ConfigError("run.group_size is 1; a group needs at least 2 episodes to compare")
+        if self.steps > _MOST_STEPS:
+            raise ConfigError(f"run.steps is {self.steps}; expected {_MOST_STEPS} at most")
+        if not 0 <= self.seed < _SEEDS:
+            raise ConfigError(f"run.seed is {self.seed}; expected 0 to {_SEEDS - 1}")
+        if self.name and not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"run.name is {self.name!r}; expected the name of one folder, of letters, digits and . _ - + = @, "
+                "beginning with a letter or digit, of 100 characters at most; where runs lie is run.root"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +109,7 @@ class TrainConfig:
                 "set temperature above 0, top_p = 1 and top_k = 0"
             )
         self._require_rows_for_the_longest()
+        self._require_requests_for_the_episodes()
         if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
             raise ConfigError(
                 f'tokenizer is "{self.tokenizer}" and policy.path is "{self.policy.path}"; set tokenizer to a '
@@ -113,6 +128,27 @@ class TrainConfig:
             f"packing.row_length {packing.row_length} is too short for engine.max_context {self.engine.max_context}: "
             f"the longest samples could not be trained; raise it, lower the other{with_limit}"
         )
+
+    def _require_requests_for_the_episodes(self) -> None:
+        """An episode has a request of its own under way most of the time; what the engine refuses, fails."""
+        takes = self.engine.slots + self.engine.max_queued
+        for what, episodes in (
+            (
+                f"pool.window.in_flight {self.pool.window.in_flight} groups of run.group_size {self.run.group_size}",
+                self.pool.window.in_flight * self.run.group_size,
+            ),
+            (f"run.eval_concurrency {self.run.eval_concurrency}", self.run.eval_concurrency),
+        ):
+            if episodes > takes:
+                raise ConfigError(
+                    f"{what} make {episodes} episodes at once, and the engine takes {takes} requests (engine.slots "
+                    "and engine.max_queued); lower the former, or raise engine.max_queued"
+                )
+
+    @property
+    def episodes_at_once(self) -> int:
+        """The most episodes that are played at the same time, in training or in an evaluation."""
+        return max(self.pool.window.in_flight * self.run.group_size, self.run.eval_concurrency)
 
     @property
     def tokenizer_folder(self) -> str:

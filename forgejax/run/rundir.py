@@ -41,6 +41,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         return checkpoints_of(self.path)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a step to go on from; without one the run begins anew in this folder."""
+        return self.checkpoints.is_dir() and any(step.name.isdigit() for step in self.checkpoints.iterdir())
+
     def save_config(self, config: dict[str, Any]) -> None:
         """Keeps the resolved configuration, so that ``--resume`` needs nothing else."""
         write_atomic(self.path / _CONFIG, json.dumps(config, indent=2).encode() + b"\n")

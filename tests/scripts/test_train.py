@@ -20,7 +20,7 @@ from forgejax.agents.scaffolds.guard import MARKER_NAME
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
 from forgejax.report.sinks.jsonl import read_metrics
-from forgejax.run import rundir
+from forgejax.run import preflight, rundir
 from forgejax.run.config import load_config, to_mapping
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, SHRUNK, compiled_once
 
@@ -153,6 +153,39 @@ def test_a_mistyped_option_is_status_2_and_leaves_no_run(train: Train, capsys: p
     assert caught.value.code == 2
     assert "--run.steps" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--agent.kind=worker", "--agent.command", "nosuchprogram"], '"nosuchprogram" is not an executable file'),
+        (["--agent.kind=process", "--agent.command", "python", "gone.py"], "there is no file gone.py in"),
+        (["--run.seed=-1"], "run.seed is -1; expected 0 to 4294967295"),
+        (["--run.name=../escape"], "run.name is '../escape'; expected the name of one folder"),
+        (["--policy.d-model=1000000"], "GiB of memory at least, and this machine has"),
+        (["--mesh=cpu-1000"], "mesh cpu-1000 asks for 1000 fake devices"),
+        (["--tasks.eval-tasks=1000000000"], "eval_tasks is 1000000000 and the datasets have"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence_and_leaves_nothing_behind(
+    train: Train, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert train(*options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ") and sentence in line
+    assert list(Path().iterdir()) == []
+
+
+def test_ctrl_c_before_the_run_is_one_sentence_too(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "check_run", press)
+    assert train() == 130
+    assert capsys.readouterr().err == "train.py: interrupted before the run began; nothing is left of it\n"
+    assert list(Path().iterdir()) == []
 
 
 def test_nothing_to_resume_is_told_with_what_there_is(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
