@@ -1,9 +1,25 @@
 """Trains a policy with agents.
 
-    python scripts/train.py                                  the quickstart (configs/quickstart.toml)
-    python scripts/train.py --config configs/mine.toml       another configuration
-    python scripts/train.py --mesh=v5e-64 --run.steps 500    dotted options override its keys
-    python scripts/train.py --resume                         goes on with the newest run; --resume=NAME with another
+    python scripts/train.py                                 the quickstart (configs/quickstart.toml)
+    python scripts/train.py --config configs/mine.toml      another configuration
+    python scripts/train.py --mesh=v5e-64 --run.steps 500   dotted options override its keys
+    python scripts/train.py --agent.kind process -- python my_agent.py --fast
+                                                            behind -- stands the agent's command
+    python scripts/train.py --resume                        goes on with the newest run
+
+  --config FILE          the configuration, a TOML file; its keys are the options below
+  --resume [RUN]         goes on with a run under --run.root, or in the folder RUN, by the configuration saved in it;
+                         dotted options change it for good
+  --mesh NAME            chip and count, as cpu-4, v5e-64 or h100-8
+  --run.steps N          training steps
+  --run.name NAME        the run's folder under --run.root (runs); without one it is numbered
+  --run.seed N           of weights, tasks' order and sampling
+  --policy.path DIR      open weights to begin with: a Hugging Face folder or a .gguf file
+  --agent.kind KIND      process (a program an episode), worker (a program that stays) or coroutine
+  --help [SECTION]       this page, or all options of a section with their values
+
+Sections: run, mesh, tokenizer, policy, warm_start, step, packing, credit, pool, engine, sampling, gateway, agent,
+tasks, reward, stop_policy.
 
 Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
 """
@@ -30,6 +46,7 @@ if TYPE_CHECKING:
     from forgejax.run.loop import Outcome, Trainer
     from forgejax.run.rundir import RunDir
 
+QUICKSTART = Path("configs/quickstart.toml")
 INTERRUPTED = 130
 FAILED = 1
 
@@ -40,8 +57,11 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config, place = _open(sys.argv[1:])
-        return _train(config, place)
+        asked = _parse(sys.argv[1:])
+        if asked.help is not None:
+            _show_help(asked)
+            return 0
+        return _train(*_open(asked))
     except ForgejaxError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return FAILED
@@ -50,30 +70,48 @@ def main() -> int:
         return INTERRUPTED
 
 
-def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The program's own options, and as ``overrides`` what the configuration is overridden with."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("-h", "--help", nargs="?", const="")
+    asked, others = parser.parse_known_args(arguments[:at])
+    asked.overrides = [*others, *arguments[at:]]
+    return asked
+
+
+def _show_help(asked: argparse.Namespace) -> None:
+    if not asked.help:
+        print(__doc__)
+        return
+    from forgejax.run.config import load_config, print_options  # noqa: PLC0415
+
+    print_options(load_config(asked.config or QUICKSTART, asked.overrides), asked.help.replace("-", "_"))
+
+
+def _open(asked: argparse.Namespace) -> tuple[TrainConfig, RunDir]:
     """The configuration and the run directory that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
-    parser.add_argument("--resume", nargs="?", const="", default=None)
-    own, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # The rest takes seconds to import: a typo in the command line is answered first.
-    from forgejax.run import rundir  # noqa: PLC0415
+    from forgejax.run import preflight, rundir  # noqa: PLC0415
     from forgejax.run.config import load_config, load_saved, to_mapping  # noqa: PLC0415
-    from forgejax.run.preflight import check_run  # noqa: PLC0415
 
-    config = load_config(own.config, overrides)
-    if own.resume is not None:
+    own = asked.config or QUICKSTART
+    config = load_config(own, asked.overrides)
+    if asked.resume is not None:
         with contextlib.ExitStack() as on_error:
-            place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), own.resume)))
-            config = load_saved(rundir.saved_config(place.path), str(place.path), overrides)
-            check_run(config, place.path, fresh=not place.has_checkpoint)
+            place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), asked.resume)))
+            config = load_saved(rundir.saved_config(place.path), str(place.path), asked.overrides)
+            # Once only: it settles for good which devices this process has.
+            preflight.check_run(config, place.path, fresh=not place.has_checkpoint)
             place.save_config(to_mapping(config))  # what was changed on the way holds for the next resume too
             on_error.pop_all()
         return config, place
-    check_run(config, Path(config.run.root), fresh=True)
-    place = rundir.create(Path(config.run.root), config.run.name, own.config.stem)
+    preflight.check_run(config, Path(config.run.root), fresh=True)
+    place = rundir.create(Path(config.run.root), config.run.name, own.stem)
     place.save_config(to_mapping(config))
     return config, place
 

@@ -117,7 +117,7 @@ def allow_open_files(config: TrainConfig) -> None:
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise ConfigError(
             f"{config.episodes_at_once} episodes at once of kind {config.agent.kind} take about {needed} open files, "
-            f"and this process may have {hard}; raise the limit (ulimit -Hn {needed}), or lower "
+            f"and this process may have {hard}; raise the limit (ulimit -n {needed}), or lower "
             "pool.window.in_flight, run.group_size and run.eval_concurrency"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

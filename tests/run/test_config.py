@@ -12,6 +12,7 @@ from forgejax.run.config import (
     from_mapping,
     load_config,
     load_saved,
+    print_options,
     to_mapping,
 )
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
@@ -121,6 +122,38 @@ def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
     assert config.engine.prefill_buckets == (8, 32)
     assert [dataset.weight for dataset in config.tasks.datasets][1] == 7.5
     assert config.agent.env["CALCULATOR_LATENCY_S"] == "2"
+
+
+def test_what_stands_behind_two_dashes_is_the_agents_command_whatever_it_looks_like() -> None:
+    options = ["--agent.kind=process", "--run.steps=3", "--", "python", "my_agent.py", "--fast", "--run.steps", "--"]
+    config = load_config(QUICKSTART, options)
+
+    assert config.agent.command == ("python", "my_agent.py", "--fast", "--run.steps", "--")
+    assert (config.agent.kind, config.run.steps) == ("process", 3)
+    assert load_saved(to_mapping(config), "again") == config
+
+
+@pytest.mark.parametrize("options", [["--"], ["--agent.command", "a", "--", "b"], ["--agent.command=a", "--", "b"]])
+def test_two_dashes_without_a_command_or_beside_another_are_refused(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="behind -- stands the command of the agent"):
+        load_config(QUICKSTART, options)
+
+
+@pytest.mark.parametrize("section", [each.name for each in dataclasses.fields(TrainConfig)])
+def test_the_options_of_a_section_are_told_with_their_values(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(QUICKSTART, ["--agent.kind=process", "--", "python", "--fast"])
+    print_options(config, section)
+    printed = capsys.readouterr().out
+
+    assert f"--{section.replace('_', '-')}" in printed
+    assert "--mesh.name" not in printed or section == "mesh"
+    if section == "agent":
+        assert "python --fast" in printed
+
+
+def test_a_section_that_is_not_there_is_told_with_the_near_one() -> None:
+    with pytest.raises(ConfigError, match=r"there are no options of 'polcy'; did you mean 'policy'\?"):
+        print_options(load_config(QUICKSTART), "polcy")
 
 
 @pytest.mark.parametrize(

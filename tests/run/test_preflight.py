@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def limit_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> l
     return set_to
 
 
-def with_warm_start(config: TrainConfig, demonstrator: str, **options: object) -> TrainConfig:
+def with_warm_start(config: TrainConfig, demonstrator: str, **options: Any) -> TrainConfig:
     """The configuration with a supervised phase of one step."""
     warm = dataclasses.replace(
         config.warm_start, steps=1, demonstrations=1, batch_size=1, demonstrator=demonstrator, options=options
@@ -227,7 +228,7 @@ def test_every_check_belongs_to_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_demonstrator_that_cannot_be_had_is_told_before_the_supervised_phase_of_a_fresh_run_alone(
-    tmp_path: Path, demonstrator: str, options: dict[str, object], sentence: str
+    tmp_path: Path, demonstrator: str, options: dict[str, Any], sentence: str
 ) -> None:
     config = with_warm_start(tiny_config(tmp_path), demonstrator, **options)
     with pytest.raises((ConfigError, AgentError), match=re.escape(sentence)):

@@ -1,6 +1,7 @@
 """``scripts/train.py`` as its users meet it: what it says, what it leaves behind, and what a signal does to it."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
 from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.run import preflight, rundir
-from forgejax.run.config import load_config, to_mapping
+from forgejax.run.config import TrainConfig, load_config, to_mapping
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, SHRUNK, compiled_once
 
 SCRIPT = REPOSITORY / "scripts" / "train.py"
@@ -186,6 +187,28 @@ def test_ctrl_c_before_the_run_is_one_sentence_too(
     assert train() == 130
     assert capsys.readouterr().err == "train.py: interrupted before the run began; nothing is left of it\n"
     assert list(Path().iterdir()) == []
+
+
+def test_help_is_one_screen_that_begins_with_what_people_use(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--help", shrunk=False) == 0
+    page = capsys.readouterr().out
+    lines = page.splitlines()
+
+    assert len(lines) <= 32 and max(map(len, lines)) <= 120
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options[:3] == ["--config", "--resume", "--mesh"]
+    sections = page.partition("Sections: ")[2].partition(".")[0]
+    assert re.findall(r"\w+", sections) == [each.name for each in dataclasses.fields(TrainConfig)]
+
+
+def test_help_on_a_section_lists_its_options_with_the_values_of_the_configuration(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--help", "warm-start", f"--config={QUICKSTART}", "--warm-start.steps=77", shrunk=False) == 0
+    printed = capsys.readouterr().out
+    assert "--warm-start.steps INT" in printed and "(default: 77)" in printed
+    assert train("--help=polcy", f"--config={QUICKSTART}", shrunk=False) == 1
+    assert "did you mean 'policy'?" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_is_told_with_what_there_is(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
