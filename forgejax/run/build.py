@@ -19,7 +19,9 @@ from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
+from forgejax.report.names import STEP
 from forgejax.report.sinks import open_sinks
+from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
 from forgejax.run.account import RunAccount, RunSums
 from forgejax.run.actors import Parts, RolloutService
@@ -29,7 +31,7 @@ from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome, Trainer
 from forgejax.run.preflight import ENGINE_DEVICES, load_chat
 from forgejax.run.rows import Compiles, StepRows
-from forgejax.run.rundir import RunDir
+from forgejax.run.rundir import RunDir, read_history
 from forgejax.run.steps import PooledSteps
 from forgejax.run.warm_start import (
     Demonstrations,
@@ -70,6 +72,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
     step, sums = _restore(checkpoints, learner, steps, progress)
+    _note_attempt(place, step, progress)
     with progress.phase("compiling", f"the train step for {plan.describe()}"):
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
@@ -174,6 +177,15 @@ def _restore(checkpoints: Checkpoints, learner: Learner, steps: PooledSteps, pro
     step, learner.state, saved = checkpoints.restore(learner.state, steps)
     progress.note(f"resumed from the checkpoint of step {step}")
     return step, RunSums.from_mapping(saved)
+
+
+def _note_attempt(place: RunDir, step: int, progress: Progress) -> None:
+    """Keeps and tells what this attempt goes on from; before the rows of the steps that it does again are cut away."""
+    rows = read_metrics(place.path) if (place.path / METRICS_FILE).is_file() else []
+    place.note_restored(step, max(0, int(rows[-1][STEP]) - step) if rows else 0)
+    attempts = read_history(place.path)
+    if place.resumed and attempts:
+        progress.note(f"attempt {len(attempts)}, begun in {attempts[-1].folder}: {attempts[-1].describe()}")
 
 
 def _engines(

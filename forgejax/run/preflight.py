@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import re
 import resource
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,8 @@ from forgejax.errors import ConfigError, ForgejaxError, MeshError
 from forgejax.learner import lay_empty
 from forgejax.models import abstract_policy, check_weights, count_params
 from forgejax.ops import Kernel, kernel_for
-from forgejax.run.config import TrainConfig
+from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.run.rundir import Attempt, list_changes
 from forgejax.run.warm_start import make_demonstrations
 from forgejax.sharding import MeshPlan, build_mesh, prepare_platform, resolve
 
@@ -36,6 +41,10 @@ _OWN_FILES = 256  # open at once besides those of the episodes: libraries, check
 _FILES_OF_EPISODE = {"process": 6, "worker": 2, "coroutine": 3}  # pipes, and a connection's ends in this process
 _FILES_OF_WORKER = 4
 _MOMENT_BYTES = 4  # of each of the optimizer's two figures a weight, and of its gradient
+
+
+_KEPT = ("policy.", "tasks.", "run.seed", "run.name")  # of a run: its parameters and all that they were trained on
+_MAY_MOVE = ("policy.path", "policy.compute_dtype")
 
 
 def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
@@ -58,6 +67,40 @@ def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
     if fresh:
         check_beginning(config, environment, chat)
     check_agent(config.agent)
+
+
+def check_resumed(before: Mapping[str, Any], config: TrainConfig, attempts: Sequence[Attempt], tokenizer: str) -> None:
+    """Raises ConfigError where a run would go on with another policy, other tasks, another seed, name or tokenizer.
+
+    Args:
+        before: the configuration that is saved in the run.
+        config: the one it would go on with.
+        attempts: the run's history.
+        tokenizer: what ``digest_tokenizer`` says of it now.
+    """
+    changes = list_changes(before, to_mapping(config))
+    refused = [key for key in changes if key.startswith(_KEPT) and key not in _MAY_MOVE]
+    if refused:
+        told = ", ".join(f"{key} ({json.dumps(changes[key][0])} so far)" for key in refused)
+        raise ConfigError(
+            f"a resumed run keeps its policy, tasks, seed and name, and this would change {told}; leave it as it is, "
+            "or start a new run"
+        )
+    begun = attempts[0].tokenizer if attempts else ""
+    if begun and tokenizer != begun:
+        raise ConfigError(
+            f"the tokenizer in {config.tokenizer_folder} is not the one this run began with: its files differ; bring "
+            "those back, or start a new run"
+        )
+
+
+def digest_tokenizer(folder: str) -> str:
+    """What tells a tokenizer from others: a digest of its files and its chat template."""
+    files = [file for pattern in ("tokenizer*", "chat_template*") for file in sorted(Path(folder).glob(pattern))]
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:

@@ -17,7 +17,7 @@ from forgejax.ops.tree.cpu import CpuKernel
 from forgejax.ops.tree.gpu import GpuKernel
 from forgejax.ops.tree.tpu import TpuKernel
 from forgejax.run import preflight
-from forgejax.run.config import TrainConfig, load_config
+from forgejax.run.config import TrainConfig, load_config, to_mapping
 from forgejax.run.preflight import (
     allow_open_files,
     check_agent,
@@ -25,9 +25,12 @@ from forgejax.run.preflight import (
     check_kernel,
     check_memory,
     check_mesh,
+    check_resumed,
     check_run,
+    digest_tokenizer,
     load_chat,
 )
+from forgejax.run.rundir import Attempt
 from forgejax.sharding import resolve
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
 
@@ -131,6 +134,38 @@ def test_the_memory_of_a_chip_is_that_of_its_data_sheet(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, *overrides)
     with pytest.raises(ConfigError, match=r"a device of v5e-1 has 16\.0 GiB"):
         check_memory(config, resolve(config.mesh), 10**6 * GIB)
+
+
+@pytest.mark.parametrize(
+    "change", ["--policy.d-ff=64", "--tasks.seed=3", "--tasks.eval-tasks=9", "--run.seed=1", "--run.name=a"]
+)
+def test_a_resumed_run_keeps_policy_tasks_seed_and_name(tmp_path: Path, change: str) -> None:
+    before = to_mapping(tiny_config(tmp_path))
+    key = change.removeprefix("--").partition("=")[0].replace("-", "_")
+    with pytest.raises(ConfigError, match=rf"this would change {key} \(.* so far\); leave it as it is, or start a new"):
+        check_resumed(before, tiny_config(tmp_path, change), [], "")
+
+
+def test_a_resumed_run_may_have_other_steps_places_and_meshes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "--run.steps=9", "--mesh=cpu-1", "--policy.compute-dtype=float64")
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, path="moved"))
+    check_resumed(to_mapping(tiny_config(tmp_path)), config, [], "")
+
+
+def test_a_tokenizer_is_told_from_another_by_its_files_wherever_they_lie(tmp_path: Path) -> None:
+    theirs = REPOSITORY / "examples" / "quickstart" / "tokenizer"
+    ours = shutil.copytree(theirs, tmp_path / "tokenizer")
+    (ours / "README.md").touch()
+    digest = digest_tokenizer(str(theirs))
+    assert digest_tokenizer(str(ours)) == digest
+    (ours / "chat_template.jinja").write_text("x")
+    assert digest_tokenizer(str(ours)) != digest
+
+    config = tiny_config(tmp_path)
+    (begun,) = [Attempt(started_at="", folder="", host="", process=1, tokenizer=digest)]
+    check_resumed(to_mapping(config), config, [begun], digest)
+    with pytest.raises(ConfigError, match="is not the one this run began with: its files differ; bring those back"):
+        check_resumed(to_mapping(config), config, [begun], digest_tokenizer(str(ours)))
 
 
 @pytest.mark.parametrize(("fresh", "checkpoints"), [(True, 4), (False, 1)])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Train]:
     program = _program()
 
     def main(*arguments: str, shrunk: bool = True) -> int:
-        common = (f"--config={QUICKSTART}", *SHRUNK, "--run.root=runs") if shrunk else ()
+        resumed = any(argument.startswith("--resume") for argument in arguments)
+        common = (f"--config={QUICKSTART}", *SHRUNK, "--run.root=runs") if shrunk and not resumed else ()
         monkeypatch.setattr(sys, "argv", ["train.py", *common, *arguments])
         status = program.main()
         assert isinstance(status, int)
@@ -70,9 +72,10 @@ class Process:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "PYTHONPATH": str(REPOSITORY),
         }
+        resumed = any(argument.startswith("--resume") for argument in arguments)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), f"--config={QUICKSTART}", *arguments],
+                [sys.executable, str(SCRIPT), *([] if resumed else [f"--config={QUICKSTART}"]), *arguments],
                 cwd=folder,
                 env=environment,
                 stdout=output,
@@ -231,12 +234,70 @@ def test_a_resumed_run_gets_the_devices_it_was_saved_with(train: Train, capsys: 
     run.save_config(to_mapping(load_config(QUICKSTART, ["--mesh=v5e-64"])))
     run.close()
 
-    assert train(f"--config={QUICKSTART}", "--resume", shrunk=False) == 1
+    assert train("--resume") == 1
     assert "mesh v5e-64 needs 64 v5e chips" in capsys.readouterr().err
 
 
+def begun(*options: str) -> Path:
+    """A run that has been started and has not got anywhere; its folder."""
+    config = load_config(QUICKSTART, (*SHRUNK, *options))
+    run = rundir.create(Path("runs"), "mine", "")
+    run.save_config(to_mapping(config), preflight.digest_tokenizer(config.tokenizer_folder))
+    run.close()
+    return run.path
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tasks.eval-tasks=3"], "would change tasks.eval_tasks (8 so far)"),
+        (["--tasks.datasets.1.weight=7.5"], "would change tasks.datasets ([{"),
+        (["--policy.d-model=32", "--run.seed=4"], "would change run.seed (0 so far), policy.d_model (16 so far)"),
+        (["--run.name=yours"], 'would change run.name ("" so far)'),
+        ([f"--config={QUICKSTART}"], "a resumed run goes by the configuration saved in it: leave --config out"),
+        (["--run.steps=-3"], "run.steps is -3; expected 0 or more"),
+        (["--agent.kind=process", "--", "nosuchprogram", "--fast"], "'nosuchprogram --fast': \"nosuchprogram\" is not"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_sentence_and_leaves_the_run_as_it_was(
+    train: Train, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    run = begun()
+    before = {file: file.read_bytes() for file in run.iterdir() if file.name != "lock"}
+
+    assert train("--resume", *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ") and sentence in line
+    assert {file: file.read_bytes() for file in run.iterdir() if file.name != "lock"} == before
+
+
+def test_a_resume_with_another_tokenizer_in_the_same_place_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REPOSITORY / "examples" / "quickstart" / "tokenizer", "tokenizer")
+    begun("--tokenizer=tokenizer")
+    with Path("tokenizer/tokenizer_config.json").open("a", encoding="utf-8") as file:
+        file.write(" ")
+
+    assert train("--resume") == 1
+    assert "the tokenizer in tokenizer is not the one this run began with" in capsys.readouterr().err
+
+
+def test_a_resume_takes_its_relative_paths_from_where_the_run_was_started(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It gets past the tokenizer, which lies there, to the agent, which does not."""
+    shutil.copytree(REPOSITORY / "examples" / "quickstart" / "tokenizer", "tokenizer")
+    begun("--tokenizer=tokenizer", "--agent.kind=process", "--", "python", "agent.py")
+    (tmp_path / "elsewhere").mkdir()
+    for where, name in (("elsewhere", "../runs/mine"), ("elsewhere", str(tmp_path / "runs/mine")), ("runs", "mine")):
+        monkeypatch.chdir(tmp_path / where)
+        assert train(f"--resume={name}", *([] if where == "elsewhere" else ["--run.root=."])) == 1
+        assert f"there is no file agent.py in {tmp_path};" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
-    train: Train, capfd: pytest.CaptureFixture[str]
+    train: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run, pressed_at = Path("runs/quickstart-1"), []
 
@@ -258,7 +319,14 @@ def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
     assert f"stopped after step {stopped}; go on with --resume=quickstart-1" in printed
     assert read_summary(run).account_open_tokens == 0
 
-    assert train("--resume", f"--run.steps={stopped + 1}") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(f"--resume={tmp_path / run}", f"--run.steps={stopped + 1}") == 0
+    assert f"from step {stopped}, no step is lost; changed: run.steps 400 -> {stopped + 1}" in capfd.readouterr().out
+    first, second = rundir.read_history(run)
+    assert (first.step, first.changed) == (0, {})
+    assert (second.step, second.steps_lost, second.changed) == (stopped, 0, {"run.steps": (400, stopped + 1)})
+    assert (first.folder, second.folder) == (str(tmp_path), str(tmp_path))
     saved = json.loads(Path("runs/quickstart-1/config.json").read_text(encoding="utf-8"))
     assert saved["run"]["steps"] == stopped + 1, "the next resume knows of it too"
     summary = read_summary(run)
@@ -298,6 +366,9 @@ def test_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, compiled_onc
 
     resumed_at = int(re.findall(r"resumed from the checkpoint of step (\d+)", last.output)[0])
     assert resumed_at % 4 == 0 and 4 <= resumed_at < steps
+    history = rundir.read_history(run)
+    assert [attempt.step for attempt in history] == [0, 0, resumed_at]
+    assert 0 <= history[-1].steps_lost <= steps - resumed_at
     summary, lines = read_summary(run), (run / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "learner/loss" in row] == list(range(1, steps + 1))
     assert (summary.steps, summary.account_open_tokens, summary.groups_open, summary.drift_tokens) == (steps, 0, 0, 0)
