@@ -67,7 +67,7 @@ def main() -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("train.py: interrupted before the run began; nothing is left of it", file=sys.stderr)
+        print("train.py: interrupted before it began", file=sys.stderr)
         return INTERRUPTED
 
 

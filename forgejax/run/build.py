@@ -26,7 +26,7 @@ from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, Reques
 from forgejax.run.account import RunAccount, RunSums
 from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
-from forgejax.run.checkpoint import Checkpoints, load_tree, save_tree
+from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome, Trainer
 from forgejax.run.preflight import ENGINE_DEVICES, load_chat
@@ -37,9 +37,11 @@ from forgejax.run.warm_start import (
     Demonstrations,
     describe_weights,
     imitate,
+    load_cached,
     make_cache_key,
     make_demonstrations,
     note_tenths,
+    save_cached,
 )
 from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, resolve, spare_devices
 
@@ -145,15 +147,14 @@ def _warm_params(
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
     described = [to_mapping(each) for each in settings] + describe_weights(config.policy.path)
     cached = Path(warm.cache) / make_cache_key(described, demonstrations, config.tokenizer_folder)
-    if warm.cache and cached.is_dir():
-        progress.note(f"warm start taken from {cached}")
-        return load_tree(cached, params)
+    if warm.cache and (kept := load_cached(cached, params, progress.note)) is not None:
+        return kept
     learner = Learner(abstract_policy(config.policy)[0], params, step_config, layout=layout)
     with progress.phase("warm start", f"{warm.steps} supervised steps"):
         imitate(learner, demonstrations, config.packing, note_tenths(progress, warm.steps))
     params = learner.params()
     if warm.cache:
-        save_tree(cached, params)
+        save_cached(cached, params, progress.note)
     return params
 
 

@@ -188,7 +188,7 @@ def test_ctrl_c_before_the_run_is_one_sentence_too(
 
     monkeypatch.setattr(preflight, "check_run", press)
     assert train() == 130
-    assert capsys.readouterr().err == "train.py: interrupted before the run began; nothing is left of it\n"
+    assert capsys.readouterr().err == "train.py: interrupted before it began\n"
     assert list(Path().iterdir()) == []
 
 
