@@ -24,8 +24,9 @@ from forgejax.chat import ChatFormat
 from forgejax.environments import Environment, make_environment
 from forgejax.errors import ConfigError, ForgejaxError, MeshError
 from forgejax.learner import lay_empty
-from forgejax.models import abstract_policy, check_weights, count_params
+from forgejax.models import PolicyConfig, abstract_policy, check_weights, count_params
 from forgejax.ops import Kernel, kernel_for
+from forgejax.rollout import EngineConfig
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.rundir import Attempt, list_changes
 from forgejax.run.warm_start import make_demonstrations
@@ -37,7 +38,7 @@ ENGINE_DEVICES = 1
 _CPU_DEVICES = 64  # fake ones: each brings threads of its own
 _GIB = 2**30
 _JOURNAL_BYTES = 2**26  # of disk, for journal, log and figures of a short run
-_OWN_FILES = 256  # open at once besides those of the episodes: libraries, checkpoints being written, journal and log
+_OWN_FILES = 128  # open at once besides those of the episodes: libraries, checkpoints being written, journal and log
 _FILES_OF_EPISODE = {"process": 6, "worker": 2, "coroutine": 3}  # pipes, and a connection's ends in this process
 _FILES_OF_WORKER = 4
 _MOMENT_BYTES = 4  # of each of the optimizer's two figures a weight, and of its gradient
@@ -108,13 +109,18 @@ def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
 
     What is counted is what no setting can avoid, so a run that passes may still need more than there is.
     """
-    learner, engine = _count_learner_bytes(config, plan), _count_engine_bytes(config)
+    learner, engine = _count_learner_bytes(config, plan), _count_engine_bytes(config.policy, config.engine)
     if plan.platform == "cpu":
         parts = {name: size * plan.devices for name, size in learner.items()}
         _require_memory({**parts, **engine}, host_bytes, "this machine")
     elif plan.chip.hbm_bytes is not None:
         _require_memory(learner, plan.chip.hbm_bytes, f"a device of {plan.name}")
         _require_memory(engine, plan.chip.hbm_bytes, f"a device of {plan.name}")
+
+
+def check_engine_memory(policy: PolicyConfig, engine: EngineConfig, there: int, place: str) -> None:
+    """Raises ConfigError where the weights and the slots of an engine take more than the ``there`` bytes of a place."""
+    _require_memory(_count_engine_bytes(policy, engine), there, place)
 
 
 def find_memory() -> int:
@@ -261,9 +267,8 @@ def _count_learner_bytes(config: TrainConfig, plan: MeshPlan) -> dict[str, int]:
     }
 
 
-def _count_engine_bytes(config: TrainConfig) -> dict[str, int]:
+def _count_engine_bytes(policy: PolicyConfig, engine: EngineConfig) -> dict[str, int]:
     """Bytes on the engine's device, by what they are for."""
-    policy, engine = config.policy, config.engine
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_policy(policy)[1]))
     of_token = 2 * policy.num_layers * policy.num_kv_heads * policy.head_size
     keys = of_token * engine.row_tokens * engine.slots * jnp.dtype(policy.compute_dtype).itemsize
@@ -279,6 +284,6 @@ def _require_memory(parts: dict[str, int], there: int, place: str) -> None:
     largest = sorted(parts.items(), key=lambda part: -part[1])
     told = ", ".join(f"{size / _GIB:,.1f} GiB for {name}" for name, size in largest if size > needed / 20)
     raise ConfigError(
-        f"this run needs {needed / _GIB:,.1f} GiB of memory at least, and {place} has {there / _GIB:,.1f} GiB: {told}; "
+        f"this needs {needed / _GIB:,.1f} GiB of memory at least, and {place} has {there / _GIB:,.1f} GiB: {told}; "
         "make that smaller, or choose a mesh with more memory"
     )

@@ -195,17 +195,17 @@ def test_the_limit_of_open_files_is_raised_to_what_the_episodes_take(
     config = tiny_config(tmp_path, "--pool.window.in-flight=50")
     assert config.episodes_at_once == 200
 
-    set_to = limit_open_files(monkeypatch, 256 + 200 * 3, 4096)
+    set_to = limit_open_files(monkeypatch, 128 + 200 * 3, 4096)
     allow_open_files(config)
     assert set_to == [], "there is room"
     set_to = limit_open_files(monkeypatch, 64, 4096)
     allow_open_files(config)
-    assert set_to == [(256 + 200 * 3, 4096)]
+    assert set_to == [(128 + 200 * 3, 4096)]
 
 
 def test_a_hard_limit_of_open_files_below_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_open_files(monkeypatch, 64, 64)
-    with pytest.raises(ConfigError, match=r"32 episodes at once of kind coroutine take about 352 open files, and this"):
+    with pytest.raises(ConfigError, match=r"32 episodes at once of kind coroutine take about 224 open files, and this"):
         allow_open_files(tiny_config(tmp_path))
 
 
