@@ -88,7 +88,7 @@ def check_resumed(before: Mapping[str, Any], config: TrainConfig, attempts: Sequ
             "or start a new run"
         )
     begun = attempts[0].tokenizer if attempts else ""
-    if begun and tokenizer != begun:
+    if begun and tokenizer != begun and Path(config.tokenizer_folder).is_dir():  # else it is told that it is missing
         raise ConfigError(
             f"the tokenizer in {config.tokenizer_folder} is not the one this run began with: its files differ; bring "
             "those back, or start a new run"

@@ -281,6 +281,9 @@ def test_a_resume_with_another_tokenizer_in_the_same_place_is_refused(
 
     assert train("--resume") == 1
     assert "the tokenizer in tokenizer is not the one this run began with" in capsys.readouterr().err
+    shutil.rmtree("tokenizer")
+    assert train("--resume") == 1
+    assert "tokenizer folder tokenizer does not exist; give a folder" in capsys.readouterr().err
 
 
 def test_a_resume_takes_its_relative_paths_from_where_the_run_was_started(
