@@ -28,6 +28,7 @@ from forgejax.rollout.server.http import Publishing, RolloutServer
 from forgejax.run import rundir
 from forgejax.run.checkpoint import load_trained, load_tree
 from forgejax.run.config import load_saved
+from forgejax.run.preflight import check_engine_memory, find_memory
 from forgejax.types import SamplingLaw
 
 
@@ -90,16 +91,20 @@ class Served:
     version: int
 
 
-def load_served(config: ServeConfig) -> Served:
-    """What the configuration names. Raises ForgejaxError."""
+def find_policy(config: ServeConfig) -> PolicyConfig:
+    """The policy that the configuration names. Raises ForgejaxError."""
     if config.run is not None:
         # The saved configuration is complete: the folder that the run began with may be gone.
-        policy = load_saved(rundir.saved_config(config.run), str(config.run)).policy
+        return load_saved(rundir.saved_config(config.run), str(config.run)).policy
+    return read_policy_config(config.policy.path, config.policy) if config.policy.path else config.policy
+
+
+def load_served(config: ServeConfig) -> Served:
+    """The policy with its weights. Raises ForgejaxError."""
+    policy = find_policy(config)
+    if config.run is not None:
         step, params = load_trained(rundir.checkpoints_of(config.run), config.step, abstract_policy(policy)[1])
         return Served(policy=policy, params=params, version=step if config.version is None else config.version)
-    policy = config.policy
-    if policy.path:
-        policy = read_policy_config(policy.path, policy)
     if config.weights is not None:
         params = load_tree(config.weights, abstract_policy(policy)[1])
     elif policy.path:
@@ -114,8 +119,12 @@ def make_driver(config: ServeConfig) -> Driver:
     devices = jax.devices()
     if not 0 <= config.device < len(devices):
         raise ConfigError(f"device {config.device} was asked for; this machine has 0 to {len(devices) - 1}")
+    device = devices[config.device]
+    there = find_memory() if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+    if there is not None:
+        check_engine_memory(find_policy(config), config.engine, there, f"device {config.device}")
     served = load_served(config)
-    engine = PolicyEngine(served.policy, config.engine, devices[config.device])
+    engine = PolicyEngine(served.policy, config.engine, device)
     log = RequestLog(config.request_log) if config.request_log is not None else None
     return Driver(engine, served.params, served.version, log)
 

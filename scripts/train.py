@@ -1,9 +1,25 @@
 """Trains a policy with agents.
 
-    python scripts/train.py                                  the quickstart (configs/quickstart.toml)
-    python scripts/train.py --config configs/mine.toml       another configuration
-    python scripts/train.py --mesh=v5e-64 --run.steps 500    dotted options override its keys
-    python scripts/train.py --resume                         goes on with the newest run; --resume=NAME with another
+    python scripts/train.py                                 the quickstart (configs/quickstart.toml)
+    python scripts/train.py --config configs/mine.toml      another configuration
+    python scripts/train.py --mesh=v5e-64 --run.steps 500   dotted options override its keys
+    python scripts/train.py --agent.kind process -- python my_agent.py --fast
+                                                            behind -- stands the agent's command
+    python scripts/train.py --resume                        goes on with the newest run
+
+  --config FILE          the configuration, a TOML file; its keys are the options below
+  --resume [RUN]         goes on with a run under --run.root, or in the folder RUN, by the configuration saved in it;
+                         dotted options change it for good, and relative paths begin where the run was started
+  --mesh NAME            chip and count, as cpu-4, v5e-64 or h100-8
+  --run.steps N          training steps
+  --run.name NAME        the run's folder under --run.root (runs); without one it is numbered
+  --run.seed N           of weights, tasks' order and sampling
+  --policy.path DIR      open weights to begin with: a Hugging Face folder or a .gguf file
+  --agent.kind KIND      process (a program an episode), worker (a program that stays) or coroutine
+  --help [SECTION]       this page, or all options of a section with their values
+
+Sections: run, mesh, tokenizer, policy, warm_start, step, packing, credit, pool, engine, sampling, gateway, agent,
+tasks, reward, stop_policy.
 
 Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
 """
@@ -22,7 +38,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from forgejax.errors import ForgejaxError
+from forgejax.errors import ConfigError, ForgejaxError
 
 if TYPE_CHECKING:
     from forgejax.report.live.progress import Progress
@@ -30,6 +46,8 @@ if TYPE_CHECKING:
     from forgejax.run.loop import Outcome, Trainer
     from forgejax.run.rundir import RunDir
 
+QUICKSTART = Path("configs/quickstart.toml")
+ROOT = Path("runs")
 INTERRUPTED = 130
 FAILED = 1
 
@@ -40,38 +58,86 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config, place = _open(sys.argv[1:])
-        return _train(config, place)
+        asked = _parse(sys.argv[1:])
+        if asked.help is not None:
+            _show_help(asked)
+            return 0
+        return _train(*_open(asked))
     except ForgejaxError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("train.py: interrupted before it began", file=sys.stderr)
+        return INTERRUPTED
 
 
-def _open(arguments: list[str]) -> tuple[TrainConfig, RunDir]:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The program's own options, and as ``overrides`` what the configuration is overridden with."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("--run.root", dest="root", type=Path)
+    parser.add_argument("-h", "--help", nargs="?", const="")
+    asked, others = parser.parse_known_args(arguments[:at])
+    root = [] if asked.root is None or asked.resume is not None else [f"--run.root={asked.root}"]
+    asked.overrides = [*root, *others, *arguments[at:]]
+    return asked
+
+
+def _show_help(asked: argparse.Namespace) -> None:
+    if not asked.help:
+        print(__doc__)
+        return
+    from forgejax.run.config import load_config, print_options  # noqa: PLC0415
+
+    print_options(load_config(asked.config or QUICKSTART, asked.overrides), asked.help.replace("-", "_"))
+
+
+def _open(asked: argparse.Namespace) -> tuple[TrainConfig, RunDir]:
     """The configuration and the run directory that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
-    parser.add_argument("--resume", nargs="?", const="", default=None)
-    own, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    # The rest takes seconds to import: a typo in the command line is answered first.
-    from forgejax.run import rundir  # noqa: PLC0415
-    from forgejax.run.config import load_config, load_saved, to_mapping  # noqa: PLC0415
-    from forgejax.run.preflight import check_mesh  # noqa: PLC0415
+    return _begin(asked) if asked.resume is None else _go_on(asked)
 
-    config = load_config(own.config, overrides)
-    if own.resume is not None:
-        with contextlib.ExitStack() as on_error:
-            place = on_error.enter_context(contextlib.closing(rundir.reopen(Path(config.run.root), own.resume)))
-            config = load_saved(rundir.saved_config(place.path), str(place.path), overrides)
-            check_mesh(config)  # once only: it settles for good which devices this process has
-            place.save_config(to_mapping(config))  # what was changed on the way holds for the next resume too
-            on_error.pop_all()
-        return config, place
-    check_mesh(config)
-    place = rundir.create(Path(config.run.root), config.run.name, own.config.stem)
-    place.save_config(to_mapping(config))
+
+def _begin(asked: argparse.Namespace) -> tuple[TrainConfig, RunDir]:
+    """A new run, by a configuration file; it is made once all that can be known of it has been checked."""
+    # Imports that take seconds: a typo in the command line is answered first.
+    from forgejax.run import preflight, rundir  # noqa: PLC0415
+    from forgejax.run.config import load_config, to_mapping  # noqa: PLC0415
+
+    file = asked.config or QUICKSTART
+    config = load_config(file, asked.overrides)
+    preflight.check_run(config, Path(config.run.root), fresh=True)
+    place = rundir.create(Path(config.run.root), config.run.name, file.stem)
+    place.save_config(to_mapping(config), preflight.digest_tokenizer(config.tokenizer_folder))
+    return config, place
+
+
+def _go_on(asked: argparse.Namespace) -> tuple[TrainConfig, RunDir]:
+    """A run that there is, by the configuration saved in it; from the folder it was started in, where it is there."""
+    from forgejax.run import preflight, rundir  # noqa: PLC0415
+    from forgejax.run.config import load_saved, to_mapping  # noqa: PLC0415
+
+    if asked.config is not None:
+        raise ConfigError(
+            f"--config {asked.config} was given with --resume; a resumed run goes by the configuration saved in it: "
+            "leave --config out, and change single keys by dotted options"
+        )
+    with contextlib.ExitStack() as on_error:
+        place = on_error.enter_context(contextlib.closing(rundir.reopen(asked.root or ROOT, asked.resume)))
+        attempts = rundir.read_history(place.path)
+        if attempts and Path(attempts[0].folder).is_dir():
+            os.chdir(attempts[0].folder)  # relative paths of its configuration begin there
+        saved = rundir.saved_config(place.path)
+        config = load_saved(saved, str(place.path), asked.overrides)
+        tokenizer = preflight.digest_tokenizer(config.tokenizer_folder)
+        preflight.check_resumed(saved, config, attempts, tokenizer)
+        # Once only: it settles for good which devices this process has.
+        preflight.check_run(config, place.path, fresh=not place.has_checkpoint)
+        place.save_config(to_mapping(config), tokenizer)  # what was changed holds for the next resume too
+        on_error.pop_all()
     return config, place
 
 
@@ -87,7 +153,7 @@ def _train(config: TrainConfig, place: RunDir) -> int:
         with progress.phase("reporting"):
             summary, report = conclude(outcome, config, place, shlex.join(["python", *sys.argv]))
         if not outcome.finished:
-            progress.note(f"stopped after step {summary.steps}; go on with --resume={place.name}")
+            progress.note(f"stopped after step {summary.steps}; go on with --resume={_name(place)}")
             return INTERRUPTED
         if summary.eval_reward_before is not None and summary.eval_reward_after is not None:
             progress.note(f"held-out outcome {summary.eval_reward_before:.3f} -> {summary.eval_reward_after:.3f}")
@@ -96,6 +162,11 @@ def _train(config: TrainConfig, place: RunDir) -> int:
     finally:
         progress.close()
         place.close()
+
+
+def _name(place: RunDir) -> str:
+    """What ``--resume`` finds the run by, here and without other options."""
+    return place.name if place.path.parent.resolve() == ROOT.resolve() else str(place.path)
 
 
 class Stopper:

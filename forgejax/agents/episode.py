@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -118,8 +117,8 @@ class EpisodeRunner:
         score, problem = await _settle(
             _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), _SCORE_S
         )
-        if score is None or math.isnan(score.outcome):
-            error = f"the scorer failed: {_describe(problem) if problem is not None else 'it gave NaN'}"
+        if score is None:
+            error = f"the scorer failed: {_describe(problem)}"
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,18 @@ class Workspace:
 class Score:
     """What an episode earned: its outcome in [0, 1], which evaluations report, and rewards granted along the way.
 
-    The rewards count as they are, at the times they carry; that of the outcome is added by ``compute_rewards``.
+    The rewards count as they are, at the times they carry; that of the outcome is added by ``compute_rewards``. Raises
+    ValueError where one of them is no finite number: it says nothing of the episode.
     """
 
     outcome: float
     rewards: tuple[Reward, ...] = ()
+
+    def __post_init__(self) -> None:
+        granted = [(f"{reward.kind} reward", reward.value) for reward in self.rewards]
+        for name, value in [("outcome", self.outcome), *granted]:
+            if not math.isfinite(value):
+                raise ValueError(f"the {name} is {value}; expected a finite number")
 
 
 class Environment(Protocol):

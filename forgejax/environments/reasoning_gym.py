@@ -80,6 +80,12 @@ class ReasoningGym:
         self._datasets = [
             _build_dataset(dataset, _draw(config.seed, "dataset", n)) for n, dataset in enumerate(config.datasets)
         ]
+        items = sum(len(dataset) for dataset in self._datasets)
+        if config.eval_tasks > items:
+            raise ConfigError(
+                f"tasks eval_tasks is {config.eval_tasks} and the datasets have {items} items in all; lower it, or "
+                "raise size in the datasets' params"
+            )
         self._item = functools.lru_cache(maxsize=4096)(self._build_item)
         self._never_trained: set[str] = set()
         self.held_out: tuple[Task, ...] = tuple(self._hold_out(index) for index in range(config.eval_tasks))
@@ -99,14 +105,19 @@ class ReasoningGym:
         return Score(outcome=self.score_answer(task, trajectory.answer))
 
     def score_answer(self, task: Task, answer: str | None) -> float:
-        """In [0, 1]; 0 for a missing or absurdly long answer."""
+        """In [0, 1]; 0 for a missing or absurdly long answer.
+
+        Raises ValueError where the dataset's own score is no finite number.
+        """
         if answer is None or not answer.strip() or len(answer) > ANSWER_CHARACTERS:
             return 0.0
         number, item = int(task.payload["dataset"]), int(task.payload["item"])
         score = float(self._datasets[number].score_answer(answer.strip(), self._item(number, item)))
+        if not math.isfinite(score):
+            raise ValueError(f'dataset "{self._config.datasets[number].name}" scored {answer[:80]!r} as {score}')
         if self._config.exact:
             return 1.0 if score >= 1.0 else 0.0
-        return min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0
+        return min(1.0, max(0.0, score))
 
     def _hold_out(self, index: int) -> Task:
         task = self._first_new("evaluation", index)

@@ -16,7 +16,8 @@ class RewardConfig:
     """Coefficients of the reward terms.
 
     ``process_weight`` (alpha) is taken off for each malformed tool call. ``speed_weight`` (beta) multiplies
-    clip(1 - T / T_baseline, -1, 1) of a success, that is an outcome of at least ``success_at``.
+    clip(1 - T / T_baseline, -1, 1) of a success, that is an outcome of at least ``success_at``; it is at most what the
+    least success earns by its outcome, for a slow one would else be worth less than none.
     """
 
     outcome_weight: float = 1.0
@@ -30,6 +31,13 @@ class RewardConfig:
                 raise ConfigError(f"rewards {name} is {getattr(self, name)}; expected a finite weight of 0 or more")
         if not 0.0 < self.success_at <= 1.0:
             raise ConfigError(f"rewards success_at is {self.success_at}; expected an outcome in (0, 1]")
+        least = self.outcome_weight * self.success_at
+        if self.speed_weight > least:
+            raise ConfigError(
+                f"rewards speed_weight is {self.speed_weight:g} and the outcome of the least success counts {least:g}: "
+                f"a slow success could earn less than a failure; set speed_weight to {least:g} at most, or raise "
+                "outcome_weight"
+            )
 
 
 def compute_rewards(config: RewardConfig, trajectory: Trajectory, baseline_s: float | None) -> tuple[Reward, ...]:

@@ -7,7 +7,7 @@ from forgejax.models.policy import Attend, PerLayer, Policy, PolicyConfig
 from forgejax.models.rope import RopeConfig
 from forgejax.models.weights.export import export_policy
 from forgejax.models.weights.folder import read_policy_config
-from forgejax.models.weights.load import load_params
+from forgejax.models.weights.load import check_weights, load_params
 
 __all__ = [
     "Attend",
@@ -19,6 +19,7 @@ __all__ = [
     "PolicyConfig",
     "RopeConfig",
     "abstract_policy",
+    "check_weights",
     "count_params",
     "export_policy",
     "init_params",

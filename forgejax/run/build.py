@@ -19,25 +19,29 @@ from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
+from forgejax.report.names import STEP
 from forgejax.report.sinks import open_sinks
+from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
 from forgejax.run.account import RunAccount, RunSums
 from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
-from forgejax.run.checkpoint import Checkpoints, load_tree, save_tree
+from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome, Trainer
 from forgejax.run.preflight import ENGINE_DEVICES, load_chat
 from forgejax.run.rows import Compiles, StepRows
-from forgejax.run.rundir import RunDir
+from forgejax.run.rundir import RunDir, read_history
 from forgejax.run.steps import PooledSteps
 from forgejax.run.warm_start import (
     Demonstrations,
     describe_weights,
     imitate,
+    load_cached,
     make_cache_key,
     make_demonstrations,
     note_tenths,
+    save_cached,
 )
 from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, resolve, spare_devices
 
@@ -70,6 +74,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
     step, sums = _restore(checkpoints, learner, steps, progress)
+    _note_attempt(place, step, progress)
     with progress.phase("compiling", f"the train step for {plan.describe()}"):
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
@@ -142,15 +147,14 @@ def _warm_params(
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
     described = [to_mapping(each) for each in settings] + describe_weights(config.policy.path)
     cached = Path(warm.cache) / make_cache_key(described, demonstrations, config.tokenizer_folder)
-    if warm.cache and cached.is_dir():
-        progress.note(f"warm start taken from {cached}")
-        return load_tree(cached, params)
+    if warm.cache and (kept := load_cached(cached, params, progress.note)) is not None:
+        return kept
     learner = Learner(abstract_policy(config.policy)[0], params, step_config, layout=layout)
     with progress.phase("warm start", f"{warm.steps} supervised steps"):
         imitate(learner, demonstrations, config.packing, note_tenths(progress, warm.steps))
     params = learner.params()
     if warm.cache:
-        save_tree(cached, params)
+        save_cached(cached, params, progress.note)
     return params
 
 
@@ -174,6 +178,15 @@ def _restore(checkpoints: Checkpoints, learner: Learner, steps: PooledSteps, pro
     step, learner.state, saved = checkpoints.restore(learner.state, steps)
     progress.note(f"resumed from the checkpoint of step {step}")
     return step, RunSums.from_mapping(saved)
+
+
+def _note_attempt(place: RunDir, step: int, progress: Progress) -> None:
+    """Keeps and tells what this attempt goes on from; before the rows of the steps that it does again are cut away."""
+    rows = read_metrics(place.path) if (place.path / METRICS_FILE).is_file() else []
+    place.note_restored(step, max(0, int(rows[-1][STEP]) - step) if rows else 0)
+    attempts = read_history(place.path)
+    if place.resumed and attempts:
+        progress.note(f"attempt {len(attempts)}, begun in {attempts[-1].folder}: {attempts[-1].describe()}")
 
 
 def _engines(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -28,6 +30,10 @@ from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import SamplingLaw
 
 _T = TypeVar("_T")
+_NAME = re.compile(r"\w[\w.+=@-]{0,99}")
+_MOST_STEPS = 2**31 - 1  # policy versions are int32 on the devices
+_TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_SEEDS = 2**32  # what jax, numpy and Grain all take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,7 @@ class RunConfig:
     A run lives in ``root/name``; an empty name takes the configuration file's, numbered. ``eval_every`` and
     ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
     sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
+    ``seed`` is below 2**32.
     """
 
     name: str = ""
@@ -61,6 +68,15 @@ class RunConfig:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}; expected at least 1")
         if self.group_size < 2:
             raise ConfigError("run.group_size is 1; a group needs at least 2 episodes to compare")
+        if self.steps > _MOST_STEPS:
+            raise ConfigError(f"run.steps is {self.steps}; expected {_MOST_STEPS} at most")
+        if not 0 <= self.seed < _SEEDS:
+            raise ConfigError(f"run.seed is {self.seed}; expected 0 to {_SEEDS - 1}")
+        if self.name and not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"run.name is {self.name!r}; expected the name of one folder, of letters, digits and . _ - + = @, "
+                "beginning with a letter or digit, of 100 characters at most; where runs lie is run.root"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,7 @@ class TrainConfig:
                 "set temperature above 0, top_p = 1 and top_k = 0"
             )
         self._require_rows_for_the_longest()
+        self._require_requests_for_the_episodes()
         if not self.tokenizer_folder or self.tokenizer_folder.endswith(".gguf"):
             raise ConfigError(
                 f'tokenizer is "{self.tokenizer}" and policy.path is "{self.policy.path}"; set tokenizer to a '
@@ -114,6 +131,27 @@ class TrainConfig:
             f"the longest samples could not be trained; raise it, lower the other{with_limit}"
         )
 
+    def _require_requests_for_the_episodes(self) -> None:
+        """An episode has a request of its own under way most of the time; what the engine refuses, fails."""
+        takes = self.engine.slots + self.engine.max_queued
+        for what, episodes in (
+            (
+                f"pool.window.in_flight {self.pool.window.in_flight} groups of run.group_size {self.run.group_size}",
+                self.pool.window.in_flight * self.run.group_size,
+            ),
+            (f"run.eval_concurrency {self.run.eval_concurrency}", self.run.eval_concurrency),
+        ):
+            if episodes > takes:
+                raise ConfigError(
+                    f"{what} make {episodes} episodes at once, and the engine takes {takes} requests (engine.slots "
+                    "and engine.max_queued); lower the former, or raise engine.max_queued"
+                )
+
+    @property
+    def episodes_at_once(self) -> int:
+        """The most episodes that are played at the same time, in training or in an evaluation."""
+        return max(self.pool.window.in_flight * self.run.group_size, self.run.eval_concurrency)
+
     @property
     def tokenizer_folder(self) -> str:
         """Where the tokenizer is read from."""
@@ -123,7 +161,8 @@ class TrainConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a TOML file with command-line overrides (``--run.steps 200``, ``--mesh=cpu-8``) on top.
 
-    Where ``policy.path`` is set, the shape of the policy is the one found there.
+    What stands behind a ``--`` of its own is ``agent.command``, whatever its words look like. Where ``policy.path`` is
+    set, the shape of the policy is the one found there.
 
     Raises:
         ConfigError: the file is missing or malformed, a key is unknown, a value has the wrong type or cannot be run.
@@ -137,16 +176,34 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Like ``load_config``, from plain data that is complete; ``source`` names it in errors."""
+    options, command = _split_command(overrides)
+    if command:
+        agent = saved.get("agent", {})
+        saved = {**saved, "agent": {**agent, "command": command} if isinstance(agent, Mapping) else agent}
     config = tyro.cli(
         TrainConfig,
         default=from_mapping(TrainConfig, saved, source),
-        args=[_mesh_shorthand(argument) for argument in overrides],
+        args=[_mesh_shorthand(argument) for argument in options],
         prog="train.py",
-        description=f"Trains as {source} says; every option overrides a key of it.",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=_TYRO,
     )
     plan = resolve(config.mesh)
     return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+
+
+def print_options(config: TrainConfig, section: str) -> None:
+    """Prints the options of one section, with the values they have in ``config``.
+
+    Raises ConfigError for a section that is not there.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    if section not in hints:
+        raise ConfigError(f"there are no options of {section!r}; {_suggest(section, hints)}")
+    shown = dataclasses.make_dataclass(
+        "Options", [(section, hints[section], field(default=getattr(config, section)))], frozen=True
+    )
+    with contextlib.suppress(SystemExit):  # tyro's way of having printed
+        tyro.cli(shown, args=["--help"], prog="train.py", description=f"Options of {section}.", config=_TYRO)
 
 
 def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:
@@ -181,6 +238,25 @@ def _mesh_shorthand(argument: str) -> str:
     return argument
 
 
+def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The options before a ``--`` of its own, and the agent's command behind it. Raises ConfigError."""
+    if "--" not in arguments:
+        return arguments, ()
+    at = arguments.index("--")
+    options, command = arguments[:at], arguments[at + 1 :]
+    if not command or any(option.partition("=")[0] == "--agent.command" for option in options):
+        raise ConfigError(
+            "behind -- stands the command of the agent, as in: --agent.kind process -- python my_agent.py --fast; "
+            f"found {' '.join(command) or 'nothing'!r}{' and --agent.command as well' if command else ''}"
+        )
+    return options, command
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+
+
 def _refuse_unknown(cls: Any, given: Any, source: str, place: str) -> None:
     """Walks the nested dataclasses beside the data."""
     for argument in typing.get_args(cls):
@@ -196,7 +272,5 @@ def _refuse_unknown(cls: Any, given: Any, source: str, place: str) -> None:
     for key, value in given.items():
         where = f"{place}.{key}".lstrip(".")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
-            raise ConfigError(f"{source}: unknown key {where!r}; {hint}")
+            raise ConfigError(f"{source}: unknown key {where!r}; {_suggest(key, known)}")
         _refuse_unknown(known[key], value, source, where)

@@ -5,10 +5,14 @@ Its result depends on the configuration only, so it is cached and the next run s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +24,7 @@ import numpy as np
 from forgejax.chat import ChatFormat
 from forgejax.chat.messages import Message, Tool
 from forgejax.environments import Environment
-from forgejax.errors import ConfigError
+from forgejax.errors import CheckpointError, ConfigError, ForgejaxError
 from forgejax.imports import load_object
 from forgejax.learner import (
     Learner,
@@ -33,11 +37,16 @@ from forgejax.learner import (
     make_supervised_sample,
     pack,
 )
+from forgejax.models import Params
 from forgejax.report.live.progress import Progress
+from forgejax.run.checkpoint import load_tree, save_tree
 from forgejax.types import Task
 
 _TASKS_FROM = 1_000_000_000
 """Demonstrations use task indices from here on, so that they are other draws than those of the RL phase."""
+
+_ABANDONED_S = 3600.0
+"""What is written into the cache is whole or forgotten after so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +187,51 @@ def imitate(
     """
     for number, packed in enumerate(demonstrations.batches(packing, learner.row_shards), start=1):
         progress(number, float(learner.update(packed, version=0)["loss"]))
+
+
+def load_cached(cached: Path, like: Params, note: Callable[[str], None]) -> Params | None:
+    """The weights kept in ``cached``, laid out as ``like``, or None where there are none.
+
+    What cannot be read is told and removed, to be made anew.
+    """
+    if not cached.is_dir():
+        return None
+    try:
+        params: Params = load_tree(cached, like)
+    except CheckpointError as error:
+        note(f"the warm start kept in {cached} is damaged and is made anew: {error}")
+        aside = _name_aside(cached)
+        with contextlib.suppress(OSError):  # another run was quicker
+            cached.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        return None
+    note(f"warm start taken from {cached}")
+    return params
+
+
+def save_cached(cached: Path, params: Params, note: Callable[[str], None]) -> None:
+    """Keeps weights in ``cached``, whole or not at all; where they cannot be kept that is told, and the run goes on.
+
+    They are written aside and renamed: of several runs that make the same at once the first one's are kept.
+    """
+    aside = _name_aside(cached)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        for left in cached.parent.glob(f".{cached.name}.*"):  # by a run that was killed as it wrote
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
+        save_tree(aside, params)
+        aside.rename(cached)
+    except (ForgejaxError, OSError, ValueError) as error:
+        if not cached.is_dir():
+            note(f"the warm start could not be kept in {cached}, and the next run makes its own: {error}")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_aside(cached: Path) -> Path:
+    """A name beside it that no other run has."""
+    return cached.with_name(f".{cached.name}.{uuid.uuid4().hex}")
 
 
 def describe_weights(path: str) -> list[tuple[str, int, int]]:

@@ -150,7 +150,7 @@ class BadScorer(SumTasks):
         return Score(outcome=self._value)
 
 
-@pytest.mark.parametrize("value", [ValueError("what?"), float("nan")])
+@pytest.mark.parametrize("value", [ValueError("what?"), float("nan"), float("inf"), -float("inf")])
 async def test_a_scorer_that_fails_is_a_failed_environment(value: float | Exception) -> None:
     trajectory = await run(make_runner(environment=BadScorer(value)))
     assert (trajectory.stop_reason, trajectory.outcome) == (StopReason.ENVIRONMENT_FAILED, 0.0)

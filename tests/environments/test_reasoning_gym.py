@@ -59,6 +59,23 @@ def test_without_exact_the_librarys_partial_credit_counts() -> None:
     assert 0.0 < tasks.score_answer(task, f"it is {task.payload['answer']}") < 1.0
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("score", [float("inf"), float("nan")])
+def test_a_score_of_the_library_that_is_no_number_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, score: float, exact: bool
+) -> None:
+    tasks = ReasoningGym(TasksConfig(eval_tasks=1, exact=exact))
+    for dataset in tasks._datasets:
+        monkeypatch.setattr(dataset, "score_answer", lambda *_: score, raising=False)
+    with pytest.raises(ValueError, match=f"scored 'seven' as {score}"):
+        tasks.score_answer(tasks.held_out[0], "seven")
+
+
+def test_more_held_out_tasks_than_there_are_items_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"eval_tasks is 1000000000 and the datasets have 20000 items in all; lower"):
+        ReasoningGym(TasksConfig(eval_tasks=10**9))
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

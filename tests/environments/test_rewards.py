@@ -67,3 +67,22 @@ def test_the_baseline_forgets_what_lies_beyond_its_history() -> None:
 def test_an_impossible_weight_is_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         RewardConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [({"speed_weight": 1.5}, 1), ({"speed_weight": 1.0, "success_at": 0.5}, 0.5), ({"outcome_weight": 0.0}, 0)],
+)
+def test_a_speed_weight_that_makes_a_slow_success_worse_than_a_failure_is_refused(
+    fields: dict[str, float], most: float
+) -> None:
+    with pytest.raises(ConfigError, match=rf"a slow success could earn less .* set speed_weight to {most:g} at most"):
+        RewardConfig(**({"speed_weight": 0.1} | fields))
+
+
+@pytest.mark.parametrize("fields", [{"outcome_weight": 1.0}, {"outcome_weight": 3.0}, {"success_at": 0.25}])
+def test_under_the_largest_speed_weight_the_slowest_success_earns_what_a_failure_does(fields: dict[str, float]) -> None:
+    least = RewardConfig(**fields).outcome_weight * RewardConfig(**fields).success_at
+    config = RewardConfig(**fields, speed_weight=least)
+    slowest = make_trajectory(make_turn(), seconds=1e9, outcome=config.success_at)
+    assert sum(reward.value for reward in compute_rewards(config, slowest, 1.0)) == 0.0

@@ -12,6 +12,7 @@ from forgejax.run.config import (
     from_mapping,
     load_config,
     load_saved,
+    print_options,
     to_mapping,
 )
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
@@ -123,6 +124,38 @@ def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
     assert config.agent.env["CALCULATOR_LATENCY_S"] == "2"
 
 
+def test_what_stands_behind_two_dashes_is_the_agents_command_whatever_it_looks_like() -> None:
+    options = ["--agent.kind=process", "--run.steps=3", "--", "python", "my_agent.py", "--fast", "--run.steps", "--"]
+    config = load_config(QUICKSTART, options)
+
+    assert config.agent.command == ("python", "my_agent.py", "--fast", "--run.steps", "--")
+    assert (config.agent.kind, config.run.steps) == ("process", 3)
+    assert load_saved(to_mapping(config), "again") == config
+
+
+@pytest.mark.parametrize("options", [["--"], ["--agent.command", "a", "--", "b"], ["--agent.command=a", "--", "b"]])
+def test_two_dashes_without_a_command_or_beside_another_are_refused(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="behind -- stands the command of the agent"):
+        load_config(QUICKSTART, options)
+
+
+@pytest.mark.parametrize("section", [each.name for each in dataclasses.fields(TrainConfig)])
+def test_the_options_of_a_section_are_told_with_their_values(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(QUICKSTART, ["--agent.kind=process", "--", "python", "--fast"])
+    print_options(config, section)
+    printed = capsys.readouterr().out
+
+    assert f"--{section.replace('_', '-')}" in printed
+    assert "--mesh.name" not in printed or section == "mesh"
+    if section == "agent":
+        assert "python --fast" in printed
+
+
+def test_a_section_that_is_not_there_is_told_with_the_near_one() -> None:
+    with pytest.raises(ConfigError, match=r"there are no options of 'polcy'; did you mean 'policy'\?"):
+        print_options(load_config(QUICKSTART), "polcy")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -135,6 +168,16 @@ def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
         ),
         (["--run.group-size=1"], "a group needs at least 2 episodes"),
         (["--run.steps=-1"], "run.steps is -1; expected 0 or more"),
+        (["--run.steps=99999999999999999999"], "run.steps is 99999999999999999999; expected 2147483647 at most"),
+        (["--run.seed=-1"], "run.seed is -1; expected 0 to 4294967295"),
+        (["--run.seed=4294967296"], "run.seed is 4294967296; expected 0 to 4294967295"),
+        (["--run.name=../../escape"], "run.name is '../../escape'; expected the name of one folder"),
+        (["--run.name=a/b c"], "run.name is 'a/b c'; expected the name of one folder"),
+        (["--run.name=.."], "run.name is '..'; expected the name of one folder"),
+        (["--run.name=a?b"], "run.name is 'a?b'; expected the name of one folder"),
+        (["--run.group-size=1000000"], "24000000 episodes at once, and the engine takes 4128 requests"),
+        (["--run.eval-concurrency=5000"], "run.eval_concurrency 5000 make 5000 episodes at once"),
+        (["--reward.speed-weight=1.5"], "a slow success could earn less than a failure"),
         (["--pool.window.in-flight=2", "--pool.window.groups-per-step=4"], "below groups_per_step 4"),
         (["--agent.kind=coroutine", "--agent.function="], 'expects "module:function"'),
         (["--engine.prefill-buckets", "8", "4"], "expected increasing chunk lengths"),

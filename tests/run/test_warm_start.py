@@ -5,11 +5,15 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +22,15 @@ from forgejax.environments import ReasoningGym
 from forgejax.errors import ConfigError
 from forgejax.gateway import Gateway
 from forgejax.run.config import TrainConfig, load_config, to_mapping
-from forgejax.run.warm_start import Demonstration, Demonstrations, WarmStartConfig, make_cache_key, make_demonstrations
+from forgejax.run.warm_start import (
+    Demonstration,
+    Demonstrations,
+    WarmStartConfig,
+    load_cached,
+    make_cache_key,
+    make_demonstrations,
+    save_cached,
+)
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec, StopReason, Task
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, go_on, saved_weights, tiny_config, tiny_place
 
@@ -201,6 +213,112 @@ def test_a_second_run_takes_the_warm_weights_from_the_cache_and_another_configur
     assert not any("taken from" in note for note in notes)
     assert not np.array_equal(other, cold)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_weights_are_kept_and_come_back_and_nothing_else_is_left(tmp_path: Path) -> None:
+    cached, notes = tmp_path / "cache" / "key", list[str]()
+    assert load_cached(cached, tree(0.0), notes.append) is None
+    save_cached(cached, tree(3.0), notes.append)
+    save_cached(cached, tree(4.0), notes.append)  # by a run that began at the same time, and was slower
+    assert notes == []
+    assert kept_values(load_cached(cached, tree(0.0), notes.append)) == {3.0}
+    assert notes == [f"warm start taken from {cached}"]
+    assert [path.name for path in cached.parent.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "no metadata", "cut data", "another policy"])
+def test_a_cache_that_cannot_be_read_is_told_and_made_anew(tmp_path: Path, damage: str) -> None:
+    cached, notes = tmp_path / "key", list[str]()
+    save_cached(cached, {"other": tree(1.0)["w0"]} if damage == "another policy" else tree(1.0), notes.append)
+    if damage == "empty":
+        shutil.rmtree(cached)
+        cached.mkdir()
+    elif damage == "no metadata":
+        (cached / "_METADATA").unlink()
+    elif damage == "cut data":
+        for file in (file for file in cached.rglob("d/*") if file.is_file()):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    assert load_cached(cached, tree(0.0), notes.append) is None
+    assert len(notes) == 1 and notes[0].startswith(f"the warm start kept in {cached} is damaged and is made anew: ")
+    assert list(tmp_path.iterdir()) == []
+    save_cached(cached, tree(2.0), notes.append)
+    assert kept_values(load_cached(cached, tree(0.0), notes.append)) == {2.0}
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_no_end(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    notes: list[str] = []
+    save_cached(tmp_path / "file" / "key", tree(1.0), notes.append)
+    assert len(notes) == 1 and "could not be kept in" in notes[0]
+
+
+def test_what_a_killed_run_left_in_the_cache_goes_with_time(tmp_path: Path) -> None:
+    dead, alive, other = (tmp_path / name for name in (".key.dead", ".key.alive", ".yek.dead"))
+    for left in (dead, alive, other):
+        left.mkdir()
+    os.utime(dead, (1, 1))
+    os.utime(other, (1, 1))
+    save_cached(tmp_path / "key", tree(1.0), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"key", ".key.alive", ".yek.dead"}
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from forgejax.run.warm_start import load_cached, save_cached
+from tests.run.test_warm_start import kept_values, tree
+value = float(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    path, moment = line.rsplit(" ", 1)
+    time.sleep(max(0.0, float(moment) - time.time()))
+    notes = []
+    save_cached(Path(path), tree(value), notes.append)
+    print(list(notes), kept_values(load_cached(Path(path), tree(0.0), notes.append)), flush=True)
+"""
+
+
+def test_of_runs_that_keep_the_same_at_once_one_wins_and_all_go_on(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(value)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+            text=True,
+        )
+        for value in (1, 2)
+    ]
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(answer, racers)) == ["ready", "ready"]
+            for number in range(6):
+                said = set(threads.map(answer, racers, [f"{tmp_path / str(number)} {time.time() + 0.1}"] * 2))
+                assert said in ({"[] {1.0}"}, {"[] {2.0}"}), "both have the same whole one, and neither complains"
+        assert len(list(tmp_path.iterdir())) == 6
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+
+
+def answer(racer: subprocess.Popen[str], line: str = "") -> str:
+    """What a racer says to a line, within the deadline of the test."""
+    assert racer.stdin is not None and racer.stdout is not None
+    if line:
+        racer.stdin.write(f"{line}\n")
+        racer.stdin.flush()
+    return racer.stdout.readline().strip()
+
+
+def tree(value: float) -> Any:
+    """Weights that are all one value."""
+    return {f"w{number}": jnp.full((64, 64), value) for number in range(8)}
+
+
+def kept_values(params: Any) -> set[float]:
+    return {float(each) for leaf in params.values() for each in np.unique(np.asarray(leaf))}
 
 
 def test_the_quickstart_imitates_a_demonstrator_that_is_there_and_speaks_as_the_agent_it_trains() -> None:

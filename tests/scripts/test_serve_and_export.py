@@ -12,6 +12,7 @@ import serve
 
 from forgejax.errors import CheckpointError, ConfigError
 from forgejax.models import PolicyConfig, init_params, load_params, read_policy_config
+from forgejax.rollout import EngineConfig
 from forgejax.run import rundir
 from forgejax.run.checkpoint import Checkpoints, save_tree
 from forgejax.run.config import TrainConfig, to_mapping
@@ -49,6 +50,18 @@ def test_a_run_is_served_from_its_newest_checkpoint_or_the_one_named(tmp_path: P
     assert (newest.version, named.version) == (7, 4)
     assert_same(newest.params, weights[7])
     assert_same(named.params, weights[4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"engine": EngineConfig(slots=10**8)}, r"engine\.slots 100000000 of engine\.max_context 512"),
+        ({"policy": PolicyConfig(d_model=10**6)}, "the engine's copy of the weights"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_made(settings: dict[str, Any], largest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"GiB of memory at least, and device 0 has .* GiB for {largest}"):
+        serve.make_driver(serve.ServeConfig(**settings))
 
 
 def test_a_run_is_served_when_the_folder_it_began_with_is_gone(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """``scripts/train.py`` as its users meet it: what it says, what it leaves behind, and what a signal does to it."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from forgejax.agents.scaffolds.guard import MARKER_NAME
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
 from forgejax.report.sinks.jsonl import read_metrics
-from forgejax.run import rundir
-from forgejax.run.config import load_config, to_mapping
+from forgejax.run import preflight, rundir
+from forgejax.run.config import TrainConfig, load_config, to_mapping
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, SHRUNK, compiled_once
 
 SCRIPT = REPOSITORY / "scripts" / "train.py"
@@ -39,7 +41,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Train]:
     program = _program()
 
     def main(*arguments: str, shrunk: bool = True) -> int:
-        common = (f"--config={QUICKSTART}", *SHRUNK, "--run.root=runs") if shrunk else ()
+        resumed = any(argument.startswith("--resume") for argument in arguments)
+        common = (f"--config={QUICKSTART}", *SHRUNK, "--run.root=runs") if shrunk and not resumed else ()
         monkeypatch.setattr(sys, "argv", ["train.py", *common, *arguments])
         status = program.main()
         assert isinstance(status, int)
@@ -69,9 +72,10 @@ class Process:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "PYTHONPATH": str(REPOSITORY),
         }
+        resumed = any(argument.startswith("--resume") for argument in arguments)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), f"--config={QUICKSTART}", *arguments],
+                [sys.executable, str(SCRIPT), *([] if resumed else [f"--config={QUICKSTART}"]), *arguments],
                 cwd=folder,
                 env=environment,
                 stdout=output,
@@ -155,6 +159,61 @@ def test_a_mistyped_option_is_status_2_and_leaves_no_run(train: Train, capsys: p
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--agent.kind=worker", "--agent.command", "nosuchprogram"], '"nosuchprogram" is not an executable file'),
+        (["--agent.kind=process", "--agent.command", "python", "gone.py"], "there is no file gone.py in"),
+        (["--run.seed=-1"], "run.seed is -1; expected 0 to 4294967295"),
+        (["--run.name=../escape"], "run.name is '../escape'; expected the name of one folder"),
+        (["--policy.d-model=1000000"], "GiB of memory at least, and this machine has"),
+        (["--mesh=cpu-1000"], "mesh cpu-1000 asks for 1000 fake devices"),
+        (["--tasks.eval-tasks=1000000000"], "eval_tasks is 1000000000 and the datasets have"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence_and_leaves_nothing_behind(
+    train: Train, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert train(*options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ") and sentence in line
+    assert list(Path().iterdir()) == []
+
+
+def test_ctrl_c_before_the_run_is_one_sentence_too(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "check_run", press)
+    assert train() == 130
+    assert capsys.readouterr().err == "train.py: interrupted before it began\n"
+    assert list(Path().iterdir()) == []
+
+
+def test_help_is_one_screen_that_begins_with_what_people_use(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--help", shrunk=False) == 0
+    page = capsys.readouterr().out
+    lines = page.splitlines()
+
+    assert len(lines) <= 32 and max(map(len, lines)) <= 120
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options[:3] == ["--config", "--resume", "--mesh"]
+    sections = page.partition("Sections: ")[2].partition(".")[0]
+    assert re.findall(r"\w+", sections) == [each.name for each in dataclasses.fields(TrainConfig)]
+
+
+def test_help_on_a_section_lists_its_options_with_the_values_of_the_configuration(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--help", "warm-start", f"--config={QUICKSTART}", "--warm-start.steps=77", shrunk=False) == 0
+    printed = capsys.readouterr().out
+    assert "--warm-start.steps INT" in printed and "(default: 77)" in printed
+    assert train("--help=polcy", f"--config={QUICKSTART}", shrunk=False) == 1
+    assert "did you mean 'policy'?" in capsys.readouterr().err
+
+
 def test_nothing_to_resume_is_told_with_what_there_is(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--resume") == 1
     assert "there is no run '' to resume under runs; runs there: none" in capsys.readouterr().err
@@ -175,12 +234,73 @@ def test_a_resumed_run_gets_the_devices_it_was_saved_with(train: Train, capsys: 
     run.save_config(to_mapping(load_config(QUICKSTART, ["--mesh=v5e-64"])))
     run.close()
 
-    assert train(f"--config={QUICKSTART}", "--resume", shrunk=False) == 1
+    assert train("--resume") == 1
     assert "mesh v5e-64 needs 64 v5e chips" in capsys.readouterr().err
 
 
+def begun(*options: str) -> Path:
+    """A run that has been started and has not got anywhere; its folder."""
+    config = load_config(QUICKSTART, (*SHRUNK, *options))
+    run = rundir.create(Path("runs"), "mine", "")
+    run.save_config(to_mapping(config), preflight.digest_tokenizer(config.tokenizer_folder))
+    run.close()
+    return run.path
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tasks.eval-tasks=3"], "would change tasks.eval_tasks (8 so far)"),
+        (["--tasks.datasets.1.weight=7.5"], "would change tasks.datasets ([{"),
+        (["--policy.d-model=32", "--run.seed=4"], "would change run.seed (0 so far), policy.d_model (16 so far)"),
+        (["--run.name=yours"], 'would change run.name ("" so far)'),
+        ([f"--config={QUICKSTART}"], "a resumed run goes by the configuration saved in it: leave --config out"),
+        (["--run.steps=-3"], "run.steps is -3; expected 0 or more"),
+        (["--agent.kind=process", "--", "nosuchprogram", "--fast"], "'nosuchprogram --fast': \"nosuchprogram\" is not"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_sentence_and_leaves_the_run_as_it_was(
+    train: Train, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    run = begun()
+    before = {file: file.read_bytes() for file in run.iterdir() if file.name != "lock"}
+
+    assert train("--resume", *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ") and sentence in line
+    assert {file: file.read_bytes() for file in run.iterdir() if file.name != "lock"} == before
+
+
+def test_a_resume_with_another_tokenizer_in_the_same_place_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REPOSITORY / "examples" / "quickstart" / "tokenizer", "tokenizer")
+    begun("--tokenizer=tokenizer")
+    with Path("tokenizer/tokenizer_config.json").open("a", encoding="utf-8") as file:
+        file.write(" ")
+
+    assert train("--resume") == 1
+    assert "the tokenizer in tokenizer is not the one this run began with" in capsys.readouterr().err
+    shutil.rmtree("tokenizer")
+    assert train("--resume") == 1
+    assert "tokenizer folder tokenizer does not exist; give a folder" in capsys.readouterr().err
+
+
+def test_a_resume_takes_its_relative_paths_from_where_the_run_was_started(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It gets past the tokenizer, which lies there, to the agent, which does not."""
+    shutil.copytree(REPOSITORY / "examples" / "quickstart" / "tokenizer", "tokenizer")
+    begun("--tokenizer=tokenizer", "--agent.kind=process", "--", "python", "agent.py")
+    (tmp_path / "elsewhere").mkdir()
+    for where, name in (("elsewhere", "../runs/mine"), ("elsewhere", str(tmp_path / "runs/mine")), ("runs", "mine")):
+        monkeypatch.chdir(tmp_path / where)
+        assert train(f"--resume={name}", *([] if where == "elsewhere" else ["--run.root=."])) == 1
+        assert f"there is no file agent.py in {tmp_path};" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
-    train: Train, capfd: pytest.CaptureFixture[str]
+    train: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run, pressed_at = Path("runs/quickstart-1"), []
 
@@ -202,7 +322,14 @@ def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
     assert f"stopped after step {stopped}; go on with --resume=quickstart-1" in printed
     assert read_summary(run).account_open_tokens == 0
 
-    assert train("--resume", f"--run.steps={stopped + 1}") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(f"--resume={tmp_path / run}", f"--run.steps={stopped + 1}") == 0
+    assert f"from step {stopped}, no step is lost; changed: run.steps 400 -> {stopped + 1}" in capfd.readouterr().out
+    first, second = rundir.read_history(run)
+    assert (first.step, first.changed) == (0, {})
+    assert (second.step, second.steps_lost, second.changed) == (stopped, 0, {"run.steps": (400, stopped + 1)})
+    assert (first.folder, second.folder) == (str(tmp_path), str(tmp_path))
     saved = json.loads(Path("runs/quickstart-1/config.json").read_text(encoding="utf-8"))
     assert saved["run"]["steps"] == stopped + 1, "the next resume knows of it too"
     summary = read_summary(run)
@@ -242,6 +369,9 @@ def test_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, compiled_onc
 
     resumed_at = int(re.findall(r"resumed from the checkpoint of step (\d+)", last.output)[0])
     assert resumed_at % 4 == 0 and 4 <= resumed_at < steps
+    history = rundir.read_history(run)
+    assert [attempt.step for attempt in history] == [0, 0, resumed_at]
+    assert 0 <= history[-1].steps_lost <= steps - resumed_at
     summary, lines = read_summary(run), (run / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "learner/loss" in row] == list(range(1, steps + 1))
     assert (summary.steps, summary.account_open_tokens, summary.groups_open, summary.drift_tokens) == (steps, 0, 0, 0)

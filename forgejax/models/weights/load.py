@@ -35,19 +35,30 @@ def load_params(config: PolicyConfig, layout: Layout = ONE_DEVICE) -> Params:
         ConfigError: the folder cannot be loaded at all.
         CheckpointError: its files are damaged, or its tensors are not those of ``config``.
     """
-    path = Path(config.path)
-    family = family_of(read_settings(path))
-    source = open_source(path, family, config.num_layers)
     abstract = abstract_policy(config)[1]
-    weights = dict(nnx.to_flat_state(abstract))
+    family, source, weights = _open_checked(config, abstract)
     tensors = {tensor.ours: tensor for tensor in family.tensors}
-    _check(path, family, source, weights)
     placements = dict(nnx.to_flat_state(layout.placements(abstract)))
     loaded = []
     for where, leaf in weights.items():
         tensor, sharding = tensors[".".join(where)], placements[where].get_value()
         loaded.append((where, leaf.replace(_load(source, tensor, leaf.get_value(), sharding))))
     return nnx.from_flat_state(loaded)
+
+
+def check_weights(config: PolicyConfig) -> None:
+    """Raises what ``load_params`` would raise of the weights in ``config.path``, having read their headers alone."""
+    _open_checked(config, abstract_policy(config)[1])
+
+
+def _open_checked(config: PolicyConfig, abstract: Params) -> tuple[Family, Source, dict[Any, Any]]:
+    """The family, the stored tensors, and our weights by path, which fit each other."""
+    path = Path(config.path)
+    family = family_of(read_settings(path))
+    source = open_source(path, family, config.num_layers)
+    weights = dict(nnx.to_flat_state(abstract))
+    _check(path, family, source, weights)
+    return family, source, weights
 
 
 def stored_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from forgejax.errors import CheckpointError, ConfigError
-from forgejax.models import PolicyConfig, export_policy, init_params, load_params, read_policy_config
+from forgejax.models import PolicyConfig, check_weights, export_policy, init_params, load_params, read_policy_config
 from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
 from tests.models.folders import SETTINGS, C, D, F, H, K, L, Tensors, V, tensors_of, write_folder
 from tests.models.reference import weights_of
@@ -142,7 +143,10 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path: Path) -> None:
     assert kept < sum(shards) + objects
 
 
-def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [load_params, check_weights])
+def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(
+    tmp_path: Path, read: Callable[[PolicyConfig], object]
+) -> None:
     tensors = tensors_of("llama", SETTINGS["llama"])
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((H * C, D + 1), np.float32)
@@ -150,7 +154,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path: Pa
     config = config_of(write_folder(tmp_path / "in", SETTINGS["llama"], tensors))
 
     with pytest.raises(CheckpointError) as refused:
-        load_params(config)
+        read(config)
 
     said = str(refused.value)
     assert "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight;" in said
@@ -160,18 +164,19 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path: Pa
     assert "1 misshapen: model.layers.0.self_attn.q_proj.weight [24, 17] instead of [24, 16]" in said
 
 
-def test_a_file_cut_short_is_said_to_be_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [load_params, check_weights])
+def test_a_file_cut_short_is_said_to_be_one(tmp_path: Path, read: Callable[[PolicyConfig], object]) -> None:
     config = config_of(write_folder(tmp_path / "in", SETTINGS["llama"], tensors_of("llama", SETTINGS["llama"])))
     file = tmp_path / "in" / "model.safetensors"
     whole = file.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"model\.safetensors") as refused:
-            load_params(config)
+            read(config)
         assert "copy the file again" in str(refused.value)
     file.write_bytes(whole[:8] + b"{" * (len(whole) - 8))
     with pytest.raises(CheckpointError, match="header cannot be read"):
-        load_params(config)
+        read(config)
 
 
 def test_an_index_that_names_absent_files_and_a_folder_without_weights_are_refused(tmp_path: Path) -> None:
