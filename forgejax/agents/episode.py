@@ -179,15 +179,22 @@ def _make_unopened(task: Task, member: int, started_at: float, error: ForgejaxEr
 
 
 def _explain_truncation(trajectory: Trajectory) -> Trajectory:
-    """An agent without an answer whose last completion was cut off was truncated, whatever else it says."""
-    could = trajectory.stop_reason in (StopReason.COMPLETED, StopReason.AGENT_FAILED)
-    if trajectory.answer is not None or not could or not trajectory.turns:
+    """An agent that ends in good order, without an answer, after a completion that was cut off was truncated.
+
+    One that crashes has crashed: it may do so after every completion, and a policy must not be trained on that. What
+    came before is told with its error.
+    """
+    if trajectory.answer is not None or not trajectory.turns:
         return trajectory
     finish_reason = trajectory.turns[-1].completion.finish_reason
     if finish_reason not in (FinishReason.LENGTH, FinishReason.REPETITION):
         return trajectory
-    error = trajectory.error or f"the last completion ended by {finish_reason.value}"
-    return replace(trajectory, error=error, stop_reason=StopReason.TRUNCATED)
+    before = f"the last completion ended by {finish_reason.value}"
+    if trajectory.stop_reason is StopReason.COMPLETED:
+        return replace(trajectory, error=trajectory.error or before, stop_reason=StopReason.TRUNCATED)
+    if trajectory.stop_reason is StopReason.AGENT_FAILED:
+        return replace(trajectory, error=f"{before}, then: {trajectory.error}")
+    return trajectory
 
 
 def _fail_environment(trajectory: Trajectory, error: str, *, answer: str | None) -> Trajectory:

@@ -1,5 +1,6 @@
 """The nouns that flow between the packages, and the Protocols the packages meet at. Frozen, checked when made."""
 
+from forgejax.types.endings import Endings
 from forgejax.types.episode import (
     Reward,
     Session,
@@ -32,6 +33,7 @@ from forgejax.types.sampling import (
 __all__ = [
     "Completion",
     "Dispatch",
+    "Endings",
     "FinishReason",
     "Group",
     "GroupSink",

@@ -73,6 +73,7 @@ async def test_a_crash_is_a_failed_agent_with_its_stderr() -> None:
     result = await play(python_agent("print(3); raise SystemExit('no such model')", kind="process"))
     assert result.stop_reason is StopReason.AGENT_FAILED
     assert result.answer is None
+    assert "print(3)" in str(result.error)  # names the command
     assert "status 1" in str(result.error) and "no such model" in str(result.error)
 
 
@@ -85,6 +86,7 @@ async def test_a_mute_agent_is_killed_at_the_deadline_with_its_children() -> Non
     started = time.monotonic()
     result = await play(python_agent(source, kind="process"), make_episode(deadline_s=0.5))
     assert result.stop_reason is StopReason.DEADLINE
+    assert "agent command" in str(result.error) and "did not end within 0.5 s; its stderr ends" in str(result.error)
     assert time.monotonic() - started < 5.0
     assert not is_running(int(str(result.error).split()[-1]))
 
