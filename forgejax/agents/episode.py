@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.agents.tally import EpisodeTally
 from forgejax.environments.base import Environment, Workspace
 from forgejax.environments.rewards import RewardConfig, compute_rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
     FinishReason,
+    Purpose,
     Session,
     Sessions,
     SessionSpec,
@@ -67,6 +69,7 @@ class EpisodeRunner:
     agent: AgentConfig
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: StopPolicy = field(default_factory=StopPolicy)
+    tally: EpisodeTally = field(default_factory=EpisodeTally)
 
     async def run(
         self, task: Task, *, member: int = 0, session: SessionSpec, baseline_s: float | None = None
@@ -80,7 +83,7 @@ class EpisodeRunner:
         try:
             opened = self.sessions.open(session)
         except ForgejaxError as error:
-            return self._end(_make_unopened(task, member, started_at, error), baseline_s)
+            return self._end(_make_unopened(task, member, started_at, error), session.purpose, baseline_s)
         workspace, result = await self._play(task, opened)
         trajectory = Trajectory(
             task_id=task.id,
@@ -95,7 +98,8 @@ class EpisodeRunner:
             answer=result.answer,
             error=result.error,
         )
-        return self._end(await _shield(self._conclude(task, workspace, trajectory)), baseline_s)
+        ended = await _shield(self._conclude(task, workspace, trajectory))
+        return self._end(ended, session.purpose, baseline_s)
 
     async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
         """Closes the session, scores the episode and closes the workspace."""
@@ -123,13 +127,15 @@ class EpisodeRunner:
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
-    def _end(self, trajectory: Trajectory, baseline_s: float | None) -> Trajectory:
+    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None) -> Trajectory:
         masked = None
         if self.policy.of(trajectory.stop_reason) != "train":
             masked = trajectory.stop_reason.value
         elif not trajectory.turns:
             masked = "no_turns"  # the policy had no part in it
-        return replace(trajectory, rewards=compute_rewards(self.reward, trajectory, baseline_s), masked=masked)
+        ended = replace(trajectory, rewards=compute_rewards(self.reward, trajectory, baseline_s), masked=masked)
+        self.tally.observe(ended, purpose)
+        return ended
 
     async def _play(self, task: Task, session: Session) -> tuple[Workspace | None, AgentResult]:
         """Opens the workspace and runs the agent in it.

@@ -8,7 +8,7 @@ import grain
 
 from forgejax.errors import PoolError, TrainingError
 from forgejax.pool.pool import Pool
-from forgejax.types import Endings, Group, Judge
+from forgejax.types import EpisodeEnds, Group, Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,17 @@ class GroupIterator(grain.DatasetIterator[GroupBatch]):
         """
         config = self._pool.config
         drops: Counter[str] = Counter()
-        endings = Endings(reasons={})
+        endings = EpisodeEnds(reasons={})
         while len(self._filling) < config.window.groups_per_step and drops.total() < config.max_drops_in_a_row:
             group = self._pool.take(config.take_timeout_s)
             if group is None:
                 raise StopIteration
             reason = self._judge_group(group)
             if reason is None:
-                drops, endings = Counter(), Endings(reasons={})
+                drops, endings = Counter(), EpisodeEnds(reasons={})
             else:
                 drops[reason] += 1
-                endings += Endings.of(group.trajectories)
+                endings += EpisodeEnds.of(group.trajectories)
         if not self._filling:
             counts = ", ".join(f"{reason} {count}" for reason, count in drops.most_common())
             raise TrainingError(

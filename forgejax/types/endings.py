@@ -13,36 +13,48 @@ _ERROR_CHARS = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Endings:
+class Failure:
+    """An episode that failed: its task, its stop reason, and the end of its error, with the agent's stderr in it."""
+
+    task_id: str
+    reason: str
+    error: str
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Self:
+        error = (trajectory.error or "it gave no reason")[-_ERROR_CHARS:]
+        return cls(task_id=trajectory.task_id, reason=trajectory.stop_reason.value, error=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeEnds:
     """How ``episodes`` episodes ended.
 
     ``reasons`` count them by stop reason. ``unanswered`` completed without an answer. ``outcomes`` is the sum of the
-    outcomes of those that gave one. ``last_failure`` is the stop reason and the error of the last one that failed, None
-    where none did.
+    outcomes of those that gave one. ``last_failure`` is None where none failed.
     """
 
     episodes: int = 0
     reasons: Mapping[str, int]
     unanswered: int = 0
     outcomes: float = 0.0
-    last_failure: tuple[str, str] | None = None
+    last_failure: Failure | None = None
 
     @classmethod
     def of(cls, trajectories: Iterable[Trajectory]) -> Self:
         known = list(trajectories)
         completed = [each for each in known if each.stop_reason is StopReason.COMPLETED]
         failures = [each for each in known if each.stop_reason.failed]
-        last = failures[-1] if failures else None
         return cls(
             episodes=len(known),
             reasons=Counter(each.stop_reason.value for each in known),
             unanswered=sum(each.answer is None for each in completed),
             outcomes=sum(each.outcome for each in completed if each.answer is not None),
-            last_failure=last and (last.stop_reason.value, (last.error or "it gave no reason")[-_ERROR_CHARS:]),
+            last_failure=Failure.of(failures[-1]) if failures else None,
         )
 
-    def __add__(self, later: Endings) -> Endings:
-        return Endings(
+    def __add__(self, later: EpisodeEnds) -> EpisodeEnds:
+        return EpisodeEnds(
             episodes=self.episodes + later.episodes,
             reasons=Counter(self.reasons) + Counter(later.reasons),
             unanswered=self.unanswered + later.unanswered,
@@ -63,7 +75,8 @@ class Endings:
             if reason.failed and self.reasons.get(reason.value)
         )
         said = f"of {self.episodes} episodes {self.failed} failed ({counts})"
-        return said if self.last_failure is None else f"{said}. The last one, {': '.join(self.last_failure)}"
+        last = self.last_failure
+        return said if last is None else f"{said}. The last one, {last.reason} on task {last.task_id}: {last.error}"
 
     def explain(self) -> str:
         """Why nothing could be learned from these episodes, and what to do about it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, StopPolicy
+from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, EpisodeTally, StopPolicy
 from forgejax.agents import episode as episode_module
 from forgejax.environments import RewardConfig, Score, Workspace
 from forgejax.errors import GatewayError
@@ -251,6 +251,19 @@ async def test_a_crash_after_a_completion_cut_off_by_length_is_a_crash_and_train
     trajectory = await run(make_runner(crash, sessions=sessions))
     assert (trajectory.stop_reason, trajectory.masked) == (StopReason.AGENT_FAILED, "agent_failed")
     assert trajectory.error == "the last completion ended by length, then: ended with status 3"
+
+
+async def test_every_episode_is_told_to_the_tally_as_it_ended() -> None:
+    class Shut(FakeSessions):
+        def open(self, spec: SessionSpec) -> Session:
+            raise GatewayError("full")
+
+    tally = EpisodeTally()
+    for runner in (make_runner(tally=tally), make_runner(hang, tally=tally), make_runner(sessions=Shut(), tally=tally)):
+        await run(runner)
+    await make_runner(tally=tally).run(make_task(), session=SessionSpec(purpose="evaluation"))
+    assert tally.counts().ended == {"completed": 1, "deadline": 1, "environment_failed": 1}
+    assert tally.counts().masked == {"environment_failed": 1}
 
 
 async def test_an_episode_without_a_turn_is_masked() -> None:

@@ -111,7 +111,10 @@ def test_when_nothing_is_left_to_train_the_error_says_what_the_agents_did(tmp_pa
     said = str(raised.value)
     assert said.startswith("batch 0: 2 groups in a row were dropped (too_few_members 2), so there is nothing to train")
     assert "the agent or what it works in is at fault, not the tasks" in said
-    assert "agent_failed: agent command 'solve' ended with status 3; its stderr ends with:\nno such tool" in said
+    assert (
+        "agent_failed on task t1: agent command 'solve' ended with status 3; its stderr ends with:\nno such tool"
+        in said
+    )
     assert "too hard" not in said
 
 

@@ -1,15 +1,15 @@
-"""Endings: counts of how episodes ended, and the right culprit named."""
+"""EpisodeEnds: counts of how episodes ended, and the right culprit named."""
 
 from typing import Any
 
 import pytest
 
-from forgejax.types import Endings, StopReason
+from forgejax.types import EpisodeEnds, Failure, StopReason
 from tests.agents.fakes import make_trajectory
 
 
-def endings(*groups: tuple[int, dict[str, Any]]) -> Endings:
-    return Endings.of(
+def endings(*groups: tuple[int, dict[str, Any]]) -> EpisodeEnds:
+    return EpisodeEnds.of(
         make_trajectory(**({"outcome": 0.0, "answer": "1"} | fields)) for count, fields in groups for _ in range(count)
     )
 
@@ -22,7 +22,8 @@ def test_endings_add_up_and_keep_the_last_failure() -> None:
     both = endings((3, CRASH), (1, {"answer": None})) + endings((2, HANG), (2, {"outcome": 0.5}))
     assert (both.episodes, both.failed, both.unanswered, both.outcomes) == (8, 5, 1, 1.0)
     assert both.reasons == {"agent_failed": 3, "completed": 3, "deadline": 2}
-    assert both.last_failure == ("deadline", "agent command 'a' did not end within 4 s")
+    error = "agent command 'a' did not end within 4 s"
+    assert both.last_failure == Failure(task_id="t", reason="deadline", error=error)
     assert (both + endings((1, {}))).last_failure == both.last_failure
 
 
@@ -32,7 +33,7 @@ def test_endings_add_up_and_keep_the_last_failure() -> None:
         (
             endings((31, CRASH), (1, HANG), (32, {})),
             "the agent or what it works in is at fault, not the tasks: of 64 episodes 32 failed (deadline 1, "
-            "agent_failed 31). The last one, deadline: agent command 'a' did not end within 4 s\nRun the agent",
+            "agent_failed 31). The last one, deadline on task t: agent command 'a' did not end within 4 s\nRun",
         ),
         (
             endings((3, {"stop_reason": StopReason.TRUNCATED, "answer": None}), (1, {})),
@@ -47,10 +48,10 @@ def test_endings_add_up_and_keep_the_last_failure() -> None:
         ),
         (
             endings((6, {}), (2, CRASH)),
-            "of 8 episodes 2 failed (agent_failed 2). The last one, agent_failed: agent comm",
+            "of 8 episodes 2 failed (agent_failed 2). The last one, agent_failed on task t: agent comm",
         ),
         (endings(), "none of 0 episodes failed"),
     ],
 )
-def test_who_is_at_fault_is_what_most_episodes_say(given: Endings, said: str) -> None:
+def test_who_is_at_fault_is_what_most_episodes_say(given: EpisodeEnds, said: str) -> None:
     assert said in given.explain()
