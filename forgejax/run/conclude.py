@@ -83,6 +83,8 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         groups_dispatched=account.groups_dispatched,
         groups_trained=account.groups_trained,
         groups_not_trained=dict(account.groups_not_trained),
+        episodes=sums.episodes,
+        episodes_masked=sums.masked_episodes,
         figures={
             "compiles": outcome.compiles,
             "batch_shapes": outcome.batch_shapes,

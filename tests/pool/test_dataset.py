@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -99,7 +100,12 @@ def test_when_nothing_is_left_to_train_the_error_says_what_the_agents_did(tmp_pa
     def crashed(dispatch: Dispatch) -> Group:
         group = group_of(dispatch)
         error = "agent command 'solve' ended with status 3; its stderr ends with:\nno such tool"
-        ends = {"stop_reason": StopReason.AGENT_FAILED, "masked": "agent_failed", "answer": None, "error": error}
+        ends: dict[str, Any] = {
+            "stop_reason": StopReason.AGENT_FAILED,
+            "masked": "agent_failed",
+            "answer": None,
+            "error": error,
+        }
         return replace(group, trajectories=tuple(replace(each, **ends) for each in group.trajectories))
 
     def too_few(_group: Group) -> Verdict:

@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     trainer = trainer_of(9, calls, steps=3)
     trainer.progress = Notes()
     trainer.learner.__dict__["batch_shapes"] = {1, 2}
-    trainer.rows.__dict__["compiles"] = SimpleNamespace(count=5)
+    trainer.rows.__dict__ |= {"compiles": SimpleNamespace(count=5), "episodes": SimpleNamespace(failures=())}
     trainer.environment.__dict__["held_out"] = ()
     trainer.engines.__dict__["account"] = lambda: EngineAccount(prompt_tokens=8, cached_tokens=2)
     trainer.pool.__dict__["snapshot"] = lambda: SimpleNamespace(staleness_max=1, disorder_max=4)

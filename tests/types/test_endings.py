@@ -9,11 +9,10 @@ from tests.agents.fakes import make_trajectory
 
 
 def endings(*groups: tuple[int, dict[str, Any]]) -> EpisodeEnds:
-    return EpisodeEnds.of(
-        make_trajectory(**({"outcome": 0.0, "answer": "1"} | fields)) for count, fields in groups for _ in range(count)
-    )
+    return EpisodeEnds.of(make_trajectory(**(ANSWERED | fields)) for count, fields in groups for _ in range(count))
 
 
+ANSWERED: dict[str, Any] = {"outcome": 0.0, "answer": "1"}
 CRASH = {"stop_reason": StopReason.AGENT_FAILED, "answer": None, "error": "agent command 'a' ended with status 3"}
 HANG = {"stop_reason": StopReason.DEADLINE, "answer": None, "error": "agent command 'a' did not end within 4 s"}
 

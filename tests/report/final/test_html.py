@@ -17,6 +17,7 @@ def test_a_sound_run_holds_every_invariant() -> None:
         "Log-prob gap": True,
         "Window disorder": True,
         "Staleness": True,
+        "Failed episodes": True,
     }
 
 
@@ -28,6 +29,7 @@ def test_each_invariant_breaks_on_its_own() -> None:
         "Log-prob gap": summary(logprob_gap_max=2e-4),
         "Window disorder": summary(window_disorder_max=4),
         "Staleness": summary(staleness_steps_max=3),
+        "Failed episodes": summary(episodes={"completed": 5, "deadline": 4, "environment_failed": 1, "cancelled": 9}),
     }
     for name, given in broken.items():
         assert [check.name for check in check_invariants(given, BOUNDS) if not check.holds] == [name]
@@ -93,7 +95,7 @@ def test_the_page_says_whether_the_invariants_hold() -> None:
     sound = render_html(Report(title="run", summary=summary(), bounds=BOUNDS))
     assert "No invariant was broken" in sound and "✗" not in sound
     broken = render_html(Report(title="run", summary=summary(drift_tokens=3), bounds=BOUNDS))
-    assert "1 of the 6 invariants does not hold" in broken and broken.count("✗ broken") == 1
+    assert "1 of the 7 invariants does not hold" in broken and broken.count("✗ broken") == 1
 
 
 def test_a_run_that_measured_nothing_still_has_a_page() -> None:
@@ -112,6 +114,8 @@ def test_a_run_that_measured_nothing_still_has_a_page() -> None:
         groups_dispatched=0,
         groups_trained=0,
         groups_not_trained={},
+        episodes={},
+        episodes_masked={},
     )
     page = render_html(Report(title="run", summary=nothing, bounds=BOUNDS))
     assert "The run was not evaluated." in page and "There was nothing to draw." in page

@@ -18,13 +18,17 @@ from forgejax.report.live.progress import NoProgress, Progress, open_progress
 
 ROW: dict[str, float] = {
     "reward/outcome": 0.5,
+    "share/failed_episodes": 0.25,
+    "share/dropped_groups": 0.125,
+    "learner/entropy": 1.25,
+    "learner/grad_norm": 0.0123,
     "tools/easy": 0.1,
     "tools/hard": 0.9,
     "throughput/sampled": 12345.0,
     "throughput/trained_unmerged": 2345.0,
     "pool/head": 12.0,
     "pool/in_flight": 16,
-    "pool/staleness": 2,
+    "staleness/max": 2,
     "engine/cache_hit": 0.83,
     "learner/tree_ratio": 4.5,
     "learner/logprob_gap": 3.1e-7,
@@ -51,10 +55,27 @@ def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
     progress.note("too late")
     first, step_1, step_2, last = stream.getvalue().splitlines()
     assert first.endswith("training: 2 steps ...")
-    assert "step 1/2 | outcome 0.500 | tools easy 10% | tools hard 90% | sampled tok/s 12,345" in step_1
+    assert (
+        "step 1/2 | outcome 0.500 | tools easy 10% | tools hard 90% | episodes failed 25% | groups dropped 12%"
+        in step_1
+    )
+    assert "| entropy 1.250 | grad norm 0.0123 | sampled tok/s 12,345" in step_1
     assert "cache hits 83% | tree ratio 4.50x | logprob gap 3.1e-07" in step_1
     assert "step 2/2 | outcome 0.750" in step_2 and "eta 0.0s" in step_2
     assert "training done in" in last
+
+
+def test_a_rate_is_that_of_the_last_steps_together() -> None:
+    board = Board(20)
+    rates = [(0.0, 10.0), (105_704.0, 0.01), (0.0, 0.0)]  # sampled a second, and the seconds of the step
+    for step, (rate, seconds) in enumerate(rates, start=1):
+        board.add_step({"step": step, "throughput/sampled": rate, "time/step_s": seconds})
+    assert board.view().row["throughput/sampled"] == pytest.approx(1057.04 / 10.01)
+    board.add_step({"step": 4, "reward/outcome": 1.0})
+    assert board.view().row["throughput/sampled"] == pytest.approx(1057.04 / 10.01)
+    for step in range(5, 13):
+        board.add_step({"step": step, "throughput/sampled": 7.0, "time/step_s": 2.0})
+    assert board.view().row["throughput/sampled"] == 7.0  # what was before is forgotten
 
 
 def test_plain_lines_hold_no_control_character_whatever_is_noted() -> None:
