@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 STEP = "step"
+TIME = "time"  # when a row was made, in seconds of Unix time
 OUTCOME = "reward/outcome"
 TOOLS = "tools/"  # and a level
 EPISODE_TOKENS = "episode/tokens"
@@ -32,6 +33,7 @@ CLIP_FRACTION = "learner/clip_fraction"
 GRAD_NORM = "learner/grad_norm"
 LEARNING_RATE = "learner/learning_rate"
 GAP_MAX, GAP_SUM, GAP_TOKENS = "learner/gap_max", "learner/gap_sum", "learner/gap_tokens"
+ATTEMPT = "process/attempt"  # at the run: each start or resume
 RATES = "throughput/"  # and what a second sees of it
 STEP_S, WAIT_S, PACKING_WAIT_S, TRAIN_S = "time/step_s", "time/wait_s", "time/packing_wait_s", "time/train_s"
 

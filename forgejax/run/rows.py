@@ -16,6 +16,7 @@ from forgejax.pool.pool import Pool
 from forgejax.report.evaluation import EvaluationResult, make_evaluation_row
 from forgejax.report.live.progress import Progress
 from forgejax.report.names import (
+    ATTEMPT,
     DROPPED_SHARE,
     EPISODES,
     FAILED_SHARE,
@@ -107,6 +108,7 @@ class StepRows:
             TRAIN_S: self._marked[0] - self._given_at,
             STEP_S: seconds,
             "throughput/sampled": sampled / seconds,
+            ATTEMPT: self.pool.attempt,
             "process/compiles": self.compiles.count,
             "learner/batch_shapes": len(self.learner.batch_shapes),
             **{f"gateway/{name}": value for name, value in self.gateway.counts().items()},

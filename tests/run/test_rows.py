@@ -49,7 +49,7 @@ def make_rows(**parts: Any) -> StepRows:
     given: dict[str, Any] = {
         "learner": SimpleNamespace(batch_shapes=set()),
         "engines": Engines(),
-        "pool": SimpleNamespace(snapshot=lambda: PoolSnapshot(**NO_GROUPS)),
+        "pool": SimpleNamespace(attempt=1, snapshot=lambda: PoolSnapshot(**NO_GROUPS)),
         "gateway": SimpleNamespace(counts=dict),
         "episodes": EpisodeTally(),
         "compiles": SimpleNamespace(count=0),
@@ -137,7 +137,7 @@ def test_a_row_counts_the_groups_and_episodes_since_the_one_before() -> None:
         EpisodeTally(),
         Kept(),
     )
-    pool = SimpleNamespace(snapshot=lambda: PoolSnapshot(**groups))
+    pool = SimpleNamespace(attempt=1, snapshot=lambda: PoolSnapshot(**groups))
     rows = make_rows(pool=pool, episodes=tally, sinks=sinks)
     rows.took(step_of(0.0, 0.0), time.monotonic())
     for reason, masked in ((StopReason.AGENT_FAILED, "agent_failed"), (StopReason.COMPLETED, None)):
