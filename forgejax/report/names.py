@@ -14,6 +14,7 @@ TIME = "time"  # when a row was made, in seconds of Unix time
 OUTCOME = "reward/outcome"
 TOOLS = "tools/"  # and a level
 EPISODE_TOKENS = "episode/tokens"
+EVALUATION = "eval/"  # and a figure: all names of an evaluation's row begin so
 EVAL_OUTCOME = "eval/outcome"
 EVAL_OUTCOME_SE = "eval/outcome_se"
 EVAL_TOOLS = "eval/tools_"  # and a level

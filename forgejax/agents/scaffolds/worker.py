@@ -92,6 +92,7 @@ class _Worker:
         self._deaths = 0  # in a row, without a result in between
         self._mute = 0
         self._complaints = 0
+        self._killed_for = ""
         self._said_ready = asyncio.Event()
         self.ready = asyncio.Event()
         self.open: dict[str, asyncio.Future[AgentResult]] = {}
@@ -166,7 +167,8 @@ class _Worker:
             self.ready.clear()
             await process.stop()
             error = f"agent worker {quote_command(self._config.command)} ended with status {process.status}"
-            error = f"{error}; {process.stderr_note}"
+            error = f"{error}{self._killed_for}; {process.stderr_note}"
+            self._killed_for = ""
             restarted = None
             while restarted is None:
                 self._deaths += 1
@@ -190,9 +192,10 @@ class _Worker:
             if line.strip():
                 self._take_line(bytes(line))
         if len(rest) > LINE_BYTES and self._process is not None:
-            self._complain(f"a line of more than {LINE_BYTES} bytes; restarting it")
+            what = f"a line of more than {LINE_BYTES} bytes"
+            self._complain(f"{what}; restarting it")
             self._line = bytearray()
-            self._process.kill()
+            self._kill(f"it printed {what}")
 
     def _take_line(self, line: bytes) -> None:
         self._mute = 0
@@ -214,9 +217,15 @@ class _Worker:
     def _note_deadline(self) -> None:
         self._mute += 1
         if self._mute >= MUTE_DEADLINES and self._process is not None and self.ready.is_set():
-            _log.warning("agent worker: %d deadlines in a row without a line from it; restarting it", self._mute)
+            why = f"{self._mute} deadlines in a row passed without a line from it"
+            _log.warning("agent worker: %s; restarting it", why)
             self._mute = 0
-            self._process.kill()
+            self._kill(why)
+
+    def _kill(self, why: str) -> None:
+        assert self._process is not None
+        self._killed_for = f", killed since {why}"
+        self._process.kill()
 
     def _break(self, error: str) -> None:
         self.broken = AgentError(f"{error}\nIt ended {self._deaths} times in a row without giving a result.")

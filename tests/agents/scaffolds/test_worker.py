@@ -145,7 +145,10 @@ async def test_a_worker_that_hangs_for_good_is_restarted() -> None:
     source = LOOP + "    if question == 'hang': time.sleep(60)\n    print(json.dumps(reply))\n"
     async with started(python_agent(source)) as scaffold:
         hung = [scaffold.run(make_episode(f"h{i}", "hang", deadline_s=0.1)) for i in range(8)]
+        late = asyncio.create_task(scaffold.run(make_episode("late", "hang", deadline_s=20.0)))
         reasons = {result.stop_reason for result in await asyncio.gather(*hung)}
+        cut_off = (await late).error
+        assert "ended with status -9, killed since 8 deadlines in a row passed without a line from it" in str(cut_off)
         assert reasons <= {StopReason.DEADLINE, StopReason.AGENT_FAILED}
         await asyncio.sleep(0.1)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
@@ -161,7 +164,9 @@ async def test_a_worker_that_reads_nothing_costs_no_more_than_the_deadline() -> 
 async def test_a_line_without_end_breaks_the_worker_not_the_trainer() -> None:
     source = LOOP + "    print('x' * 3000000 if question == 'flood' else json.dumps(reply))\n"
     async with started(python_agent(source)) as scaffold:
-        assert (await scaffold.run(make_episode("f", "flood"))).stop_reason is StopReason.AGENT_FAILED
+        flood = await scaffold.run(make_episode("f", "flood"))
+        assert flood.answer is None
+        assert "ended with status -9, killed since it printed a line of more than 1048576 bytes" in str(flood.error)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
 
 
