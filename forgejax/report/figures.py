@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from forgejax.report.names import (
     EPISODE_TOKENS,
@@ -55,6 +55,20 @@ def measure_groups(groups: Sequence[Group], *, step: int) -> dict[str, float]:
         figures[f"reward/outcome_{level}"] = statistics.fmean(trajectory.outcome for trajectory in members)
         figures[f"episode/seconds_{level}"] = statistics.median(trajectory.active_s for trajectory in members)
     return figures
+
+
+def average_rates(steps: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """Rates over several steps together, from the seconds of each and its own rates: what was done by how long it took.
+
+    One step may be over before anything was sampled, and the next hold it all: rates of one step say little.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    done: dict[str, float] = defaultdict(float)
+    for step_s, rates in steps:
+        for name, rate in rates.items():
+            seconds[name] += step_s
+            done[name] += rate * step_s
+    return {name: done[name] / whole for name, whole in seconds.items() if whole > 0}
 
 
 def _measure_replies(completions: Sequence[Completion]) -> dict[str, float]:

@@ -36,6 +36,7 @@ LEARNING_RATE = "learner/learning_rate"
 GAP_MAX, GAP_SUM, GAP_TOKENS = "learner/gap_max", "learner/gap_sum", "learner/gap_tokens"
 ATTEMPT = "process/attempt"  # at the run: each start or resume
 RATES = "throughput/"  # and what a second sees of it
+STEPS_OF_A_RATE = 8  # people are shown rates over so many steps
 STEP_S, WAIT_S, PACKING_WAIT_S, TRAIN_S = "time/step_s", "time/wait_s", "time/packing_wait_s", "time/train_s"
 
 Style = Literal["decimal", "share", "count", "tiny", "times", "digits"]

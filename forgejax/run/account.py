@@ -139,7 +139,7 @@ class RunAccount:
     def count_time(self) -> None:
         """Brings the wall clock of the sums up to now."""
         now = time.monotonic()
-        self.sums.wall_s += now - self.counted_at
+        self.sums.wall_s += max(0.0, now - self.counted_at)  # a clock that is set back costs the figure, not the report
         self.counted_at = now
 
     def close(self) -> Account:

@@ -87,7 +87,7 @@ class StepRows:
         The rest of the wait is for groups that agents had not finished.
         """
         self._given_at = time.monotonic()
-        waited = self._given_at - asked_at
+        waited = max(0.0, self._given_at - asked_at)
         late = max(0.0, min(self._given_at, data.packing_ended) - max(asked_at, data.packing_began))
         self._waited = {
             "time/between_s": max(0.0, asked_at - self._marked[0]),
@@ -105,7 +105,7 @@ class StepRows:
         seconds, sampled = self._since_mark()
         counted = {
             **self._waited,
-            TRAIN_S: self._marked[0] - self._given_at,
+            TRAIN_S: max(0.0, self._marked[0] - self._given_at),
             STEP_S: seconds,
             "throughput/sampled": sampled / seconds,
             ATTEMPT: self.pool.attempt,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from forgejax.report.figures import measure_groups
+from forgejax.report.figures import average_rates, measure_groups
 from forgejax.types import Dispatch, FinishReason, StopReason
 from tests.agents.fakes import make_group, make_trajectory, make_turn
 
@@ -28,3 +28,8 @@ def test_staleness_is_of_the_groups_and_replies_are_those_of_episodes_that_count
 
 def test_a_step_of_masked_episodes_alone_has_no_figures_of_episodes() -> None:
     assert measure_groups([make_group(make_trajectory(masked="deadline"))], step=0) == {}
+
+
+def test_a_rate_over_several_steps_is_all_that_was_done_by_all_the_seconds() -> None:
+    assert average_rates([(10.0, {"a": 0.0}), (0.01, {"a": 100_000.0, "b": 5.0})]) == {"a": 1000.0 / 10.01, "b": 5.0}
+    assert average_rates([]) == {} and average_rates([(0.0, {"a": 1.0})]) == {}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from forgejax.report.figures import average_rates
 from forgejax.report.final.series import (
     AMBER,
     BLACK,
@@ -42,6 +45,7 @@ from forgejax.report.names import (
     STALENESS_MAX,
     STEP,
     STEP_S,
+    STEPS_OF_A_RATE,
     TRAIN_S,
     WAIT_S,
 )
@@ -151,7 +155,7 @@ _PLANS = (
     ),
     _Plan(
         title="Tokens a second",
-        words="Sampled by the engine, and trained on, each shared prefix counted for every sample that has it.",
+        words=f"Over {STEPS_OF_A_RATE} steps: sampled by the engine, and trained, in every sample that has them.",
         unit="tokens/s",
         lines=(
             _Line(name=f"{RATES}sampled", label="sampled", color=GREEN),
@@ -163,7 +167,7 @@ _PLANS = (
 
 def draw_courses(rows: MetricRows) -> tuple[Course, ...]:
     """A plot of 780 pixels' width for each figure that the metrics rows of a run hold; dotted lines are resumes."""
-    rows = [{**row, **_add_mean_gap(row)} for row in rows]
+    rows = _average_rates([{**row, **_measure_gap(row)} for row in rows])
     found = []
     for plan in _PLANS:
         if any(read_series(rows, line.name)[0] for line in plan.lines):
@@ -202,7 +206,7 @@ def _draw_lines(plan: _Plan) -> Callable[[Axes, MetricRows], None]:
             axes.set_ylim(0, 1.08 * max(values) or 1.0)
         axes.set_ylabel(plan.unit)
         if len(plan.lines) > 1:
-            axes.legend(loc="best", fontsize=9, framealpha=0.85)
+            _add_legend(axes)
 
     return drawing
 
@@ -225,12 +229,30 @@ def _draw_times(axes: Axes, rows: MetricRows) -> None:
             axes.bar(steps, values, bottom=bottom, color=color, label=label, width=0.9)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.set_ylabel("seconds")
-    axes.legend(loc="best", fontsize=9, framealpha=0.85)
+    _add_legend(axes)
 
 
-def _add_mean_gap(row: Mapping[str, float]) -> dict[str, float]:
+def _add_legend(axes: Axes) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, fontsize=8, frameon=False, columnspacing=1.2)
+
+
+def _measure_gap(row: Mapping[str, float]) -> dict[str, float]:
+    """The gap of a step as it is drawn: on no tokens it was not measured, which is not 0."""
     tokens = row.get(GAP_TOKENS, 0.0)
-    return {_GAP_MEAN: row[GAP_SUM] / tokens} if tokens > 0 and GAP_SUM in row else {}
+    return {_GAP_MEAN: row[GAP_SUM] / tokens} if tokens > 0 and GAP_SUM in row else {GAP_MAX: math.nan}
+
+
+def _average_rates(rows: MetricRows) -> list[dict[str, float]]:
+    """The rows with rates over the last few steps together."""
+    spans: deque[tuple[float, dict[str, float]]] = deque(maxlen=STEPS_OF_A_RATE)
+    averaged = []
+    for row in rows:
+        rates = {name: value for name, value in row.items() if name.startswith(RATES)}
+        if rates:
+            spans.append((row.get(STEP_S, 1.0), rates))
+        averaged.append({**row, **(average_rates(spans) if rates else {})})
+    return averaged
 
 
 def _find_resumes(rows: MetricRows) -> list[float]:

@@ -127,6 +127,6 @@ def _draw_tools(axes: "Axes", rows: MetricRows) -> None:
 
 def _draw_length(axes: "Axes", rows: MetricRows) -> None:
     draw_course(axes, rows, EPISODE_TOKENS, color=GREEN, label="tokens of an episode")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(read_series(rows, EPISODE_TOKENS)[1]) or 1.0)
     axes.set_ylabel("tokens")
     axes.set_title("Tokens sampled in an episode", loc="left", fontsize=11, fontweight="bold")

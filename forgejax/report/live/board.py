@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from forgejax.report.names import OUTCOME, RATES, STEP, STEP_S, TOOLS
+from forgejax.report.figures import average_rates
+from forgejax.report.names import OUTCOME, RATES, STEP, STEP_S, STEPS_OF_A_RATE, TOOLS
 
-_STEPS_OF_A_RATE = 8
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
@@ -28,8 +28,7 @@ def strip_controls(text: str) -> str:
 class View:
     """The board at one moment. ``step`` is the last finished step, ``eta_s`` None until two steps have ended.
 
-    ``row`` has the last known value of every figure; rates are those of the last few steps together, for one step may
-    be over before anything was sampled, and the next hold it all.
+    ``row`` has the last known value of every figure; rates are those of the last few steps together.
     """
 
     phase: str
@@ -57,7 +56,7 @@ class Board:
         self._durations: deque[float] = deque(maxlen=16)
         self._rewards: deque[float] = deque(maxlen=120)
         self._row: dict[str, float] = {}
-        self._spans: deque[tuple[float, dict[str, float]]] = deque(maxlen=_STEPS_OF_A_RATE)  # seconds, and the rates
+        self._spans: deque[tuple[float, dict[str, float]]] = deque(maxlen=STEPS_OF_A_RATE)  # seconds, and the rates
         self._tools_used = False
 
     def begin(self, name: str, detail: str) -> None:
@@ -82,18 +81,11 @@ class Board:
             if OUTCOME in row:
                 self._rewards.append(float(row[OUTCOME]))
             self._row |= {name: float(value) for name, value in row.items()}
-            self._row |= self._measure_rates({name: float(row[name]) for name in row if name.startswith(RATES)})
+            rates = {name: self._row[name] for name in row if name.startswith(RATES)}
+            self._spans.append((float(row.get(STEP_S, 1.0)), rates))
+            self._row |= average_rates(self._spans)
             self._tools_used |= any(value > 0 for name, value in self._row.items() if name.startswith(TOOLS))
             return step
-
-    def _measure_rates(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """The rates of the last steps together: the mean over their seconds, of the steps that have them."""
-        self._spans.append((max(self._row.get(STEP_S, 1.0), 1e-9), dict(rates)))
-        measured = {}
-        for name in rates:
-            known = [(seconds, span[name]) for seconds, span in self._spans if name in span]
-            measured[name] = sum(seconds * rate for seconds, rate in known) / sum(seconds for seconds, _ in known)
-        return measured
 
     def view(self) -> View:
         with self._lock:

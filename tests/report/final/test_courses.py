@@ -5,8 +5,9 @@ import math
 import pytest
 
 from forgejax.report.final.courses import Course, draw_courses
-from forgejax.report.final.courses import _add_mean_gap as add_mean_gap
+from forgejax.report.final.courses import _average_rates as average_rates
 from forgejax.report.final.courses import _find_resumes as find_resumes
+from forgejax.report.final.courses import _measure_gap as measure_gap
 from tests.report.final.test_plots import size
 
 ROW = {
@@ -64,13 +65,20 @@ def test_a_plot_without_figures_is_left_out() -> None:
 
 
 def test_figures_of_nothing_but_zeros_and_of_far_apart_values_are_drawn() -> None:
-    rows = [{"step": step, "learner/grad_norm": 10.0**step, "learner/gap_max": 0.0} for step in range(6)]
-    assert titles(draw_courses(rows)) == ["Gradient norm", "Log-prob gap"]
+    rows = [{"step": step, "learner/grad_norm": 10.0**step, "learner/clip_fraction": 0.0} for step in range(6)]
+    assert titles(draw_courses(rows)) == ["Gradient norm", "Clip fraction"]
 
 
-def test_the_mean_gap_is_over_the_tokens_it_was_measured_on() -> None:
-    assert add_mean_gap(ROW) == {"gap_mean": 1e-6}
-    assert add_mean_gap({**ROW, "learner/gap_tokens": 0.0}) == {}
+def test_the_mean_gap_is_over_the_tokens_it_was_measured_on_and_on_none_there_is_no_gap() -> None:
+    assert measure_gap(ROW) == {"gap_mean": 1e-6}
+    nothing = measure_gap({**ROW, "learner/gap_tokens": 0.0})
+    assert list(nothing) == ["learner/gap_max"] and math.isnan(nothing["learner/gap_max"])
+
+
+def test_rates_are_drawn_over_several_steps_together() -> None:
+    rows = [{"step": 0.0, "eval/outcome": 0.5}, *({"step": step, "throughput/sampled": 0.0, "time/step_s": 9.0}
+            for step in (1.0, 2.0)), {"step": 3.0, "throughput/sampled": 105_704.0, "time/step_s": 0.01}]  # fmt: skip
+    assert [row.get("throughput/sampled") for row in average_rates(rows)] == [None, 0.0, 0.0, 1057.04 / 18.01]
 
 
 def test_a_resume_lies_between_the_steps_of_two_attempts() -> None:
