@@ -185,6 +185,8 @@ def _draw(rows: MetricRows, drawing: Callable[[Axes, MetricRows], None]) -> byte
     drawing(axes, rows)
     for step in _find_resumes(rows):
         axes.axvline(step, color=BLACK, linewidth=1, linestyle=":")
+    steps = [row[STEP] for row in rows]
+    axes.set_xlim(min(steps) - 0.6, max(steps) + 0.6)  # all plots side by side show the same steps
     finish_axes(axes)
     label_steps(axes)
     return render_png(figure)
@@ -202,8 +204,9 @@ def _draw_lines(plan: _Plan) -> Callable[[Axes, MetricRows], None]:
             axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         elif plan.scale == "log" and above and max(above) > _WIDE * min(above):
             axes.set_yscale("log", nonpositive="mask")
-        elif min(values) >= 0:
-            axes.set_ylim(0, 1.08 * max(values) or 1.0)
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+            axes.set_ylim(min(0.0, 1.08 * min(values)), 1.08 * max(0.0, *values) or 1.0)
         axes.set_ylabel(plan.unit)
         if len(plan.lines) > 1:
             _add_legend(axes)
