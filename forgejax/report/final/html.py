@@ -36,7 +36,8 @@ class Report:
     """What the page shows. ``curve_png`` is None when nothing could be drawn; ``config`` is the resolved TOML.
 
     ``ended_before`` and ``ended_after`` are the episodes of the two evaluations by stop reason; ``failures`` a few of
-    those that failed. ``date`` is when the report was made, ``machine`` what the run was on, by names of its own.
+    those that failed. ``history`` has a line of words for each resume. ``date`` is when the report was made,
+    ``machine`` what the run was on, by names of its own.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Report:
     ended_after: Mapping[str, int] = field(default_factory=dict)
     failures: Sequence[Failure] = ()
     attempts: Sequence[AttemptSpan] = ()
+    history: Sequence[str] = ()
     examples_before: Sequence[Example] = ()
     examples_after: Sequence[Example] = ()
     config: str = ""

@@ -86,6 +86,21 @@ async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
         assert len(str(result.error)) < 1000
 
 
+async def test_odd_lines_of_a_worker_harm_nobody() -> None:
+    odd = [
+        "reply['answer'] = chr(0xD800) + question; print(json.dumps(reply))",
+        """print(json.dumps({'ready': True})); print(json.dumps(reply)); print(json.dumps(reply))""",
+        """reply = {'id': request['id'], 'error': 'x', 'stop_reason': ['truncated']}; print(json.dumps(reply))""",
+    ]
+    results = []
+    for line in odd:
+        async with started(python_agent(f"{LOOP}    {line}\n")) as scaffold:
+            results.append(await scaffold.run(make_episode(question="ab")))
+    surrogates, twice, error = results
+    assert surrogates.answer == "\ud800ab" and twice.answer == "ba"
+    assert error.stop_reason is StopReason.AGENT_FAILED and str(error.error).endswith("reports: x")
+
+
 async def test_a_worker_that_dies_fails_its_open_episodes_and_is_restarted() -> None:
     source = (
         LOOP

@@ -180,7 +180,9 @@ def test_an_interrupted_run_tells_its_attempts() -> None:
         AttemptSpan(attempt=1, first_step=1, last_step=20, began="2026-01-01 10:00 UTC", ended="2026-01-01 11:00 UTC"),
         AttemptSpan(attempt=3, first_step=21, last_step=40, began="2026-01-02 10:00 UTC", ended="2026-01-02 11:00 UTC"),
     ]
-    page = render_html(Report(title="run", summary=summary(), bounds=BOUNDS, attempts=spans))
+    history = ["Attempt 2: from step 20, 3 steps after it are done again; changed: run.steps 30 -> 40 <b>"]
+    page = render_html(Report(title="run", summary=summary(), bounds=BOUNDS, attempts=spans, history=history))
+    assert "done again; changed: run.steps 30 -&gt; 40 &lt;b&gt;</p>" in page
     assert "<h3>Attempts</h3>" in page and "21 to 40</td><td>2026-01-02 10:00 UTC" in page
     once = render_html(Report(title="run", summary=summary(), bounds=BOUNDS, attempts=spans[:1]))
     assert "in one go, from 2026-01-01 10:00 UTC to 2026-01-01 11:00 UTC" in once
