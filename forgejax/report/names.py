@@ -23,7 +23,7 @@ EPISODES = "episodes/"  # and a stop reason: training episodes that ended since 
 MASKED = "masked/"  # and a reason: those of them that are masked
 NOT_TRAINED = "groups/"  # and a reason: groups dropped or failed since the row before
 FAILED_SHARE = "share/failed_episodes"  # of the episodes that ended last
-DROPPED_SHARE = "share/dropped_groups"  # of the groups decided since the row before
+DROPPED_SHARE = "share/dropped_groups"  # dropped or failed, of the groups decided in the last steps
 STALENESS = "staleness/mean"
 STALENESS_MAX = "staleness/max"
 REPLY_TOKENS = "reply/tokens"
@@ -44,16 +44,23 @@ Style = Literal["decimal", "share", "count", "tiny", "times", "digits"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A metric that the terminal shows: its name in the row, its label and how its value is written."""
+    """A metric that the terminal shows: its name in the row, its label and how its value is written.
+
+    ``alarm_at``: from this value on it stands out; None where none is too much.
+    """
 
     name: str
     label: str
     style: Style
+    alarm_at: float | None = None
+
+    def alarms(self, value: float) -> bool:
+        return self.alarm_at is not None and value >= self.alarm_at
 
 
 _SHOWN = (
     Shown(name=OUTCOME, label="outcome", style="decimal"),
-    Shown(name=FAILED_SHARE, label="episodes failed", style="share"),
+    Shown(name=FAILED_SHARE, label="episodes failed", style="share", alarm_at=0.5),
     Shown(name=DROPPED_SHARE, label="groups dropped", style="share"),
     Shown(name=ENTROPY, label="entropy", style="decimal"),
     Shown(name=GRAD_NORM, label="grad norm", style="digits"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from forgejax.report.names import (
     NOT_TRAINED,
     PACKING_WAIT_S,
     STEP_S,
+    STEPS_OF_A_RATE,
     TRAIN_S,
     WAIT_S,
 )
@@ -78,6 +80,8 @@ class StepRows:
         self._waited: dict[str, float] = {}
         self._given_at = time.monotonic()
         self._groups = self._count_groups()
+        self._trained = self._groups.pop("trained")
+        self._decided: deque[tuple[int, int]] = deque(maxlen=STEPS_OF_A_RATE)  # groups trained and lost, row by row
         self._episodes = self.episodes.counts()
         self.mark()
 
@@ -147,14 +151,18 @@ class StepRows:
 
     def _since_last_row(self) -> RowCounts:
         groups, episodes = self._count_groups(), self.episodes.counts()
+        trained = groups.pop("trained")
+        lost = _subtract(groups, self._groups)
+        self._decided.append((trained - self._trained, sum(lost.values())))
+        recent = sum(trained + lost for trained, lost in self._decided)
         ended = RowCounts(
-            groups_trained=groups["trained"] - self._groups["trained"],
-            groups_not_trained=_subtract(groups, self._groups, leave_out="trained"),
+            groups_not_trained=lost,
+            dropped_share=sum(lost for _, lost in self._decided) / recent if recent else None,
             episodes=_subtract(episodes.ended, self._episodes.ended),
             masked=_subtract(episodes.masked, self._episodes.masked),
             failed_share=self.episodes.failed_share,
         )
-        self._groups, self._episodes = groups, episodes
+        self._trained, self._groups, self._episodes = trained, groups, episodes
         return ended
 
     def _count_groups(self) -> dict[str, int]:
@@ -198,27 +206,28 @@ class StepRows:
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """What became of groups and training episodes between one row and the next, by reason; nothing that is 0."""
+    """What became of groups and training episodes between one row and the next, by reason; nothing that is 0.
 
-    groups_trained: int
+    The shares are those of the groups of the last rows and of the recent episodes; None of none.
+    """
+
     groups_not_trained: Mapping[str, int]
+    dropped_share: float | None
     episodes: Mapping[str, int]
     masked: Mapping[str, int]
     failed_share: float | None
 
     def figures(self) -> dict[str, float]:
-        """As metrics. Shares are those of the groups of this row and of the recent episodes."""
-        lost = sum(self.groups_not_trained.values())
-        decided = self.groups_trained + lost
+        """As metrics."""
+        shares = {FAILED_SHARE: self.failed_share, DROPPED_SHARE: self.dropped_share}
         return {
             **{f"{EPISODES}{reason}": count for reason, count in self.episodes.items()},
             **{f"{MASKED}{reason}": count for reason, count in self.masked.items()},
             **{f"{NOT_TRAINED}{reason}": count for reason, count in self.groups_not_trained.items()},
-            **({} if self.failed_share is None else {FAILED_SHARE: self.failed_share}),
-            **({DROPPED_SHARE: lost / decided} if decided else {}),
+            **{name: share for name, share in shares.items() if share is not None},
         }
 
 
-def _subtract(now: Mapping[str, int], before: Mapping[str, int], *, leave_out: str = "") -> dict[str, int]:
-    counts = {name: count - before.get(name, 0) for name, count in now.items() if name != leave_out}
+def _subtract(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    counts = {name: count - before.get(name, 0) for name, count in now.items()}
     return {name: count for name, count in counts.items() if count > 0}

@@ -268,3 +268,13 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
 
 def test_printable_text_is_one_line() -> None:
     assert strip_controls(" a\n\tb\x00 \u200bc ") == "a b c"
+
+
+@pytest.mark.parametrize(("share", "stands_out"), [(0.49, False), (0.5, True)])
+def test_half_of_the_episodes_failing_stands_out(share: float, stands_out: bool) -> None:
+    board = Board(4)
+    board.add_step({"step": 1, "share/failed_episodes": share})
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    console.print(draw_panel(board.view(), width=80))
+    assert isinstance(console.file, io.StringIO)
+    assert ("\x1b[1;31m" in console.file.getvalue()) is stands_out
