@@ -265,3 +265,18 @@ def test_an_agent_that_never_answers_is_cut_off_counted_and_waited_for_no_longer
 
     assert failed.count("deadline") >= 4
     assert tokens["deadline"] >= 4 * GROUP
+
+
+def test_an_agent_that_fails_after_its_first_call_ends_the_run_by_its_own_words(tmp_path: Path) -> None:
+    config, notes = tiny_config(tmp_path, "--agent.function=tests.run.tiny_agent:crash", "--run.steps=3"), Notes()
+    with contextlib.closing(tiny_place(config)) as place, pytest.raises(TrainingError) as raised:
+        play_run(config, place, notes, lambda trainer: None)
+    said = str(raised.value)
+
+    assert "groups in a row were dropped (too_few_members 8), so there is nothing to train on" in said
+    assert (
+        "the agent or what it works in is at fault, not the tasks: of 32 episodes 32 failed (agent_failed 32)" in said
+    )
+    assert "agent function crash raised RuntimeError: the calculator is gone" in said and "tiny_agent.py" in said
+    (alarm,) = [line for line in notes.lines if line.startswith("ALARM")]
+    assert "16 episodes 16 failed" in alarm and "the calculator is gone" in alarm
