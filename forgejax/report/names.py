@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from forgejax.types import StopReason
+
 STEP = "step"
 TIME = "time"  # when a row was made, in seconds of Unix time
 OUTCOME = "reward/outcome"
@@ -22,6 +24,7 @@ EVAL_FAILED_SHARE = "eval/failed_share"
 EPISODES = "episodes/"  # and a stop reason: training episodes that ended since the row before
 MASKED = "masked/"  # and a reason: those of them that are masked
 NOT_TRAINED = "groups/"  # and a reason: groups dropped or failed since the row before
+COUNTED = (EPISODES, MASKED, NOT_TRAINED)
 FAILED_SHARE = "share/failed_episodes"  # of the episodes that ended last
 DROPPED_SHARE = "share/dropped_groups"  # dropped or failed, of the groups decided in the last steps
 STALENESS = "staleness/mean"
@@ -84,7 +87,20 @@ def find_shown(row: Mapping[str, float]) -> list[Shown]:
         for name in sorted(row)
         if name.startswith(TOOLS)
     ]
-    return [shown for shown in (outcome, *tools, *others) if shown.name in row]
+    return [shown for shown in (outcome, *tools, *others, *_find_counts(row)) if shown.name in row]
+
+
+def _find_counts(row: Mapping[str, float]) -> list[Shown]:
+    """What went wrong, by reason: how episodes ended but in good order, what else masks them, what groups come to."""
+    reasons = [reason.value for reason in StopReason]
+    bad = [reason for reason in reasons if reason not in (StopReason.COMPLETED, StopReason.CANCELLED)]
+    labels = {f"{EPISODES}{reason}": f"episodes {reason}" for reason in bad}
+    for prefix, label in ((MASKED, "masked"), (NOT_TRAINED, "groups")):
+        found = [name.removeprefix(prefix) for name in sorted(row) if name.startswith(prefix)]
+        labels |= {
+            f"{prefix}{reason}": f"{label} {reason}" for reason in found if prefix != MASKED or reason not in reasons
+        }
+    return [Shown(name=name, label=label, style="count") for name, label in labels.items() if row.get(name)]
 
 
 def find_levels(row: Mapping[str, float], prefix: str) -> set[str]:

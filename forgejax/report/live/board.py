@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import SupportsFloat
 
 from forgejax.report.figures import average_rates
-from forgejax.report.names import OUTCOME, RATES, STEP, STEP_S, STEPS_OF_A_RATE, TOOLS
+from forgejax.report.names import COUNTED, OUTCOME, RATES, STEP, STEP_S, STEPS_OF_A_RATE, TOOLS
 
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -28,7 +28,8 @@ def strip_controls(text: str) -> str:
 class View:
     """The board at one moment. ``step`` is the last finished step, ``eta_s`` None until two steps have ended.
 
-    ``row`` has the last known value of every figure; rates are those of the last few steps together.
+    ``row`` has the last known value of every figure; rates are those of the last few steps together, and what rows
+    count since the one before is added up.
     """
 
     phase: str
@@ -80,7 +81,10 @@ class Board:
             self._step, self._ended_at = step, now
             if OUTCOME in row:
                 self._rewards.append(float(row[OUTCOME]))
-            self._row |= {name: float(value) for name, value in row.items()}
+            self._row |= {
+                name: float(value) + (self._row.get(name, 0.0) if name.startswith(COUNTED) else 0.0)
+                for name, value in row.items()
+            }
             rates = {name: self._row[name] for name in row if name.startswith(RATES)}
             self._spans.append((float(row.get(STEP_S, 1.0)), rates))
             self._row |= average_rates(self._spans)

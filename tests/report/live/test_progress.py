@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from forgejax.report.live.board import Board, strip_controls
-from forgejax.report.live.lines import LinesProgress
+from forgejax.report.live.lines import LinesProgress, format_step
 from forgejax.report.live.outlet import Outlet
 from forgejax.report.live.panel import PanelProgress, draw_panel, draw_sparkline
 from forgejax.report.live.progress import NoProgress, Progress, open_progress
@@ -76,6 +76,17 @@ def test_a_rate_is_that_of_the_last_steps_together() -> None:
     for step in range(5, 13):
         board.add_step({"step": step, "throughput/sampled": 7.0, "time/step_s": 2.0})
     assert board.view().row["throughput/sampled"] == 7.0  # what was before is forgotten
+
+
+def test_what_went_wrong_is_counted_by_reason_since_the_start() -> None:
+    board = Board(9)
+    counts = {"episodes/completed": 8, "episodes/deadline": 2, "episodes/cancelled": 1, "groups/zero_advantage": 3}
+    for step in (1, 2):
+        board.add_step({"step": step, **counts, "masked/no_turns": 1, "masked/deadline": 2})
+    board.add_step({"step": 3})
+    line = format_step(board.view())
+    assert "| episodes deadline 4 | masked no_turns 2 | groups zero_advantage 6 |" in line
+    assert "completed" not in line and "cancelled" not in line and "masked deadline" not in line
 
 
 def test_plain_lines_hold_no_control_character_whatever_is_noted() -> None:
