@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
+from forgejax.agents.tally import EpisodeTally
 from forgejax.environments.base import Environment, Workspace
 from forgejax.environments.rewards import RewardConfig, compute_rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
     FinishReason,
+    Purpose,
     Session,
     Sessions,
     SessionSpec,
@@ -66,6 +68,7 @@ class EpisodeRunner:
     agent: AgentConfig
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: StopPolicy = field(default_factory=StopPolicy)
+    tally: EpisodeTally = field(default_factory=EpisodeTally)
 
     async def run(
         self, task: Task, *, member: int = 0, session: SessionSpec, baseline_s: float | None = None
@@ -79,7 +82,7 @@ class EpisodeRunner:
         try:
             opened = self.sessions.open(session)
         except ForgejaxError as error:
-            return self._end(_make_unopened(task, member, started_at, error), baseline_s)
+            return self._end(_make_unopened(task, member, started_at, error), session.purpose, baseline_s)
         workspace, result = await self._play(task, opened)
         trajectory = Trajectory(
             task_id=task.id,
@@ -94,7 +97,8 @@ class EpisodeRunner:
             answer=result.answer,
             error=result.error,
         )
-        return self._end(await _shield(self._conclude(task, workspace, trajectory)), baseline_s)
+        ended = await _shield(self._conclude(task, workspace, trajectory))
+        return self._end(ended, session.purpose, baseline_s)
 
     async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
         """Closes the session, scores the episode and closes the workspace."""
@@ -122,13 +126,15 @@ class EpisodeRunner:
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
-    def _end(self, trajectory: Trajectory, baseline_s: float | None) -> Trajectory:
+    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None) -> Trajectory:
         masked = None
         if self.policy.of(trajectory.stop_reason) != "train":
             masked = trajectory.stop_reason.value
         elif not trajectory.turns:
             masked = "no_turns"  # the policy had no part in it
-        return replace(trajectory, rewards=compute_rewards(self.reward, trajectory, baseline_s), masked=masked)
+        ended = replace(trajectory, rewards=compute_rewards(self.reward, trajectory, baseline_s), masked=masked)
+        self.tally.observe(ended, purpose)
+        return ended
 
     async def _play(self, task: Task, session: Session) -> tuple[Workspace | None, AgentResult]:
         """Opens the workspace and runs the agent in it.
@@ -178,15 +184,22 @@ def _make_unopened(task: Task, member: int, started_at: float, error: ForgejaxEr
 
 
 def _explain_truncation(trajectory: Trajectory) -> Trajectory:
-    """An agent without an answer whose last completion was cut off was truncated, whatever else it says."""
-    could = trajectory.stop_reason in (StopReason.COMPLETED, StopReason.AGENT_FAILED)
-    if trajectory.answer is not None or not could or not trajectory.turns:
+    """An agent that ends in good order, without an answer, after a completion that was cut off was truncated.
+
+    One that crashes has crashed: it may do so after every completion, and a policy must not be trained on that. What
+    came before is told with its error.
+    """
+    if trajectory.answer is not None or not trajectory.turns:
         return trajectory
     finish_reason = trajectory.turns[-1].completion.finish_reason
     if finish_reason not in (FinishReason.LENGTH, FinishReason.REPETITION):
         return trajectory
-    error = trajectory.error or f"the last completion ended by {finish_reason.value}"
-    return replace(trajectory, error=error, stop_reason=StopReason.TRUNCATED)
+    before = f"the last completion ended by {finish_reason.value}"
+    if trajectory.stop_reason is StopReason.COMPLETED:
+        return replace(trajectory, error=trajectory.error or before, stop_reason=StopReason.TRUNCATED)
+    if trajectory.stop_reason is StopReason.AGENT_FAILED:
+        return replace(trajectory, error=f"{before}, then: {trajectory.error}")
+    return trajectory
 
 
 def _fail_environment(trajectory: Trajectory, error: str, *, answer: str | None) -> Trajectory:

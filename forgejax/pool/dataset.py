@@ -1,5 +1,6 @@
 """The pool as a Grain dataset: numbered batches of judged groups, in window order, with a state that can be saved."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import grain
 
 from forgejax.errors import PoolError, TrainingError
 from forgejax.pool.pool import Pool
-from forgejax.types import Group, Judge
+from forgejax.types import EpisodeEnds, Group, Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,23 @@ class GroupIterator(grain.DatasetIterator[GroupBatch]):
         begun), or when that many drops in a row leave no group at all. A group the judge drops is replaced at once.
         """
         config = self._pool.config
-        drops = 0
-        while len(self._filling) < config.window.groups_per_step and drops < config.max_drops_in_a_row:
+        drops: Counter[str] = Counter()
+        endings = EpisodeEnds(reasons={})
+        while len(self._filling) < config.window.groups_per_step and drops.total() < config.max_drops_in_a_row:
             group = self._pool.take(config.take_timeout_s)
             if group is None:
                 raise StopIteration
-            drops = 0 if self._keep(group) else drops + 1
+            reason = self._judge_group(group)
+            if reason is None:
+                drops, endings = Counter(), EpisodeEnds(reasons={})
+            else:
+                drops[reason] += 1
+                endings += EpisodeEnds.of(group.trajectories)
         if not self._filling:
+            counts = ", ".join(f"{reason} {count}" for reason, count in drops.most_common())
             raise TrainingError(
-                f"batch {self._number}: {drops} groups in a row were dropped ({self._pool.snapshot().groups_dropped} "
-                "so far), so there is nothing to train on; the tasks are all too easy or too hard for the policy: "
-                "mix in other levels, or raise the group size"
+                f"batch {self._number}: {drops.total()} groups in a row were dropped ({counts}), so there is nothing "
+                f"to train on; {endings.explain()}"
             )
         batch = GroupBatch(number=self._number, groups=tuple(self._filling))
         self._pool.seal(self._number)
@@ -83,12 +90,13 @@ class GroupIterator(grain.DatasetIterator[GroupBatch]):
     def __str__(self) -> str:
         return "GroupIterator"
 
-    def _keep(self, group: Group) -> bool:
+    def _judge_group(self, group: Group) -> str | None:
+        """Puts the group into the batch, or drops it and gives the reason."""
         verdict = self._judge(group)
         index = group.dispatch.index
         if verdict.drop is not None:
             self._pool.drop(index, step=self._number, reason=verdict.drop, untrained=verdict.untrained)
-            return False
+            return verdict.drop
         self._pool.accept(index, step=self._number, untrained=verdict.untrained)
         self._filling.append(group)
-        return True
+        return None

@@ -326,6 +326,9 @@ class Pool:
             )
         head = self._window.head
         behind = f"{self._window.count(State.FINISHED)} finished groups wait behind it"
+        if self._ledger.failed:
+            counts = ", ".join(f"{reason} {count}" for reason, count in self._ledger.failed.most_common())
+            behind = f"{behind}; groups that came to nothing so far: {counts}"
         since = self._started_at.get(head)
         if since is None:
             return (

@@ -2,12 +2,12 @@
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from forgejax.report.names import EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS, STEP
-from forgejax.types import Task, Trajectory
+from forgejax.report.names import EVAL_FAILED_SHARE, EVAL_OUTCOME, EVAL_OUTCOME_SE, EVAL_TOOLS, STEP
+from forgejax.types import StopReason, Task, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,15 @@ class LevelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One evaluation: all episodes together, by Task.level, and the mean outcome of each task that has one."""
+    """One evaluation: all episodes together, by Task.level, and the mean outcome of each task that has one.
+
+    ``ended`` counts its episodes by stop reason.
+    """
 
     overall: LevelResult
     levels: Mapping[str, LevelResult]
     tasks: Mapping[str, float] = field(default_factory=dict)
+    ended: Mapping[str, int] = field(default_factory=dict)
 
 
 NOT_MEASURED = EvaluationResult(
@@ -60,6 +64,7 @@ def sum_up_evaluation(trajectories: Sequence[Trajectory], tasks: Sequence[Task])
         overall=_result(trajectories),
         levels={level: _result(members) for level, members in by_level.items()},
         tasks={task: statistics.fmean(outcomes) for task, outcomes in _outcomes(trajectories).items()},
+        ended=dict(Counter(trajectory.stop_reason.value for trajectory in trajectories)),
     )
 
 
@@ -68,9 +73,17 @@ def make_evaluation_row(result: EvaluationResult, *, step: int) -> dict[str, flo
     figures = {
         EVAL_OUTCOME: result.overall.reward,
         EVAL_OUTCOME_SE: result.overall.reward_se,
+        EVAL_FAILED_SHARE: find_failed_share(result.ended),
         **{f"{EVAL_TOOLS}{level}": figures.tool_use for level, figures in result.levels.items()},
     }
     return {STEP: step, **{name: value for name, value in figures.items() if value is not None}}
+
+
+def find_failed_share(ended: Mapping[str, int]) -> float | None:
+    """The share of episodes that failed among those that ended by themselves, by stop reason; None for no episodes."""
+    counts = {reason: ended.get(reason.value, 0) for reason in StopReason if reason is not StopReason.CANCELLED}
+    episodes = sum(counts.values())
+    return sum(count for reason, count in counts.items() if reason.failed) / episodes if episodes else None
 
 
 def _result(trajectories: Sequence[Trajectory]) -> LevelResult:

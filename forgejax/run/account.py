@@ -26,7 +26,8 @@ class RunSums:
     ``trained_tokens`` is what the device-side term mask counted; ``skipped_tokens`` those of steps that were not
     finite. ``train_s`` is the wall clock of the steps; ``wait_s`` what of it the trainer waited for data, and
     ``packing_wait_s`` what it would not have waited had packing taken no time. The gap is |trainer - sampler| of a
-    token's log-probability, over ``gap_tokens`` tokens drawn by the very weights that scored them.
+    token's log-probability, over ``gap_tokens`` tokens drawn by the very weights that scored them. ``episodes`` are
+    those of training that had ended by the last step, by stop reason; ``masked_episodes`` by what they are masked for.
     """
 
     steps: int = 0
@@ -44,6 +45,8 @@ class RunSums:
     train_s: float = 0.0
     wait_s: float = 0.0
     packing_wait_s: float = 0.0
+    episodes: dict[str, int] = dataclasses.field(default_factory=dict)
+    masked_episodes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def count_step(self, *, terms: int, skipped: bool) -> None:
         """The device's figures of one step. A skipped step trained nothing."""
@@ -62,6 +65,10 @@ class RunSums:
     def count_wait(self, seconds: float, *, packing_s: float) -> None:
         self.wait_s += seconds
         self.packing_wait_s += packing_s
+
+    def count_episodes(self, ended: Mapping[str, int], masked: Mapping[str, int]) -> None:
+        self.episodes = dict(Counter(self.episodes) + Counter(ended))
+        self.masked_episodes = dict(Counter(self.masked_episodes) + Counter(masked))
 
     def count_gaps(self, gaps: np.ndarray) -> None:
         if gaps.size:
@@ -132,7 +139,7 @@ class RunAccount:
     def count_time(self) -> None:
         """Brings the wall clock of the sums up to now."""
         now = time.monotonic()
-        self.sums.wall_s += now - self.counted_at
+        self.sums.wall_s += max(0.0, now - self.counted_at)  # a clock that is set back costs the figure, not the report
         self.counted_at = now
 
     def close(self) -> Account:

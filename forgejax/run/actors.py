@@ -12,12 +12,12 @@ import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
-from forgejax.agents import EpisodeRunner, GroupRunner, Scaffold
+from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
 from forgejax.environments import Environment, SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
@@ -45,6 +45,7 @@ class Parts:
     environment: Environment
     pool: Pool
     baseline: SpeedBaseline
+    tally: EpisodeTally = field(default_factory=EpisodeTally)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class RolloutService:
             agent=config.agent,
             reward=config.reward,
             policy=config.stop_policy,
+            tally=parts.tally,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)

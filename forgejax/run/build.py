@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from forgejax.agents import make_scaffold
+from forgejax.agents import EpisodeTally, make_scaffold
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
@@ -81,7 +81,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     engines = _engines(config, place, learner, step, device=device, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
     gateway = Gateway(engines, chat, config.engine.max_context, config.gateway)
-    service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal)
+    tally = EpisodeTally(progress.note)
+    service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
     progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
@@ -104,6 +105,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
             engines=engines,
             pool=pool,
             gateway=gateway.metrics,
+            episodes=tally,
             compiles=compiles,
             sums=sums,
             sinks=sinks,
@@ -200,7 +202,14 @@ def _engines(
 
 
 def _service(
-    config: TrainConfig, engines: Engines, gateway: Gateway, *, environment: Environment, pool: Pool, journal: Journal
+    config: TrainConfig,
+    engines: Engines,
+    gateway: Gateway,
+    *,
+    environment: Environment,
+    pool: Pool,
+    journal: Journal,
+    tally: EpisodeTally,
 ) -> RolloutService:
     return RolloutService(
         Parts(
@@ -211,6 +220,7 @@ def _service(
             environment=environment,
             pool=pool,
             baseline=_baseline(config, journal),
+            tally=tally,
         )
     )
 

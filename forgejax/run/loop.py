@@ -27,11 +27,15 @@ from forgejax.run.config import RunConfig
 from forgejax.run.evaluate import Evaluated, load_evaluated, pick_examples, save_evaluated
 from forgejax.run.rows import StepRows
 from forgejax.run.steps import StepData, StepSource
+from forgejax.types import Failure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run leaves to be reported, as plain data. ``finished`` is False for a run that was interrupted."""
+    """What a run leaves to be reported, as plain data. ``finished`` is False for a run that was interrupted.
+
+    ``failures``: the last episode that failed, of each kind.
+    """
 
     before: Evaluated | None
     after: Evaluated | None
@@ -45,6 +49,7 @@ class Outcome:
     cache_hit_rate: float
     compiles: int
     batch_shapes: int
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -195,6 +200,7 @@ class Trainer:
             cache_hit_rate=self.engines.account().cache_hit_rate,
             compiles=self.rows.compiles.count,
             batch_shapes=len(self.learner.batch_shapes),
+            failures=self.rows.episodes.failures,
         )
 
     def _due(self, every: int) -> bool:

@@ -78,7 +78,7 @@ class PooledSteps:
         return StepData(
             number=batch.number,
             training=training,
-            figures=measure_groups(batch.groups),
+            figures=measure_groups(batch.groups, step=batch.number),
             packing_began=began,
             packing_ended=time.monotonic(),
         )

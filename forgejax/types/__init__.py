@@ -1,5 +1,6 @@
 """The nouns that flow between the packages, and the Protocols the packages meet at. Frozen, checked when made."""
 
+from forgejax.types.endings import EpisodeEnds, Failure
 from forgejax.types.episode import (
     Reward,
     Session,
@@ -32,6 +33,8 @@ from forgejax.types.sampling import (
 __all__ = [
     "Completion",
     "Dispatch",
+    "EpisodeEnds",
+    "Failure",
     "FinishReason",
     "Group",
     "GroupSink",

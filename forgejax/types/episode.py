@@ -27,6 +27,11 @@ class StopReason(enum.StrEnum):
     ENVIRONMENT_FAILED = "environment_failed"  # a tool, the scorer or the engine failed: not the policy's doing
     CANCELLED = "cancelled"  # the run is ending
 
+    @property
+    def failed(self) -> bool:
+        """Whether something other than the policy's words ended it: the agent, what it works in, or the clock."""
+        return self in (StopReason.DEADLINE, StopReason.AGENT_FAILED, StopReason.ENVIRONMENT_FAILED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

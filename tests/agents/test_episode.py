@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, StopPolicy
+from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, EpisodeTally, StopPolicy
 from forgejax.agents import episode as episode_module
 from forgejax.environments import RewardConfig, Score, Workspace
 from forgejax.errors import GatewayError
@@ -234,12 +234,36 @@ async def test_the_agent_is_given_the_episodes_workspace() -> None:
 
 async def test_no_answer_after_a_completion_cut_off_by_length_is_a_truncation() -> None:
     async def give_up(episode: EpisodeSpec) -> AgentResult:
-        return AgentResult(error="unparsable", stop_reason=StopReason.AGENT_FAILED)
+        return AgentResult()
 
     sessions = FakeSessions(turns=(make_turn(finish=FinishReason.LENGTH),))
     trajectory = await run(make_runner(give_up, sessions=sessions))
     assert (trajectory.stop_reason, trajectory.masked) == (StopReason.TRUNCATED, None)
+    assert trajectory.error == "the last completion ended by length"
     assert (await run(make_runner(sessions=sessions))).stop_reason is StopReason.COMPLETED
+
+
+async def test_a_crash_after_a_completion_cut_off_by_length_is_a_crash_and_trains_nothing() -> None:
+    async def crash(episode: EpisodeSpec) -> AgentResult:
+        return AgentResult(error="ended with status 3", stop_reason=StopReason.AGENT_FAILED)
+
+    sessions = FakeSessions(turns=(make_turn(finish=FinishReason.LENGTH),))
+    trajectory = await run(make_runner(crash, sessions=sessions))
+    assert (trajectory.stop_reason, trajectory.masked) == (StopReason.AGENT_FAILED, "agent_failed")
+    assert trajectory.error == "the last completion ended by length, then: ended with status 3"
+
+
+async def test_every_episode_is_told_to_the_tally_as_it_ended() -> None:
+    class Shut(FakeSessions):
+        def open(self, spec: SessionSpec) -> Session:
+            raise GatewayError("full")
+
+    tally = EpisodeTally()
+    for runner in (make_runner(tally=tally), make_runner(hang, tally=tally), make_runner(sessions=Shut(), tally=tally)):
+        await run(runner)
+    await make_runner(tally=tally).run(make_task(), session=SessionSpec(purpose="evaluation"))
+    assert tally.counts().ended == {"completed": 1, "deadline": 1, "environment_failed": 1}
+    assert tally.counts().masked == {"environment_failed": 1}
 
 
 async def test_an_episode_without_a_turn_is_masked() -> None:

@@ -1,8 +1,10 @@
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from forgejax.errors import PoolError, TrainingError
 from forgejax.pool.dataset import GroupBatch, GroupDataset
 from forgejax.pool.pool import Pool
-from forgejax.types import Dispatch, Group, Verdict
+from forgejax.types import Dispatch, Group, StopReason, Verdict
 from tests.pool.samples import group_of, open_pool
 
 
@@ -26,13 +28,13 @@ def drop_odd(group: Group) -> Verdict:
 
 
 @contextmanager
-def rollouts(pool: Pool, limit: int = 10**9) -> Iterator[None]:
+def rollouts(pool: Pool, limit: int = 10**9, make: Callable[[Dispatch], Group] = group_of) -> Iterator[None]:
     """Finishes groups one after another, in order, in a thread of its own, up to index ``limit``."""
 
     async def run() -> None:
         while (dispatch := await pool.next_dispatch()) is not None:
             if dispatch.index < limit:
-                pool.finish(group_of(dispatch))
+                pool.finish(make(dispatch))
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
@@ -94,6 +96,34 @@ def test_after_too_many_drops_in_a_row_the_batch_goes_out_short(tmp_path: Path) 
         assert indices(next(iterator)) == [9]
 
 
+def test_when_nothing_is_left_to_train_the_error_says_what_the_agents_did(tmp_path: Path) -> None:
+    def crashed(dispatch: Dispatch) -> Group:
+        group = group_of(dispatch)
+        error = "agent command 'solve' ended with status 3; its stderr ends with:\nno such tool"
+        ends: dict[str, Any] = {
+            "stop_reason": StopReason.AGENT_FAILED,
+            "masked": "agent_failed",
+            "answer": None,
+            "error": error,
+        }
+        return replace(group, trajectories=tuple(replace(each, **ends) for each in group.trajectories))
+
+    def too_few(_group: Group) -> Verdict:
+        return Verdict(drop="too_few_members", untrained={"agent_failed": 3})
+
+    pool = open_pool(tmp_path, n=4, p=2, k=1)
+    with rollouts(pool, make=crashed), pytest.raises(TrainingError) as raised:
+        next(iter(GroupDataset(pool, too_few)))
+    said = str(raised.value)
+    assert said.startswith("batch 0: 2 groups in a row were dropped (too_few_members 2), so there is nothing to train")
+    assert "the agent or what it works in is at fault, not the tasks" in said
+    assert (
+        "agent_failed on task t1: agent command 'solve' ended with status 3; its stderr ends with:\nno such tool"
+        in said
+    )
+    assert "too hard" not in said
+
+
 def test_a_kept_group_ends_a_row_of_drops(tmp_path: Path) -> None:
     def every_fourth(group: Group) -> Verdict:
         kept = group.dispatch.index % 4 == 3
@@ -125,6 +155,17 @@ def test_a_batch_cut_off_by_the_deadline_goes_on_where_it_was(tmp_path: Path) ->
             next(iterator)
         pool.finish(group_of(Dispatch(index=1, attempt=0, version=0)))
         assert indices(next(iterator)) == [0, 1]
+
+
+async def test_a_wait_that_ends_for_want_of_groups_tells_of_those_that_failed(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=2, p=1, timeout_s=0.1)
+    for _ in range(2):
+        dispatch = await pool.next_dispatch()
+        assert dispatch is not None
+        pool.fail(dispatch, "agent_failed", 5)
+    await pool.next_dispatch()
+    with pytest.raises(TrainingError, match="groups that came to nothing so far: agent_failed 2"):
+        next(iter(GroupDataset(pool, keep_all)))
 
 
 def test_iteration_ends_when_the_pool_is_closed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from forgejax.report.evaluation import make_evaluation_row, sum_up_evaluation
+from forgejax.report.evaluation import find_failed_share, make_evaluation_row, sum_up_evaluation
 from forgejax.types import Completion, FinishReason, SamplingLaw, StopReason, Task, Trajectory, Turn
 
 
@@ -102,6 +102,13 @@ def test_the_row_of_an_evaluation_carries_the_names_of_the_curve() -> None:
         "step": 5,
         "eval/outcome": 0.5,
         "eval/outcome_se": pytest.approx(0.5),
+        "eval/failed_share": 0.0,
         "eval/tools_easy": 0.0,
         "eval/tools_hard": 1.0,
     }
+
+
+def test_the_failed_share_is_of_the_episodes_that_ended_by_themselves() -> None:
+    assert find_failed_share({"completed": 2, "truncated": 1, "deadline": 1, "cancelled": 50}) == 0.25
+    assert find_failed_share({"environment_failed": 1, "agent_failed": 1}) == 1.0
+    assert find_failed_share({}) is None and find_failed_share({"cancelled": 3}) is None

@@ -49,6 +49,27 @@ def test_gaps_add_up_over_calls_and_nothing_measured_is_no_mean() -> None:
     assert sums.gap_mean == pytest.approx(0.3)
 
 
+def test_episodes_add_up_by_reason() -> None:
+    sums = RunSums()
+    sums.count_episodes({"completed": 3, "agent_failed": 1}, {"agent_failed": 1})
+    sums.count_episodes({"completed": 2}, {})
+    assert (sums.episodes, sums.masked_episodes) == ({"completed": 5, "agent_failed": 1}, {"agent_failed": 1})
+    assert RunSums.from_mapping(sums.to_mapping()) == sums
+
+
+def test_a_clock_that_is_set_back_takes_nothing_from_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr("forgejax.run.account.time.monotonic", lambda: now[0])
+    nothing: Any = None
+    account = RunAccount(engines=nothing, pool=nothing, sums=RunSums(), sampled_before=0, counted_at=40.0)
+    account.count_time()
+    now[0] = -86_350.0
+    account.count_time()
+    now[0] += 5.0
+    account.count_time()
+    assert account.sums.wall_s == 15.0
+
+
 def test_sums_come_back_from_plain_data_as_they_were_and_refuse_anything_else() -> None:
     sums = RunSums(steps=3, wall_s=1.5, trained_tokens=7, gap_max=1e-7, gap_sum=2e-7, gap_tokens=2)
 

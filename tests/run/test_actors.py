@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Self, cast
 
 import pytest
 
+from forgejax.agents import EpisodeTally
 from forgejax.errors import AgentError, EngineError, StorageFullError, TrainingError
 from forgejax.run.actors import LoggedFirst, Parts, RolloutService
 from forgejax.types import Dispatch, Group
@@ -76,7 +77,7 @@ def parts(pool: Any = None, **changed: Any) -> Any:
     agent = SimpleNamespace(deadline_s=1.0, grace_s=1.0)
     config = SimpleNamespace(run=run, agent=agent, reward=None, stop_policy=None, sampling=None)
     values = {"config": config, "engines": Engines(), "gateway": Part(), "scaffold": Part(), "environment": None}
-    values |= {"pool": pool or Recorder(), "baseline": None}
+    values |= {"pool": pool or Recorder(), "baseline": None, "tally": EpisodeTally()}
     return cast(Parts, SimpleNamespace(**(values | changed)))
 
 

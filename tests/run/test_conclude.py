@@ -5,9 +5,10 @@ import json
 import msgspec
 
 from forgejax.report.final.summary import read_summary
+from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.run.conclude import summarise, window_bounds
 from forgejax.run.loop import Outcome
-from tests.run.tiny_run import Ended
+from tests.run.tiny_run import GROUP, Ended
 
 
 def test_an_outcome_is_plain_data_and_a_summary_needs_nothing_else(ended: Ended) -> None:
@@ -32,3 +33,15 @@ def test_the_run_leaves_a_curve_and_one_page_that_needs_nothing_else(ended: Ende
     assert "The account closes" in page and "python scripts/train.py" in page
     assert 'src="http' not in page and 'href="http' not in page
     assert json.loads((ended.path / "summary.json").read_text())["account_open_tokens"] == 0
+    assert page.count("<figcaption>") == 10 and "The training steps took" in page
+    assert "The run was made in one go" in page and "<td>processor</td>" in page and "8 × cpu" in page
+
+
+def test_training_episodes_are_counted_by_how_they_ended(ended: Ended) -> None:
+    summary = read_summary(ended.path)
+    rows = read_metrics(ended.path)
+
+    assert summary.episodes == {"completed": sum(row.get("episodes/completed", 0) for row in rows)}
+    assert summary.episodes["completed"] >= summary.groups_trained * GROUP
+    assert summary.episodes_masked == {} and ended.outcome.failures == ()
+    assert all(row["share/failed_episodes"] == 0.0 for row in rows[1:])

@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     trainer = trainer_of(9, calls, steps=3)
     trainer.progress = Notes()
     trainer.learner.__dict__["batch_shapes"] = {1, 2}
-    trainer.rows.__dict__["compiles"] = SimpleNamespace(count=5)
+    trainer.rows.__dict__ |= {"compiles": SimpleNamespace(count=5), "episodes": SimpleNamespace(failures=())}
     trainer.environment.__dict__["held_out"] = ()
     trainer.engines.__dict__["account"] = lambda: EngineAccount(prompt_tokens=8, cached_tokens=2)
     trainer.pool.__dict__["snapshot"] = lambda: SimpleNamespace(staleness_max=1, disorder_max=4)
@@ -265,3 +265,18 @@ def test_an_agent_that_never_answers_is_cut_off_counted_and_waited_for_no_longer
 
     assert failed.count("deadline") >= 4
     assert tokens["deadline"] >= 4 * GROUP
+
+
+def test_an_agent_that_fails_after_its_first_call_ends_the_run_by_its_own_words(tmp_path: Path) -> None:
+    config, notes = tiny_config(tmp_path, "--agent.function=tests.run.tiny_agent:crash", "--run.steps=3"), Notes()
+    with contextlib.closing(tiny_place(config)) as place, pytest.raises(TrainingError) as raised:
+        play_run(config, place, notes, lambda trainer: None)
+    said = str(raised.value)
+
+    assert "groups in a row were dropped (too_few_members 8), so there is nothing to train on" in said
+    assert (
+        "the agent or what it works in is at fault, not the tasks: of 32 episodes 32 failed (agent_failed 32)" in said
+    )
+    assert "agent function crash raised RuntimeError: the calculator is gone" in said and "tiny_agent.py" in said
+    (alarm,) = [line for line in notes.lines if line.startswith("ALARM")]
+    assert "16 episodes 16 failed" in alarm and "the calculator is gone" in alarm

@@ -46,6 +46,13 @@ async def never(question: str, base_url: str, api_key: str) -> str:
     return ""
 
 
+async def crash(question: str, base_url: str, api_key: str) -> str:
+    """An agent that asks once and then fails."""
+    messages = [{"role": "user", "content": question}]
+    await asyncio.to_thread(_ask, messages, base_url, api_key)
+    raise RuntimeError("the calculator is gone")
+
+
 def _ask(messages: list[dict[str, Any]], base_url: str, api_key: str) -> str:
     place = urlsplit(base_url)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=TIMEOUT_S)

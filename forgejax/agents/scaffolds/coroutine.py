@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import traceback
 from collections.abc import Awaitable, Callable
 
 from forgejax.agents.scaffolds.base import AgentResult, EpisodeSpec
@@ -32,6 +33,7 @@ class CoroutineScaffold:
 
     def __init__(self, function: AgentFunction) -> None:
         self._function = function
+        self._name = f"agent function {getattr(function, '__qualname__', repr(function))}"
 
     async def start(self) -> None: ...
 
@@ -46,15 +48,16 @@ class CoroutineScaffold:
             overdue = call.cancel()
         if overdue:
             await asyncio.wait({call}, timeout=_CANCEL_S)
-            error = f"no answer within {episode.deadline_s:g} s"
+            error = f"{self._name} gave no answer within {episode.deadline_s:g} s"
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         problem = asyncio.CancelledError("the agent cancelled itself") if call.cancelled() else call.exception()
         if problem is not None:
-            error = f"the agent function raised {type(problem).__name__}: {problem}"
+            *_, last = ["", *traceback.format_tb(problem.__traceback__, limit=-1)]
+            error = f"{self._name} raised {type(problem).__name__}: {problem}\n{last}".rstrip()
             return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
         answer = call.result()
         if answer is not None and not isinstance(answer, str):
-            error = f"the agent function gave {type(answer).__name__}; expected a str or None"
+            error = f"{self._name} gave {type(answer).__name__}; expected a str or None"
             return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
         return AgentResult(answer=answer)
 

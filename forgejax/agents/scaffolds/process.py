@@ -80,12 +80,12 @@ class ProcessScaffold:
             in_time = False
         finally:
             await process.stop()
+        agent = f"agent command {quote_command(self._config.command)}"
         if not in_time:
-            error = f"no answer within {episode.deadline_s:g} s; {process.stderr_note}"
+            error = f"{agent} did not end within {episode.deadline_s:g} s; {process.stderr_note}"
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         if process.status != 0:
-            how = f"ended with status {process.status}; {process.stderr_note}"
-            error = f"agent command {quote_command(self._config.command)} {how}"
+            error = f"{agent} ended with status {process.status}; {process.stderr_note}"
             return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
         return None
 

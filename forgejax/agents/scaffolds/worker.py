@@ -17,13 +17,22 @@ import logging
 from collections import deque
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
-from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
+from forgejax.agents.scaffolds.children import (
+    STDERR_SHOWN,
+    Child,
+    Guard,
+    find_program,
+    merge_environment,
+    quote_command,
+    spawn,
+)
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
 LINE_BYTES = 1024 * 1024
 MUTE_DEADLINES = 8  # deadlines in a row without a line in between: the worker hangs and is restarted
 COMPLAINTS = 5  # lines reported per process; the rest is counted
+LINE_SHOWN = 200  # characters of a line that a message quotes
 BACKOFF_S = 0.1
 ERROR_REASONS = (StopReason.TRUNCATED, StopReason.ENVIRONMENT_FAILED)
 _log = logging.getLogger(__name__)
@@ -83,6 +92,7 @@ class _Worker:
         self._deaths = 0  # in a row, without a result in between
         self._mute = 0
         self._complaints = 0
+        self._killed_for = ""
         self._said_ready = asyncio.Event()
         self.ready = asyncio.Event()
         self.open: dict[str, asyncio.Future[AgentResult]] = {}
@@ -102,8 +112,10 @@ class _Worker:
                 await self._send(episode)
                 return await result
         except TimeoutError:
+            error = f"agent worker {quote_command(self._config.command)} gave no answer within {episode.deadline_s:g} s"
+            if self._process is not None:
+                error = f"{error}; {self._process.stderr_note}"
             self._note_deadline()
-            error = f"no answer within {episode.deadline_s:g} s"
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         finally:
             del self.open[episode.id]
@@ -155,7 +167,8 @@ class _Worker:
             self.ready.clear()
             await process.stop()
             error = f"agent worker {quote_command(self._config.command)} ended with status {process.status}"
-            error = f"{error}; {process.stderr_note}"
+            error = f"{error}{self._killed_for}; {process.stderr_note}"
+            self._killed_for = ""
             restarted = None
             while restarted is None:
                 self._deaths += 1
@@ -179,15 +192,16 @@ class _Worker:
             if line.strip():
                 self._take_line(bytes(line))
         if len(rest) > LINE_BYTES and self._process is not None:
-            self._complain(f"a line of more than {LINE_BYTES} bytes; restarting it")
+            what = f"a line of more than {LINE_BYTES} bytes"
+            self._complain(f"{what}; restarting it")
             self._line = bytearray()
-            self._process.kill()
+            self._kill(f"it printed {what}")
 
     def _take_line(self, line: bytes) -> None:
         self._mute = 0
         message = _parse(line)
         if message is None:
-            self._complain(f"a line that is no JSON object: {line[:200]!r}")
+            self._complain(f"a line that is no JSON object: {line[:LINE_SHOWN]!r}")
             return
         if message.get("ready") is True:
             self._said_ready.set()
@@ -195,17 +209,23 @@ class _Worker:
         name = message.get("id")
         if isinstance(name, str) and name in self.open:
             if not self.open[name].done():
-                self.open[name].set_result(_result(message))
+                self.open[name].set_result(_result(message, quote_command(self._config.command)))
             self._deaths = 0
         elif name not in self._expired:
-            self._complain(f"a result for an unknown id: {line[:200]!r}")
+            self._complain(f"a result for an unknown id: {line[:LINE_SHOWN]!r}")
 
     def _note_deadline(self) -> None:
         self._mute += 1
         if self._mute >= MUTE_DEADLINES and self._process is not None and self.ready.is_set():
-            _log.warning("agent worker: %d deadlines in a row without a line from it; restarting it", self._mute)
+            why = f"{self._mute} deadlines in a row passed without a line from it"
+            _log.warning("agent worker: %s; restarting it", why)
             self._mute = 0
-            self._process.kill()
+            self._kill(why)
+
+    def _kill(self, why: str) -> None:
+        assert self._process is not None
+        self._killed_for = f", killed since {why}"
+        self._process.kill()
 
     def _break(self, error: str) -> None:
         self.broken = AgentError(f"{error}\nIt ended {self._deaths} times in a row without giving a result.")
@@ -233,14 +253,16 @@ def _parse(line: bytes) -> dict[str, object] | None:
     return message if isinstance(message, dict) else None
 
 
-def _result(message: dict[str, object]) -> AgentResult:
+def _result(message: dict[str, object], command: str) -> AgentResult:
     """A worker's line as a result; what breaks the contract is a failed agent."""
     answer, error = message.get("answer"), message.get("error")
     if error is not None:
         named = [reason for reason in ERROR_REASONS if message.get("stop_reason") == reason.value]
-        return AgentResult(error=str(error), stop_reason=named[0] if named else StopReason.AGENT_FAILED)
+        reason = named[0] if named else StopReason.AGENT_FAILED
+        return AgentResult(error=f"agent worker {command} reports: {str(error)[:STDERR_SHOWN]}", stop_reason=reason)
     if "answer" not in message or not isinstance(answer, str | None):
-        return _failed(f'the agent worker printed {message}; expected "answer" with a string or null, or "error"')
+        printed = str(message)[:LINE_SHOWN]
+        return _failed(f'agent worker {command} printed {printed}; expected "answer" with a string or null, or "error"')
     return AgentResult(answer=answer)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from forgejax.report.final.summary import LevelChange, Summary
 from forgejax.report.names import format_duration
 
+TOLD_IN_WORDS = frozenset({"step_s", "wait_share", "packing_wait_share"})  # of Summary.figures, by describe_time
 _NOISE = 2.0  # standard errors below which a difference is called noise
 
 
@@ -37,6 +38,26 @@ def make_headlines(summary: Summary) -> tuple[Headline, ...]:
     found += [_tool_use(level, change) for level, change in apart.items()]
     found += [_episode_time(level, change) for level, change in apart.items()]
     return tuple(headline for headline in found if headline is not None)
+
+
+def describe_time(summary: Summary) -> str | None:
+    """Where the time of the training steps went, and which side is the slower; None where it was not measured."""
+    steps_s, wait, packing = (summary.figures.get(name) for name in ("step_s", "wait_share", "packing_wait_share"))
+    if not steps_s or wait is None or packing is None:
+        return None
+    agents = wait - packing
+    if agents > 0.5:
+        verdict = "The agents and the engine are the slower side: more groups in flight or engine slots may help."
+    elif agents < 0.1:
+        verdict = "The trainer is the slower side: groups were ready when it asked for them."
+    else:
+        verdict = "Neither side had to wait much for the other."
+    whole = f"The training steps took {format_duration(steps_s)} of the run's {format_duration(summary.wall_s)}."
+    waited = (
+        f"The trainer spent {agents:.0%} of that waiting for groups that agents had not finished and {packing:.0%} "
+        "waiting for their packing; in the rest it trained, probed and saved."
+    )
+    return f"{whole} {waited} {verdict}"
 
 
 def _outcome(level: str, change: LevelChange, paired: str | None) -> Headline | None:

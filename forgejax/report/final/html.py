@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from forgejax.report.final.headlines import make_headlines
+from forgejax.report.final.courses import Course
+from forgejax.report.final.endings import make_endings
+from forgejax.report.final.headlines import TOLD_IN_WORDS, describe_time, make_headlines
+from forgejax.report.final.history import AttemptSpan
 from forgejax.report.final.invariants import Bounds, check_invariants
 from forgejax.report.final.summary import Summary
 from forgejax.report.names import format_duration
 from forgejax.report.storage import write_atomic
+from forgejax.types import Failure
 
 REPORT_FILE = "report.html"
 _TRANSCRIPT_CHARS = 20_000
+_LABELS = {"compiles": "Programs compiled", "batch_shapes": "Shapes of packed batches"}
 
 
 class Example(TypedDict):
@@ -28,16 +33,29 @@ class Example(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the page shows. ``curve_png`` is None when nothing could be drawn; ``config`` is the resolved TOML."""
+    """What the page shows. ``curve_png`` is None when nothing could be drawn; ``config`` is the resolved TOML.
+
+    ``ended_before`` and ``ended_after`` are the episodes of the two evaluations by stop reason; ``failures`` a few of
+    those that failed. ``history`` has a line of words for each resume. ``date`` is when the report was made,
+    ``machine`` what the run was on, by names of its own.
+    """
 
     title: str
     summary: Summary
     bounds: Bounds
     curve_png: bytes | None = None
+    courses: Sequence[Course] = ()
+    ended_before: Mapping[str, int] = field(default_factory=dict)
+    ended_after: Mapping[str, int] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
+    attempts: Sequence[AttemptSpan] = ()
+    history: Sequence[str] = ()
     examples_before: Sequence[Example] = ()
     examples_after: Sequence[Example] = ()
     config: str = ""
     command_line: str = ""
+    date: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -81,12 +99,15 @@ def render_html(report: Report) -> str:
         broken=sum(check.holds is False for check in found),
         tokens=make_slices(summary.tokens_trained, summary.tokens_not_trained, unaccounted=summary.account_open_tokens),
         groups=make_slices(summary.groups_trained, summary.groups_not_trained, unaccounted=summary.groups_open),
+        endings=make_endings(report.ended_before, summary.episodes, report.ended_after),
+        time=describe_time(summary),
         figures=_figures(summary),
         examples=(
             ("Before training", [_cut(example) for example in report.examples_before]),
             ("After training", [_cut(example) for example in report.examples_after]),
         ),
-        curve=base64.b64encode(report.curve_png).decode() if report.curve_png else None,
+        curve=_encode(report.curve_png) if report.curve_png else None,
+        courses=[(course, _encode(course.png)) for course in report.courses],
     )
 
 
@@ -96,6 +117,10 @@ def write_html(run_dir: Path, report: Report) -> Path:
     # An agent's text can hold lone surrogates, which no file can.
     write_atomic(path, render_html(report).encode("utf-8", "replace"))
     return path
+
+
+def _encode(png: bytes) -> str:
+    return base64.b64encode(png).decode()
 
 
 def _figures(summary: Summary) -> list[tuple[str, str]]:
@@ -109,7 +134,8 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
         ("Prefix-cache hit rate", _optional(summary.prefix_cache_hit_rate, ".1%")),
         ("Mean log-prob gap", _optional(summary.logprob_gap_mean, ".2e")),
     ]
-    return known + [(name, _optional(value, ",.6g")) for name, value in sorted(summary.figures.items())]
+    others = {name: value for name, value in sorted(summary.figures.items()) if name not in TOLD_IN_WORDS}
+    return known + [(_LABELS.get(name, name), _optional(value, ",.6g")) for name, value in others.items()]
 
 
 def _optional(value: float | None, spec: str) -> str:

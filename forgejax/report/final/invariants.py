@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from forgejax.errors import ConfigError
+from forgejax.report.evaluation import find_failed_share
 from forgejax.report.final.account import describe_account
 from forgejax.report.final.summary import Summary
 
@@ -13,16 +14,17 @@ class Bounds:
 
     For a window W, N groups in flight, P groups a step and a publication delay of d versions the disorder is at most
     W - 1 and the staleness at most floor((N + W - 2) / P) + d. ``gap_tokens`` is how many tokens the log-prob gap must
-    have been measured on for it to count.
+    have been measured on for it to count; ``failed_share`` what part of the training episodes must not have failed.
     """
 
     disorder: int | None
     staleness_steps: int | None
     logprob_gap: float = 1e-4
     gap_tokens: int = 1000
+    failed_share: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("disorder", "staleness_steps", "logprob_gap", "gap_tokens"):
+        for name in ("disorder", "staleness_steps", "logprob_gap", "gap_tokens", "failed_share"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"bound {name} is {value}; expected 0 or more")
@@ -76,6 +78,18 @@ def check_invariants(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
             "steps",
             "How many updates old the policy was on which a trained group began.",
         ),
+        _failures(summary, bounds),
+    )
+
+
+def _failures(summary: Summary, bounds: Bounds) -> Check:
+    share, ended = find_failed_share(summary.episodes), sum(summary.episodes.values())
+    return Check(
+        name="Failed episodes",
+        measured="no episode ended" if share is None else f"{share:.1%} of {ended:,}",
+        bound=f"< {bounds.failed_share:.0%}",
+        holds=None if share is None else share < bounds.failed_share,
+        meaning="Training episodes that the agent, what it works in, or their deadline ended, and not the policy.",
     )
 
 

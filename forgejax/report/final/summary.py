@@ -43,9 +43,10 @@ class Summary:
     """One run in figures. Outcomes and shares are in [0, 1], ``_s`` are seconds, ``_se`` standard errors.
 
     A figure that was not measured, or is not finite, is None here and absent from the file; array scalars become plain
-    numbers. ``*_not_trained`` count by reason. ``eval_gain`` is the paired difference of the outcomes with its 95 %
-    interval. ``levels`` are those of the tasks where there are several, tool use is there where a tool was called.
-    ``figures`` takes whatever else a run wants to keep. Each annotation is checked: ValueError.
+    numbers. ``*_not_trained`` count by reason; ``episodes`` are those of training that have ended, by stop reason, and
+    ``episodes_masked`` those that train nothing, by the reason for it. ``eval_gain`` is the paired difference of the
+    outcomes with its 95 % interval. ``levels`` are those of the tasks where there are several, tool use is there where
+    a tool was called. ``figures`` takes whatever else a run wants to keep. Each annotation is checked: ValueError.
     """
 
     eval_reward_before: Share | None = None
@@ -79,6 +80,8 @@ class Summary:
     groups_dispatched: Count
     groups_trained: Count
     groups_not_trained: dict[str, Count]
+    episodes: dict[str, Count] = field(default_factory=dict)
+    episodes_masked: dict[str, Count] = field(default_factory=dict)
     figures: dict[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

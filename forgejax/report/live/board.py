@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from forgejax.report.names import OUTCOME, STEP, TOOLS
+from forgejax.report.figures import average_rates
+from forgejax.report.names import COUNTED, OUTCOME, RATES, STEP, STEP_S, STEPS_OF_A_RATE, TOOLS
 
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -25,7 +26,11 @@ def strip_controls(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """The board at one moment. ``step`` is the last finished step, ``eta_s`` None until two steps have ended."""
+    """The board at one moment. ``step`` is the last finished step, ``eta_s`` None until two steps have ended.
+
+    ``row`` has the last known value of every figure; rates are those of the last few steps together, and what rows
+    count since the one before is added up.
+    """
 
     phase: str
     detail: str
@@ -52,6 +57,7 @@ class Board:
         self._durations: deque[float] = deque(maxlen=16)
         self._rewards: deque[float] = deque(maxlen=120)
         self._row: dict[str, float] = {}
+        self._spans: deque[tuple[float, dict[str, float]]] = deque(maxlen=STEPS_OF_A_RATE)  # seconds, and the rates
         self._tools_used = False
 
     def begin(self, name: str, detail: str) -> None:
@@ -75,7 +81,13 @@ class Board:
             self._step, self._ended_at = step, now
             if OUTCOME in row:
                 self._rewards.append(float(row[OUTCOME]))
-            self._row |= {name: float(value) for name, value in row.items()}
+            self._row |= {
+                name: float(value) + (self._row.get(name, 0.0) if name.startswith(COUNTED) else 0.0)
+                for name, value in row.items()
+            }
+            rates = {name: self._row[name] for name in row if name.startswith(RATES)}
+            self._spans.append((float(row.get(STEP_S, 1.0)), rates))
+            self._row |= average_rates(self._spans)
             self._tools_used |= any(value > 0 for name, value in self._row.items() if name.startswith(TOOLS))
             return step
 

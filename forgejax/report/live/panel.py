@@ -15,7 +15,7 @@ from rich.text import Text
 
 from forgejax.report.live.board import Board, View, strip_controls
 from forgejax.report.live.outlet import Outlet
-from forgejax.report.names import find_shown, format_duration, format_value
+from forgejax.report.names import Shown, find_shown, format_duration, format_value
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NARROW = 28
@@ -87,10 +87,7 @@ def draw_sparkline(values: Sequence[float], width: int) -> str:
 
 def draw_panel(view: View, *, width: int) -> RenderableType:
     """The panel for a terminal of ``width`` columns; no line of it is wider."""
-    figures = [
-        _line(Text.assemble((f"{shown.label} ", "dim"), (format_value(view.row[shown.name], shown.style), "bold")))
-        for shown in find_shown(view.row)
-    ]
+    figures = [_line(_figure(shown, view.row[shown.name])) for shown in find_shown(view.row)]
     parts: list[RenderableType] = [_line(Text(_headline(view), style="bold"))]
     if view.steps > 0 and width > _NARROW:
         parts.append(_line(_bar(view.step / view.steps, width - 4)))
@@ -102,6 +99,11 @@ def draw_panel(view: View, *, width: int) -> RenderableType:
         return Group(*parts)
     title = Text(" · ".join(["forgejax", *([view.phase] if view.phase else []), format_duration(view.elapsed_s)]))
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", width=width)
+
+
+def _figure(shown: Shown, value: float) -> Text:
+    color = "bold red" if shown.alarms(value) else "bold"
+    return Text.assemble((f"{shown.label} ", "dim"), (format_value(value, shown.style), color))
 
 
 def _headline(view: View) -> str:

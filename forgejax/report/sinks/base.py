@@ -8,9 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol, SupportsFloat
 
-from forgejax.report.names import STEP
+from forgejax.report.names import STEP, TIME
 
-TIME = "time"
 NONFINITE = "_nonfinite"
 
 

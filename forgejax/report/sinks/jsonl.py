@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from forgejax.errors import ConfigError
-from forgejax.report.names import STEP
-from forgejax.report.sinks.base import NONFINITE, TIME, Row
+from forgejax.report.names import STEP, TIME
+from forgejax.report.sinks.base import NONFINITE, Row
 from forgejax.report.storage import storage_errors, write_atomic
 
 METRICS_FILE = "metrics.jsonl"

@@ -6,6 +6,8 @@ from typing import Any
 from forgejax.report.sinks.base import Row
 from forgejax.report.storage import storage_errors
 
+_PREFIX = "events.out.tfevents."
+
 
 class TensorBoard:
     """Writes scalars to an event file of its own under ``folder``; nothing is imported or opened before the first.
@@ -46,9 +48,12 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in order of name; the count keeps two of the same second apart.
-        count = sum("tfevents" in path.name for path in self._folder.iterdir())
-        records = RecordWriter(str(self._folder / f"events.out.tfevents.{int(wall_time):010d}.{count:04d}"))
+        # TensorBoard reads files in order of name, and the clock may have been set back since the last one was made.
+        # The count keeps two of the same second apart.
+        names = [path.name for path in self._folder.iterdir() if path.name.startswith(_PREFIX)]
+        stamps = [name.removeprefix(_PREFIX).split(".")[0] for name in names]
+        stamp = max([int(wall_time), *(int(each) for each in stamps if each.isdecimal())])
+        records = RecordWriter(str(self._folder / f"{_PREFIX}{stamp:010d}.{len(names):04d}"))
         records.write(Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
         if self._resumed_step is not None:
             start = SessionLog(status=SessionLog.START)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forgejax.report.live.progress import Progress
-from forgejax.report.names import EVAL_OUTCOME, STEP
+from forgejax.report.names import EVALUATION, STEP
 from forgejax.report.sinks.base import Row
 
 
@@ -14,7 +14,7 @@ class Terminal:
         self._progress = progress
 
     def write(self, row: Row) -> None:
-        if EVAL_OUTCOME not in row.values:
+        if any(not name.startswith(EVALUATION) for name in row.values):
             self._progress.step({STEP: row.step, **row.values})
 
     def close(self) -> None: ...

@@ -27,7 +27,8 @@ async def test_an_exception_is_a_failed_agent() -> None:
 
     result = await CoroutineScaffold(crash).run(make_episode())
     assert result.stop_reason is StopReason.AGENT_FAILED
-    assert "TimeoutError: the model is slow" in str(result.error)
+    assert "crash raised TimeoutError: the model is slow" in str(result.error)
+    assert __file__ in str(result.error) and 'raise TimeoutError("the model is slow")' in str(result.error)
 
 
 async def test_a_function_that_exits_is_a_failed_agent_and_the_loop_goes_on() -> None:
@@ -43,7 +44,9 @@ async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
     async def count(question: str, base_url: str, api_key: str) -> int:
         return 3
 
-    assert (await CoroutineScaffold(count).run(make_episode())).stop_reason is StopReason.AGENT_FAILED
+    result = await CoroutineScaffold(count).run(make_episode())
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert str(result.error).endswith("count gave int; expected a str or None")
 
 
 async def test_a_mute_function_is_cancelled_at_the_deadline() -> None:
@@ -57,6 +60,7 @@ async def test_a_mute_function_is_cancelled_at_the_deadline() -> None:
 
     result = await CoroutineScaffold(wait).run(make_episode(deadline_s=0.05))
     assert result.stop_reason is StopReason.DEADLINE
+    assert str(result.error).endswith("wait gave no answer within 0.05 s")
     assert cancelled.is_set()
 
 

@@ -73,7 +73,26 @@ async def test_a_crash_is_a_failed_agent_with_its_stderr() -> None:
     result = await play(python_agent("print(3); raise SystemExit('no such model')", kind="process"))
     assert result.stop_reason is StopReason.AGENT_FAILED
     assert result.answer is None
+    assert "print(3)" in str(result.error)  # names the command
     assert "status 1" in str(result.error) and "no such model" in str(result.error)
+
+
+async def test_an_agent_killed_by_a_signal_is_a_failed_agent_with_its_status() -> None:
+    result = await play(python_agent("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", kind="process"))
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert "ended with status -11; its stderr is empty" in str(result.error)
+
+
+async def test_a_flood_of_stderr_costs_nothing_but_its_beginning() -> None:
+    source = "import sys; sys.stderr.write('y' * 3_000_000 + 'the end'); raise SystemExit(4)"
+    result = await play(python_agent(source, kind="process"))
+    assert result.stop_reason is StopReason.AGENT_FAILED
+    assert "status 4" in str(result.error) and str(result.error).endswith("yythe end") and len(str(result.error)) < 3000
+
+
+async def test_bytes_that_are_no_text_are_an_answer_of_replacements() -> None:
+    source = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 400 + b'\\n\\xff\\xfe7')"
+    assert await play(python_agent(source, kind="process")) == AgentResult(answer="\ufffd\ufffd7")
 
 
 async def test_a_mute_agent_is_killed_at_the_deadline_with_its_children() -> None:
@@ -85,6 +104,7 @@ async def test_a_mute_agent_is_killed_at_the_deadline_with_its_children() -> Non
     started = time.monotonic()
     result = await play(python_agent(source, kind="process"), make_episode(deadline_s=0.5))
     assert result.stop_reason is StopReason.DEADLINE
+    assert "agent command" in str(result.error) and "did not end within 0.5 s; its stderr ends" in str(result.error)
     assert time.monotonic() - started < 5.0
     assert not is_running(int(str(result.error).split()[-1]))
 

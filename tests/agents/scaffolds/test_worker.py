@@ -56,7 +56,8 @@ async def test_a_reported_error_is_a_failed_agent_unless_it_says_what_else() -> 
         failed = await scaffold.run(make_episode("a", "whatever"))
         environment = await scaffold.run(make_episode("b", "environment_failed"))
         truncated = await scaffold.run(make_episode("c", "truncated"))
-    assert (failed.stop_reason, failed.error) == (StopReason.AGENT_FAILED, "boom")
+    assert failed.stop_reason is StopReason.AGENT_FAILED
+    assert str(failed.error).startswith("agent worker '") and str(failed.error).endswith(" reports: boom")
     assert environment.stop_reason is StopReason.ENVIRONMENT_FAILED
     assert truncated.stop_reason is StopReason.TRUNCATED
 
@@ -75,9 +76,29 @@ async def test_a_line_that_is_no_json_or_names_an_unknown_id_is_reported_and_har
 
 
 async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
-    source = LOOP + "    reply['answer'] = 7; print(json.dumps(reply))\n"
-    async with started(python_agent(source)) as scaffold:
-        assert (await scaffold.run(make_episode())).stop_reason is StopReason.AGENT_FAILED
+    answers = ("[{'x': 17}]", "float('nan')", "['x'] * 100_000")
+    for answer in answers:
+        source = LOOP + f"    reply['answer'] = {answer}; print(json.dumps(reply))\n"
+        async with started(python_agent(source)) as scaffold:
+            result = await scaffold.run(make_episode())
+        assert result.stop_reason is StopReason.AGENT_FAILED
+        assert 'expected "answer" with a string or null, or "error"' in str(result.error)
+        assert len(str(result.error)) < 1000
+
+
+async def test_odd_lines_of_a_worker_harm_nobody() -> None:
+    odd = [
+        "reply['answer'] = chr(0xD800) + question; print(json.dumps(reply))",
+        """print(json.dumps({'ready': True})); print(json.dumps(reply)); print(json.dumps(reply))""",
+        """reply = {'id': request['id'], 'error': 'x', 'stop_reason': ['truncated']}; print(json.dumps(reply))""",
+    ]
+    results = []
+    for line in odd:
+        async with started(python_agent(f"{LOOP}    {line}\n")) as scaffold:
+            results.append(await scaffold.run(make_episode(question="ab")))
+    surrogates, twice, error = results
+    assert surrogates.answer == "\ud800ab" and twice.answer == "ba"
+    assert error.stop_reason is StopReason.AGENT_FAILED and str(error.error).endswith("reports: x")
 
 
 async def test_a_worker_that_dies_fails_its_open_episodes_and_is_restarted() -> None:
@@ -124,10 +145,13 @@ async def test_the_scaffold_is_broken_once_its_last_worker_is() -> None:
 async def test_a_mute_worker_costs_the_deadline_and_its_late_answer_is_ignored(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source = LOOP + "    time.sleep(0.3 if question == 'slow' else 0); print(json.dumps(reply))\n"
+    source = LOOP + "    time.sleep(0.5 if question == 'slow' else 0); print(json.dumps(reply))\n"
+    source = source.replace("question = request", "print('thinking', file=sys.stderr, flush=True); question = request")
     async with started(python_agent(source)) as scaffold:
-        slow = await scaffold.run(make_episode("s", "slow", deadline_s=0.1))
+        slow = await scaffold.run(make_episode("s", "slow", deadline_s=0.3))
         assert slow.stop_reason is StopReason.DEADLINE
+        assert "agent worker '" in str(slow.error) and "gave no answer within 0.3 s" in str(slow.error)
+        assert str(slow.error).endswith("thinking")
         assert (await scaffold.run(make_episode("q", "ab"))).answer == "ba"
     assert not caplog.records
 
@@ -136,7 +160,10 @@ async def test_a_worker_that_hangs_for_good_is_restarted() -> None:
     source = LOOP + "    if question == 'hang': time.sleep(60)\n    print(json.dumps(reply))\n"
     async with started(python_agent(source)) as scaffold:
         hung = [scaffold.run(make_episode(f"h{i}", "hang", deadline_s=0.1)) for i in range(8)]
+        late = asyncio.create_task(scaffold.run(make_episode("late", "hang", deadline_s=20.0)))
         reasons = {result.stop_reason for result in await asyncio.gather(*hung)}
+        cut_off = (await late).error
+        assert "ended with status -9, killed since 8 deadlines in a row passed without a line from it" in str(cut_off)
         assert reasons <= {StopReason.DEADLINE, StopReason.AGENT_FAILED}
         await asyncio.sleep(0.1)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
@@ -152,7 +179,9 @@ async def test_a_worker_that_reads_nothing_costs_no_more_than_the_deadline() -> 
 async def test_a_line_without_end_breaks_the_worker_not_the_trainer() -> None:
     source = LOOP + "    print('x' * 3000000 if question == 'flood' else json.dumps(reply))\n"
     async with started(python_agent(source)) as scaffold:
-        assert (await scaffold.run(make_episode("f", "flood"))).stop_reason is StopReason.AGENT_FAILED
+        flood = await scaffold.run(make_episode("f", "flood"))
+        assert flood.answer is None
+        assert "ended with status -9, killed since it printed a line of more than 1048576 bytes" in str(flood.error)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
 
 

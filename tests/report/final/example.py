@@ -6,7 +6,7 @@ from forgejax.report.final.summary import LevelChange, Summary
 
 
 def summary(**changes: Any) -> Summary:
-    """64 tasks solved 0.25 before and 0.75 after; 1,000 tokens and 20 groups, all accounted for."""
+    """64 tasks solved 0.25 before and 0.75 after; 1,000 tokens and 20 groups accounted for; 4 of 80 episodes failed."""
     given: dict[str, Any] = {
         "eval_reward_before": 0.25,
         "eval_reward_after": 0.75,
@@ -56,5 +56,7 @@ def summary(**changes: Any) -> Summary:
         "groups_dispatched": 20,
         "groups_trained": 16,
         "groups_not_trained": {"zero_advantage": 3, "in_flight_at_end": 1},
+        "episodes": {"completed": 70, "truncated": 6, "agent_failed": 4},
+        "episodes_masked": {"agent_failed": 4},
     }
     return Summary(**(given | changes))

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from forgejax.report.final import plots
-from forgejax.report.final.plots import draw_curve, smooth_values
+from forgejax.report.final.plots import draw_curve
 
 
 def size(png: bytes) -> tuple[int, int]:
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", png[16:24])
     return width, height
-
-
-def test_the_trailing_mean_leaves_out_what_is_not_finite() -> None:
-    assert smooth_values([1.0, math.nan, 0.0, 0.5], 2) == [1.0, 1.0, 0.0, 0.25]
-    assert math.isnan(smooth_values([math.nan], 3)[0])
 
 
 @pytest.mark.parametrize("count", [1, 60])

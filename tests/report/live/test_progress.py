@@ -11,20 +11,24 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from forgejax.report.live.board import Board, strip_controls
-from forgejax.report.live.lines import LinesProgress
+from forgejax.report.live.lines import LinesProgress, format_step
 from forgejax.report.live.outlet import Outlet
 from forgejax.report.live.panel import PanelProgress, draw_panel, draw_sparkline
 from forgejax.report.live.progress import NoProgress, Progress, open_progress
 
 ROW: dict[str, float] = {
     "reward/outcome": 0.5,
+    "share/failed_episodes": 0.25,
+    "share/dropped_groups": 0.125,
+    "learner/entropy": 1.25,
+    "learner/grad_norm": 0.0123,
     "tools/easy": 0.1,
     "tools/hard": 0.9,
     "throughput/sampled": 12345.0,
     "throughput/trained_unmerged": 2345.0,
     "pool/head": 12.0,
     "pool/in_flight": 16,
-    "pool/staleness": 2,
+    "staleness/max": 2,
     "engine/cache_hit": 0.83,
     "learner/tree_ratio": 4.5,
     "learner/logprob_gap": 3.1e-7,
@@ -51,10 +55,38 @@ def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
     progress.note("too late")
     first, step_1, step_2, last = stream.getvalue().splitlines()
     assert first.endswith("training: 2 steps ...")
-    assert "step 1/2 | outcome 0.500 | tools easy 10% | tools hard 90% | sampled tok/s 12,345" in step_1
+    assert (
+        "step 1/2 | outcome 0.500 | tools easy 10% | tools hard 90% | episodes failed 25% | groups dropped 12%"
+        in step_1
+    )
+    assert "| entropy 1.250 | grad norm 0.0123 | sampled tok/s 12,345" in step_1
     assert "cache hits 83% | tree ratio 4.50x | logprob gap 3.1e-07" in step_1
     assert "step 2/2 | outcome 0.750" in step_2 and "eta 0.0s" in step_2
     assert "training done in" in last
+
+
+def test_a_rate_is_that_of_the_last_steps_together() -> None:
+    board = Board(20)
+    rates = [(0.0, 10.0), (105_704.0, 0.01), (0.0, 0.0)]  # sampled a second, and the seconds of the step
+    for step, (rate, seconds) in enumerate(rates, start=1):
+        board.add_step({"step": step, "throughput/sampled": rate, "time/step_s": seconds})
+    assert board.view().row["throughput/sampled"] == pytest.approx(1057.04 / 10.01)
+    board.add_step({"step": 4, "reward/outcome": 1.0})
+    assert board.view().row["throughput/sampled"] == pytest.approx(1057.04 / 10.01)
+    for step in range(5, 13):
+        board.add_step({"step": step, "throughput/sampled": 7.0, "time/step_s": 2.0})
+    assert board.view().row["throughput/sampled"] == 7.0  # what was before is forgotten
+
+
+def test_what_went_wrong_is_counted_by_reason_since_the_start() -> None:
+    board = Board(9)
+    counts = {"episodes/completed": 8, "episodes/deadline": 2, "episodes/cancelled": 1, "groups/zero_advantage": 3}
+    for step in (1, 2):
+        board.add_step({"step": step, **counts, "masked/no_turns": 1, "masked/deadline": 2})
+    board.add_step({"step": 3})
+    line = format_step(board.view())
+    assert "| episodes deadline 4 | masked no_turns 2 | groups zero_advantage 6 |" in line
+    assert "completed" not in line and "cancelled" not in line and "masked deadline" not in line
 
 
 def test_plain_lines_hold_no_control_character_whatever_is_noted() -> None:
@@ -247,3 +279,13 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
 
 def test_printable_text_is_one_line() -> None:
     assert strip_controls(" a\n\tb\x00 \u200bc ") == "a b c"
+
+
+@pytest.mark.parametrize(("share", "stands_out"), [(0.49, False), (0.5, True)])
+def test_half_of_the_episodes_failing_stands_out(share: float, stands_out: bool) -> None:
+    board = Board(4)
+    board.add_step({"step": 1, "share/failed_episodes": share})
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    console.print(draw_panel(board.view(), width=80))
+    assert isinstance(console.file, io.StringIO)
+    assert ("\x1b[1;31m" in console.file.getvalue()) is stands_out

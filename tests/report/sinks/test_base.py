@@ -58,5 +58,7 @@ def test_the_terminal_shows_training_steps_and_no_evaluations() -> None:
     sinks = Sinks(Terminal(Steps()))
     sinks.write({"step": 1, "reward/outcome": 0.5})
     sinks.write({"step": 1, "eval/outcome": 0.5})
+    sinks.write({"step": 1, "eval/failed_share": 1.0})  # one whose every episode failed has no outcome
+    sinks.write({"step": 1})  # one of no tasks
 
     assert shown == [{"step": 1, "reward/outcome": 0.5}]

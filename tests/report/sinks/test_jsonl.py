@@ -145,6 +145,17 @@ def test_a_resumed_run_has_its_own_event_file_that_voids_the_later_steps(tmp_pat
     assert [(event.step, event.session_log.status) for event in starts] == [(4, 1)]
 
 
+def test_event_files_stay_in_order_where_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for now, step in ((1_000_000_000.0, 1), (999_913_600.0, 2), (999_913_601.0, 3)):
+        monkeypatch.setattr("forgejax.report.sinks.base.time.time", lambda now=now: now)
+        writer = open_files(tmp_path, resumed_step=step - 1)
+        writer.write({"step": step, "x": step})
+        writer.close()
+    assert [event.step for event in events(tmp_path / "tensorboard") if event.HasField("summary")] == [1, 2, 3]
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = JsonLines(tmp_path)
     writer = Sinks(lines)
