@@ -24,7 +24,7 @@ from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.report.storage import write_atomic
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome
-from forgejax.run.rundir import RunDir
+from forgejax.run.rundir import RunDir, read_history
 
 CURVE_FILE = "curve.png"
 _PACKAGES = (
@@ -64,6 +64,7 @@ def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line:
         examples_after=outcome.after.examples if outcome.after else (),
         config=json.dumps(to_mapping(config), indent=2),
         command_line=command_line,
+        history=[f"Attempt {number}: {attempt.describe()}" for number, attempt in enumerate(read_history(place.path), 1)][1:],
         date=format_date(time.time()),
         machine=describe_machine(),
         versions=find_versions(),

@@ -118,7 +118,9 @@ class Ours:
         """The HLO of the program that runs for each micro-batch."""
         accumulate: Any = self.step.accumulate
         weights = self.step.cast(self.state.params)
-        return accumulate.lower(weights, self.step.start(weights), packed_step.batches[0], np.int32(0)).compile().as_text()
+        return (
+            accumulate.lower(weights, self.step.start(weights), packed_step.batches[0], np.int32(0)).compile().as_text()
+        )
 
     def accumulate(self, packed_step: PackedStep) -> Any:
         weights = self.step.cast(self.state.params)
