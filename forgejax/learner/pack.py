@@ -98,10 +98,11 @@ def _check_lengths(groups: Sequence[Sequence[Sample]], config: PackConfig) -> No
 
 def _normalise_weights(groups: Sequence[Sequence[Sample]], config: PackConfig) -> Float[np.ndarray, " R"]:
     """The loss weight of each sample's terms: its own, over its group's Z, which counts unmerged trained tokens times
-    the weight of their sample."""
+    the weight of their sample. By ``sample`` a sample's weight is first shared out over its tokens."""
     own = [np.array([sample.weight for sample in group]) for group in groups]
-    totals = np.array(
-        [weights @ [len(sample.token_ids) for sample in group] for weights, group in zip(own, groups, strict=True)]
-    )
+    lengths = [np.array([len(sample.token_ids) for sample in group]) for group in groups]
+    if config.loss_norm == "sample":
+        own = [weights / counts for weights, counts in zip(own, lengths, strict=True)]
+    totals = np.array([weights @ counts for weights, counts in zip(own, lengths, strict=True)])
     normalisers = np.full(len(groups), totals.sum()) if config.loss_norm == "batch" else totals * len(groups)
     return np.concatenate([weights / max(z, 1e-30) for weights, z in zip(own, normalisers, strict=True)])

@@ -137,7 +137,7 @@ def _learner(
     if warm and config.warm_start.steps:
         demonstrations = make_demonstrations(config.warm_start, environment, chat, config.run.seed)
         params = _warm_params(config, params, layout, demonstrations, progress)
-    return Learner(graphdef, params, config.step, layout=layout)
+    return Learner(graphdef, params, config.step.ending_at(config.run.steps), layout=layout)
 
 
 def _warm_params(

@@ -64,7 +64,9 @@ def conclude(outcome: Outcome, config: TrainConfig, place: RunDir, command_line:
         examples_after=outcome.after.examples if outcome.after else (),
         config=json.dumps(to_mapping(config), indent=2),
         command_line=command_line,
-        history=[f"Attempt {number}: {attempt.describe()}" for number, attempt in enumerate(read_history(place.path), 1)][1:],
+        history=[
+            f"Attempt {number}: {attempt.describe()}" for number, attempt in enumerate(read_history(place.path), 1)
+        ][1:],
         date=format_date(time.time()),
         machine=describe_machine(),
         versions=find_versions(),

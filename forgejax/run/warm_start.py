@@ -79,7 +79,8 @@ class WarmStartConfig:
 
     def step_config(self, base: StepConfig) -> StepConfig:
         """The supervised step: the loss and the optimizer are its own, memory settings those of the run."""
-        return dataclasses.replace(base, loss=LossConfig(name="sft"), optimizer=self.optimizer)
+        optimizer = self.optimizer.ending_at(self.steps)
+        return dataclasses.replace(base, loss=LossConfig(name="sft"), optimizer=optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

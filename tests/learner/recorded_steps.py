@@ -74,7 +74,7 @@ def quickstart() -> TrainConfig:
 def fresh_learner(config: TrainConfig) -> Learner:
     """The quickstart's policy as it is before any training, on one device."""
     graphdef, _ = abstract_policy(config.policy)
-    return Learner(graphdef, init_params(config.policy, seed=0), config.step)
+    return Learner(graphdef, init_params(config.policy, seed=0), config.step.ending_at(config.run.steps))
 
 
 def train_on(learner: Learner, config: TrainConfig, steps: Sequence[Sequence[Group]]) -> tuple[RecordedStep, ...]:

@@ -86,6 +86,16 @@ def test_the_normaliser_counts_unmerged_tokens_of_the_samples_own_group() -> Non
     np.testing.assert_allclose(by_batch.weight_BM[by_batch.term_mask_BM], 0.2)
 
 
+def test_by_sample_each_counts_alike_whatever_its_length() -> None:
+    first = [sample([1], [2, 3, 4, 5]), sample([1], [6])]
+    second = [sample([1], [7, 8])]
+
+    batch = pack([first, second], PackConfig(row_length=16, block_size=8, loss_norm="sample")).batches[0]
+
+    weights = batch.weight_BM[batch.term_mask_BM].tolist()
+    assert sorted(weights) == [0.0625] * 4 + [0.25] * 3  # 1/4 of the step to each of two samples, 1/2 to the third
+
+
 def test_duplicates_beyond_the_term_limit_open_another_row() -> None:
     copies = [sample([1], [2, 3, 4, 5, 6, 7, 8], name=str(n)) for n in range(40)]  # 7 edges, 280 terms
     config = PackConfig(row_length=8, rows=1, block_size=8, trunks=False)

@@ -93,7 +93,7 @@ def assign_credit(group: Group, config: CreditConfig, packing: PackConfig) -> Gr
     drop = "too_few_members" if len(members) < 2 else None if turns else "nothing_trainable"
     samples: tuple[Sample, ...] = ()
     if drop is None:
-        advantages = _advantages(group, members, config)
+        advantages = _advantages(group, members, {(member, step) for _, member, step in turns}, config)
         if all(abs(advantages[member][step]) <= _NO_ADVANTAGE for _, member, step in turns):
             drop = "zero_advantage"
         else:
@@ -125,10 +125,14 @@ def _in_order(trajectory: Trajectory) -> list[Turn]:
     return sorted(trajectory.turns, key=lambda turn: (turn.requested_at, turn.index))
 
 
-def _advantages(group: Group, members: list[Trajectory], config: CreditConfig) -> list[NDArray[np.float64]]:
-    """One advantage for each turn of each member, in order of request."""
+def _advantages(
+    group: Group, members: list[Trajectory], trained: set[tuple[int, int]], config: CreditConfig
+) -> list[NDArray[np.float64]]:
+    """One advantage for each turn of each member, in order of request; ``trained`` holds (member, step)."""
     found = [compute_returns(trajectory, config.gamma) for trajectory in members]
-    advantages = BASELINES[config.baseline]([returns for returns, _ in found], np.array([total for _, total in found]))
+    returns, totals = [own for own, _ in found], np.array([total for _, total in found])
+    marks = [np.array([(i, k) in trained for k in range(len(own))], np.bool_) for i, own in enumerate(returns)]
+    advantages = BASELINES[config.baseline](returns, totals, marks)
     if not config.shuffle_advantages:
         return advantages
     rng = np.random.default_rng([_STREAM, group.dispatch.index])

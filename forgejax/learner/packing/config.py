@@ -11,7 +11,7 @@ from forgejax.sharding.topology import Platform
 
 # Wide products feed a TPU's matrix unit; elsewhere small blocks leave out more of what no token sees.
 _BLOCKS: dict[Platform, int] = {"cpu": 64, "gpu": 64, "tpu": 512}
-LossNorm = Literal["group", "batch"]
+LossNorm = Literal["group", "batch", "sample"]
 EDGE_BUCKETS = (0.25, 0.5, 0.75, 1.0)  # of the row length: each edge costs a row of logits
 TERM_BUCKETS = (2, 16)  # of the row length: identical samples share edges but not terms
 
@@ -21,7 +21,9 @@ class PackConfig:
     """Shape of a micro-batch, and what a row is thought to cost.
 
     ``rows`` is per row shard of the mesh. ``block_size`` is that of attention; 0 leaves it to the platform, see ``on``.
-    A row's cost, by which shards are balanced, is ``token_cost * tokens + pair_cost * query-key pairs``. ``trunks``:
+    ``loss_norm``: each trained token weighs 1 over those of its task's ``group``, and tasks weigh alike; or 1 over
+    those of the whole ``batch``; or each ``sample`` weighs alike in its group whatever its length, tasks as well. A
+    row's cost, by which shards are balanced, is ``token_cost * tokens + pair_cost * query-key pairs``. ``trunks``:
     where rows would repeat a long prefix it may run once, in a pass before them, and samples of up to two rows can be
     trained; off on a mesh that splits rows by length.
     """

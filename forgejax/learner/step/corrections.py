@@ -1,7 +1,8 @@
 """Corrections for a gap between trainer and sampler: multipliers of each term's loss, one function each.
 
-Each takes the log-ratio of trainer to sampler [B, M], the advantages, which sample of its row a term belongs to and
-which terms are real, and gives [B, M] factors through which no gradient flows.
+Each takes the log-ratio of trainer to sampler [B, M] as it is, the advantages, which sample of its row a term belongs
+to and which terms are real, and gives [B, M] factors through which no gradient flows. Ratios are bounded where they are
+taken, log-ratios are not: a sum of bounded ones would be another sequence's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from forgejax.errors import ConfigError
 
 PerTerm = Float[Array, "B M"]
 CorrectionName = Literal["none", "truncated", "masked_sequence", "masked_geometric", "icepop", "m1_mask"]
+
+
+_LOG_RATIO_BOUND = 20.0
+
+
+def bounded_ratio(log_ratio_BM: PerTerm) -> PerTerm:
+    """Policy over behaviour probability, its logarithm clamped to ±20 so that it stays finite."""
+    return jnp.exp(jnp.clip(log_ratio_BM, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ def truncated(
     config: CorrectionConfig,
 ) -> PerTerm:
     """Truncated importance sampling: ``min(r, high)``."""
-    return jnp.minimum(jnp.exp(log_ratio_BM), config.high)
+    return jnp.minimum(bounded_ratio(log_ratio_BM), config.high)
 
 
 def masked_sequence(
@@ -89,7 +98,7 @@ def icepop(
     config: CorrectionConfig,
 ) -> PerTerm:
     """IcePop: the ratio where it lies in ``[low, high]``, else 0, token by token."""
-    return jnp.exp(log_ratio_BM) * _inside(log_ratio_BM, config)
+    return bounded_ratio(log_ratio_BM) * _inside(log_ratio_BM, config)
 
 
 def m1_mask(
@@ -100,7 +109,7 @@ def m1_mask(
     config: CorrectionConfig,
 ) -> PerTerm:
     """MiniMax-M1 eq. 7: 0 where PPO's clip would stop the update (A > 0 and r > high, or A < 0 and r < low), else 1."""
-    ratio_BM = jnp.exp(log_ratio_BM)
+    ratio_BM = bounded_ratio(log_ratio_BM)
     stopped_BM = ((advantage_BM > 0) & (ratio_BM > config.high)) | ((advantage_BM < 0) & (ratio_BM < config.low))
     return jnp.where(stopped_BM, 0.0, 1.0).astype(log_ratio_BM.dtype)
 

@@ -15,18 +15,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from forgejax.errors import ConfigError
-from forgejax.learner.step.corrections import CORRECTIONS, CorrectionConfig, PerTerm
+from forgejax.learner.step.corrections import CORRECTIONS, CorrectionConfig, PerTerm, bounded_ratio
 
-_LOG_RATIO_BOUND = 20.0
 LossName = Literal["cispo", "reinforce", "ppo_clip", "sft"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Which loss, and its clip range. ``eps_high`` bounds the ratio of CISPO at ``1 + eps_high``."""
+    """Which loss, and its clip range.
+
+    ``eps_high`` bounds the ratio of CISPO at ``1 + eps_high``, ``eps_low`` at ``1 - eps_low`` from below; 1 is no lower
+    clip. One below 1, with ``packing.loss_norm = "sample"``, is MiniMax-M1's remedy where failures grow longer than
+    successes.
+    """
 
     name: LossName = "cispo"
     eps_high: float = 4.0
+    eps_low: float = 1.0
     ppo_low: float = 0.2
     ppo_high: float = 0.2
     correction: CorrectionConfig = dataclasses.field(default_factory=CorrectionConfig)
@@ -36,6 +41,8 @@ class LossConfig:
             raise ConfigError(f"loss.name {self.name!r}: expected one of {', '.join(LOSSES)}")
         if not (self.eps_high > 0 and 0 < self.ppo_low < 1 and self.ppo_high > 0):
             raise ConfigError("loss.eps_high, loss.ppo_low and loss.ppo_high: expected positive, ppo_low below 1")
+        if not 0 < self.eps_low <= 1:
+            raise ConfigError(f"loss.eps_low is {self.eps_low}; expected more than 0, up to 1 for no lower clip")
         if self.name in ("cispo", "ppo_clip") and CORRECTIONS[self.correction.name].weighs:
             raise ConfigError(
                 f"loss.correction {self.correction.name!r} multiplies by the ratio; loss {self.name!r} already does: "
@@ -48,20 +55,17 @@ class LossConfig:
 Loss = Callable[[PerTerm, PerTerm, PerTerm, LossConfig], tuple[PerTerm, Bool[Array, "B M"]]]
 
 
-def log_ratio(logp_BM: PerTerm, old_logp_BM: PerTerm) -> PerTerm:
-    """log of policy over behaviour probability, clamped to ±20 so that its exponential stays finite."""
-    return jnp.clip(logp_BM - old_logp_BM, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-
-
 def cispo(
     logp_BM: PerTerm, old_logp_BM: PerTerm, advantage_BM: PerTerm, config: LossConfig
 ) -> tuple[PerTerm, Bool[Array, "B M"]]:
-    """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(min(r, 1 + eps_high)) * A * log pi``.
+    """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(clip(r, low, high)) * A * log pi``.
 
-    The weight is clipped and never the gradient: every term keeps one. No lower clip, no KL term.
+    The weight is clipped and never the gradient: every term keeps one. No KL term. From ``1 - eps_low`` to ``1 + eps_high``.
     """
-    ratio_BM = jax.lax.stop_gradient(jnp.exp(log_ratio(logp_BM, old_logp_BM)))
-    return -jnp.minimum(ratio_BM, 1.0 + config.eps_high) * advantage_BM * logp_BM, ratio_BM > 1.0 + config.eps_high
+    ratio_BM = jax.lax.stop_gradient(bounded_ratio(logp_BM - old_logp_BM))
+    low, high = 1.0 - config.eps_low, 1.0 + config.eps_high
+    clipped_BM = (ratio_BM > high) | (ratio_BM < low)
+    return -jnp.clip(ratio_BM, low, high) * advantage_BM * logp_BM, clipped_BM
 
 
 def reinforce(
@@ -76,7 +80,7 @@ def ppo_clip(
 ) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """``-min(r * A, clip(r, 1 - ppo_low, 1 + ppo_high) * A)`` (PPO, arXiv 1707.06347 eq. 7); clipped terms lose their
     gradient."""
-    ratio_BM = jnp.exp(log_ratio(logp_BM, old_logp_BM))
+    ratio_BM = bounded_ratio(logp_BM - old_logp_BM)
     plain_BM = ratio_BM * advantage_BM
     bounded_BM = jnp.clip(ratio_BM, 1.0 - config.ppo_low, 1.0 + config.ppo_high) * advantage_BM
     return -jnp.minimum(plain_BM, bounded_BM), bounded_BM < plain_BM

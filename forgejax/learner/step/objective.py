@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forgejax.learner.packing.batch import PackedBatch
-from forgejax.learner.step.corrections import CORRECTIONS
-from forgejax.learner.step.losses import LOSSES, LossConfig, log_ratio
+from forgejax.learner.step.corrections import CORRECTIONS, bounded_ratio
+from forgejax.learner.step.losses import LOSSES, LossConfig
 from forgejax.learner.step.measure import Tally, tally_terms
 from forgejax.models.moe import RouterLoad
 
@@ -31,7 +31,7 @@ def sum_objective(
     # Supervised tokens have no behaviour policy: their ratio is one.
     old_logp_BM = fixed_BM if config.name == "sft" else jnp.asarray(batch.old_logp_BM)
     loss_BM, clipped_BM = LOSSES[config.name](logp_BM, old_logp_BM, advantage_BM, config)
-    log_ratio_BM = log_ratio(fixed_BM, old_logp_BM)
+    log_ratio_BM = fixed_BM - old_logp_BM
     correct = CORRECTIONS[config.correction.name].factor
     factor_BM = correct(log_ratio_BM, advantage_BM, jnp.asarray(batch.term_sample_BM), mask_BM, config.correction)
     loss = jnp.where(mask_BM, weight_BM * factor_BM * loss_BM, 0.0).sum()
@@ -40,7 +40,7 @@ def sum_objective(
         loss=jax.lax.stop_gradient(loss),
         logp=fixed_BM,
         old_logp=old_logp_BM,
-        ratio=jnp.exp(log_ratio_BM),
+        ratio=bounded_ratio(log_ratio_BM),
         entropy=entropy_BM,
         clipped=clipped_BM,
         mask=mask_BM,

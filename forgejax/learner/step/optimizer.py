@@ -16,7 +16,10 @@ from forgejax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. The rate rises linearly over ``warmup_steps``, then stays or falls as a cosine until ``total_steps``."""
+    """AdamW. The rate rises linearly over ``warmup_steps``, then stays or falls as a cosine until ``total_steps``.
+
+    ``total_steps`` of 0 are those of the run, whatever their number.
+    """
 
     learning_rate: float = 1e-3
     warmup_steps: int = 0
@@ -38,17 +41,30 @@ class OptimizerConfig:
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.final_fraction <= 1):
             raise ConfigError("optimizer.b1 and b2: expected 0 up to but not 1; final_fraction: 0 to 1")
-        if self.warmup_steps < 0 or (self.schedule == "cosine" and self.total_steps <= self.warmup_steps):
+        if self.warmup_steps < 0 or self.total_steps < 0:
+            raise ConfigError(
+                f"optimizer.warmup_steps is {self.warmup_steps} and total_steps {self.total_steps}; expected counts"
+            )
+        if self.schedule == "cosine" and 0 < self.total_steps <= self.warmup_steps:
             raise ConfigError(
                 f"optimizer.total_steps {self.total_steps}: a cosine schedule ends after its {self.warmup_steps} "
-                "warm-up steps; set it to the steps of the run"
+                "warm-up steps; leave it out for the steps of the run"
             )
+
+    def ending_at(self, steps: int) -> OptimizerConfig:
+        """The same with ``total_steps`` of a run of so many steps, unless it has its own."""
+        return self if self.total_steps else dataclasses.replace(self, total_steps=max(steps, self.warmup_steps + 1))
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """The rate of update 0, 1, 2, ...; warm-up starts above 0, so that no update is wasted."""
+    """The rate of update 0, 1, 2, ...; warm-up starts above 0, so that no update is wasted.
+
+    Raises ValueError for a cosine whose end nobody has set: see ``ending_at``.
+    """
     peak = config.learning_rate
     if config.schedule == "cosine":
+        if not config.total_steps:
+            raise ValueError("a cosine schedule of 0 steps; give the steps of the run by OptimizerConfig.ending_at")
         decay_steps = config.total_steps - config.warmup_steps
         after = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction)
     else:

@@ -53,6 +53,10 @@ class StepConfig:
         if not 0 <= self.activation_gib < float("inf"):
             raise ConfigError(f"step.activation_gib is {self.activation_gib}; expected GiB of memory, finite")
 
+    def ending_at(self, steps: int) -> StepConfig:
+        """The same for a run of so many steps, which the learning rate's schedule follows unless it has its own."""
+        return dataclasses.replace(self, optimizer=self.optimizer.ending_at(steps))
+
     def forward_pass(self, graphdef: Any, layout: Layout) -> ForwardPass:
         """The forward pass of a policy within this memory."""
         return ForwardPass(

@@ -73,6 +73,38 @@ def test_each_correction_by_hand() -> None:
     assert _factors("m1_mask", ratios, [1, 1, -1, 1, -1]) == [1, 1, 1, 1, 1]
 
 
+def test_a_sequence_is_judged_by_the_sum_of_its_log_ratios_as_they_are() -> None:
+    """+30 and -30 are a product of 1, +30 and -20 one of e^10, though a ratio alone stops at e^20."""
+
+    def kept(*log_ratios: float) -> list[float]:
+        shape = (1, len(log_ratios))
+        args = jnp.asarray([log_ratios]), jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.ones(shape, jnp.bool_)
+        factor = CORRECTIONS["masked_sequence"].factor(*args, CorrectionConfig(name="masked_sequence"))
+        return [float(x) for x in factor[0]]
+
+    assert kept(30.0, -30.0) == [1, 1]
+    assert kept(30.0, -20.0) == [0, 0]
+    assert kept(-30.0, 30.4, -0.1) == [1, 1, 1]
+    assert kept(25.0, -20.0, -4.0) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("correction", ["truncated", "icepop", "m1_mask"])
+def test_a_correction_stays_finite_at_any_ratio(correction: CorrectionName) -> None:
+    ratio = jnp.asarray([[500.0, -500.0, 0.0]])
+    args = jnp.ones((1, 3)), jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.bool_)
+    factor = CORRECTIONS[correction].factor(ratio, *args, CorrectionConfig(name=correction))
+    assert np.isfinite(np.asarray(factor)).all()
+
+
+def test_a_lower_clip_bounds_the_weight_from_below_and_keeps_the_gradient() -> None:
+    config = LossConfig(eps_low=0.5, eps_high=1.0)
+    slopes, clipped = _slopes("cispo", [0.1, 0.5, 1.5, 4.0], [1.0, 1.0, -1.0, -1.0], config)
+    np.testing.assert_allclose(slopes, [-0.5, -0.5, 1.5, 2.0], rtol=1e-6)
+    assert clipped == [True, False, False, True]
+    with pytest.raises(ConfigError, match="eps_low"):
+        LossConfig(eps_low=0.0)
+
+
 @pytest.mark.parametrize("correction", ["truncated", "icepop"])
 def test_a_correction_that_weighs_by_the_ratio_is_refused_where_the_loss_does(correction: CorrectionName) -> None:
     with pytest.raises(ConfigError, match="already does"):

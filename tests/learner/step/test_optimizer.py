@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -50,9 +51,19 @@ def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_a_shorter_one_l
     np.testing.assert_array_equal(nothing["a"], [0.0, 0.0])
 
 
-def test_a_cosine_without_an_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="total_steps 0"):
-        OptimizerConfig(schedule="cosine")
+def test_a_cosine_ends_with_the_run_unless_it_has_an_end_of_its_own() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine", final_fraction=0.25)
+
+    for steps in (7, 20, 200):
+        rates = [float(make_schedule(config.ending_at(steps))(step)) for step in range(steps + 1)]
+        assert rates[2] == 1.0 and rates[-1] == 0.25 and rates[-2] > 0.25
+    own = dataclasses.replace(config, total_steps=9)
+    assert own.ending_at(200) == own
+    assert config.ending_at(0).total_steps == 3  # nothing is trained, and that is no error
+    with pytest.raises(ValueError, match="ending_at"):
+        make_schedule(config)
+    with pytest.raises(ConfigError, match="total_steps 2"):
+        dataclasses.replace(config, total_steps=2)
 
 
 @pytest.mark.parametrize(
