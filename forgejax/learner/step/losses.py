@@ -60,7 +60,8 @@ def cispo(
 ) -> tuple[PerTerm, Bool[Array, "B M"]]:
     """Clipped importance weights (MiniMax-M1, arXiv 2506.13585 eq. 4-5): ``-sg(clip(r, low, high)) * A * log pi``.
 
-    The weight is clipped and never the gradient: every term keeps one. No KL term. From ``1 - eps_low`` to ``1 + eps_high``.
+    The weight is clipped and never the gradient: every term keeps one. No KL term; the range is
+    ``1 - eps_low`` to ``1 + eps_high``.
     """
     ratio_BM = jax.lax.stop_gradient(bounded_ratio(logp_BM - old_logp_BM))
     low, high = 1.0 - config.eps_low, 1.0 + config.eps_high
