@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from forgejax.errors import PoolError
+from forgejax.errors import DamagedGroupError, DamagedJournalError, PoolError
 from forgejax.pool import schema
 from forgejax.types import Dispatch
 
@@ -139,8 +139,11 @@ class Journal:
         with self._write() as connection:
             _count(connection, self.attempt, reason, tokens)
 
-    def forget(self, step: int) -> None:
-        """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on."""
+    def forget(self, step: int) -> int | None:
+        """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on.
+
+        Gives the oldest version that a group started on which is kept or running; None where there is no such group.
+        """
         with self._write() as connection:
             already = connection.scalar(sa.select(schema.fence.c.forgotten_before)) or 0
             past = sa.select(schema.consumption.c.index).where(
@@ -156,22 +159,28 @@ class Journal:
             connection.execute(
                 sa.update(schema.fence).where(schema.fence.c.forgotten_before < step).values(forgotten_before=step)
             )
+            kept = schema.groups.c.payload.is_not(None) | (schema.groups.c.state == "dispatched")
+            oldest: int | None = connection.scalar(sa.select(sa.func.min(schema.groups.c.version)).where(kept))
+            return oldest
 
     def payload(self, index: int) -> bytes:
-        """The bytes of a finished group. Raises PoolError if there are none."""
-        with schema.errors(), self._engine.connect() as connection:
-            data = connection.scalar(sa.select(schema.groups.c.payload).where(schema.groups.c.index == index))
+        """The bytes of a finished group. Raises DamagedGroupError if there are none, or none that can be read."""
+        query = sa.select(schema.groups.c.payload).where(schema.groups.c.index == index)
+        try:
+            with schema.errors(), self._engine.connect() as connection:
+                data = connection.scalar(query)
+        except DamagedJournalError as error:
+            raise DamagedGroupError(f"group {index}: its stored bytes cannot be read: {error}") from error
         if data is None:
-            raise PoolError(f"group {index}: the journal holds no bytes for it; restore the journal from a backup")
+            raise DamagedGroupError(f"group {index}: the journal holds no bytes for it")
         return bytes(data)
 
-    def payloads(self) -> Iterator[tuple[int, bytes]]:
-        """Index and bytes of every finished group that still has them, by index."""
+    def kept(self) -> list[int]:
+        """The indices of all finished groups that still have their bytes, in order."""
         held = schema.groups.c.payload.is_not(None) & (schema.groups.c.state == "finished")
-        query = sa.select(schema.groups.c.index, schema.groups.c.payload).where(held).order_by(schema.groups.c.index)
+        query = sa.select(schema.groups.c.index).where(held).order_by(schema.groups.c.index)
         with schema.errors(), self._engine.connect() as connection:
-            for index, payload in connection.execute(query):
-                yield index, bytes(payload)
+            return list(connection.scalars(query))
 
     def groups(self) -> list[GroupRow]:
         """Every group, by index."""

@@ -15,9 +15,8 @@ from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
 from forgejax.learner import Learner, lay_empty
 from forgejax.models import Params, abstract_policy, init_params, load_params
-from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
-from forgejax.pool.pool import Pool
+from forgejax.pool.pool import Pool, read_groups
 from forgejax.report.live.progress import Progress
 from forgejax.report.sinks import open_sinks
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
@@ -216,6 +215,6 @@ def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, 
 def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:
     """The running medians as earlier attempts leave them, by the finished groups that the journal still holds."""
     baseline = SpeedBaseline(success_at=config.reward.success_at)
-    for index, payload in journal.payloads():
-        baseline.observe(decode_group(payload, index=index))
+    for group in read_groups(journal):
+        baseline.observe(group)
     return baseline

@@ -131,7 +131,7 @@ class Trainer:
         self.account.count_time()
         self.checkpoints.save(self.step, self.learner.state, self.account.sums.to_mapping(), self.steps)
         if oldest is not None:
-            self.pool.forget(oldest)
+            self.engines.trim(self.pool.forget(oldest))
 
     def stop(self) -> None:
         """Asks the loop to end after the step it is in. Any thread, or a signal handler, may call it."""
