@@ -38,7 +38,7 @@ class FailureStreak:
     def observe(self, trajectory: Trajectory) -> None:
         """Raises AgentError at the limit."""
         no_call = not trajectory.turns and trajectory.stop_reason in NO_CALL
-        self._count = self._count + 1 if no_call else 0
+        self._count = min(self._count + 1, self._limit) if no_call else 0  # others may end while one is reported
         if self._count >= self._limit:
             how = trajectory.error or f"it answered {trajectory.answer!r} without asking the model"
             raise AgentError(
@@ -109,11 +109,11 @@ class GroupRunner:
             last = waiting.result()
             if last is not None and last not in groups.values():
                 unbegun.append(last)
+        failures = [group.exception() for group in groups if not group.cancelled()]
         for dispatch in unbegun:
             await self._sink.fail(dispatch, IN_FLIGHT, 0)
-        for group in groups:
-            if not group.cancelled():
-                group.result()
+        for failure in filter(None, failures):  # a full disk fails all of them alike; the first one speaks
+            raise failure
 
     async def _run_group(self, dispatch: Dispatch) -> None:
         task = self._environment.task(dispatch.index)

@@ -65,6 +65,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         environment = make_environment(config.tasks)
     checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
     stack.callback(checkpoints.close)
+    for damage in checkpoints.set_aside:
+        progress.note(damage)
     resume_step = checkpoints.latest
     learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment
-from forgejax.errors import TrainingError
+from forgejax.errors import EngineError, StorageFullError, TrainingError
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
@@ -77,7 +77,10 @@ class Trainer:
         before = self._evaluate_before(before_file)
         self.service.start_groups()
         with self.progress.phase("training", f"{self.config.steps - self.step} steps"):
-            self.train()
+            try:
+                self.train()
+            except (StorageFullError, EngineError) as error:
+                raise type(error)(f"{error}; {self.checkpoints.describe_safe()}") from error
         finished = self.step >= self.config.steps
         self.service.stop_groups()
         self.pool.close()
@@ -141,6 +144,7 @@ class Trainer:
     def _take(self) -> StepData | None:
         """The next step's data; None once the run is stopping."""
         self.service.check()
+        self.checkpoints.check()
         asked_at = time.monotonic()
         data = None if self.stopping else self.steps.next()
         if data is None and not self.stopping:  # the pool was closed, and not by us
