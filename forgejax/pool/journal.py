@@ -7,7 +7,7 @@ attempt raises PoolError. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -175,6 +175,12 @@ class Journal:
             raise DamagedGroupError(f"group {index}: the journal holds no bytes for it")
         return bytes(data)
 
+    def payloads(self, indices: Sequence[int]) -> dict[int, bytes]:
+        """The bytes of those of the finished groups that have any. Raises DamagedJournalError if one cannot be read."""
+        query = sa.select(schema.groups.c.index, schema.groups.c.payload).where(schema.groups.c.index.in_(indices))
+        with schema.errors(), self._engine.connect() as connection:
+            return {index: bytes(data) for index, data in connection.execute(query) if data is not None}
+
     def kept(self) -> list[int]:
         """The indices of all finished groups that still have their bytes, in order."""
         held = schema.groups.c.payload.is_not(None) & (schema.groups.c.state == "finished")
@@ -185,15 +191,17 @@ class Journal:
     def groups(self) -> list[GroupRow]:
         """Every group, by index."""
         with schema.errors(), self._engine.connect() as connection:
-            rows = connection.execute(sa.select(*_GROUP_COLUMNS).order_by(schema.groups.c.index)).mappings().all()
-        return [GroupRow(**row) for row in rows]
+            rows = connection.execute(sa.select(*_GROUP_COLUMNS).order_by(schema.groups.c.index)).all()
+        return [GroupRow(**dict(zip(_GROUP_FIELDS, row, strict=True))) for row in rows]
 
     def consumption(self) -> list[Consumption]:
         """The consumption of the surviving lineage, in the order it happened."""
         columns = [schema.consumption.c[name] for name in Consumption.__dataclass_fields__]
         query = sa.select(*columns).where(schema.consumption.c.voided_by.is_(None)).order_by(schema.consumption.c.id)
         with schema.errors(), self._engine.connect() as connection:
-            return [Consumption(**row) for row in connection.execute(query).mappings().all()]
+            rows = connection.execute(query).all()
+        names = tuple(Consumption.__dataclass_fields__)
+        return [Consumption(**dict(zip(names, row, strict=True))) for row in rows]
 
     def untrained_tokens(self) -> dict[str, int]:
         """Tokens counted outside finished groups, by reason, over all attempts."""
@@ -258,7 +266,8 @@ class Journal:
             )
 
 
-_GROUP_COLUMNS = [schema.groups.c[name] for name in GroupRow.__dataclass_fields__]
+_GROUP_FIELDS = tuple(GroupRow.__dataclass_fields__)
+_GROUP_COLUMNS = [schema.groups.c[name] for name in _GROUP_FIELDS]
 
 
 def _row(connection: Connection, index: int) -> GroupRow | None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
-from forgejax.errors import ConfigError, DamagedGroupError, PoolError, TrainingError
+from forgejax.errors import ConfigError, DamagedGroupError, DamagedJournalError, PoolError, TrainingError
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.pool.journal import LOST_ATTEMPT, Consumption, Journal, Kind
 from forgejax.pool.ledger import Ledger, PoolSnapshot, TokenAccount
@@ -22,6 +22,7 @@ from forgejax.pool.window import Live, State, Taken, Window, WindowConfig
 from forgejax.types import Dispatch, Group
 
 DAMAGED = "damaged"
+_READ_AHEAD = 16  # groups that are read at once; each can be megabytes
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
@@ -398,11 +399,17 @@ async def see_through(work: Awaitable[_T]) -> _T:
 
 def read_groups(journal: Journal) -> Iterator[Group]:
     """Every finished group that the journal still has whole, by index; damaged ones are told of and left out."""
-    for index in journal.kept():
+    kept = journal.kept()
+    for indices in (kept[start : start + _READ_AHEAD] for start in range(0, len(kept), _READ_AHEAD)):
         try:
-            yield decode_group(journal.payload(index), index=index)
-        except DamagedGroupError as error:
-            _logger.warning("%s; it is left out", error)
+            payloads = journal.payloads(indices)
+        except DamagedJournalError:  # it does not say in which group
+            payloads = {}
+        for index in indices:
+            try:
+                yield decode_group(payloads.get(index) or journal.payload(index), index=index)
+            except DamagedGroupError as error:
+                _logger.warning("%s; it is left out", error)
 
 
 def _resolve(asker: asyncio.Future[None]) -> None:

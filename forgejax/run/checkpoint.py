@@ -259,7 +259,8 @@ def load_trained(directory: Path, step: int | None, like: Any) -> tuple[int, Any
 def _set_damaged_aside(directory: Path) -> list[str]:
     """Renames the checkpoints that are newer than the newest sound one; gives a sentence about each."""
     steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
-    told, damaged = [], False
+    told: list[str] = []
+    damaged = False
     for step in steps:
         damage = find_damage(directory / str(step))
         if damage is None:
