@@ -36,6 +36,14 @@ class PoolError(ForgejaxError):
     """The data pool cannot keep what it accepted, or is used against its laws."""
 
 
+class DamagedJournalError(PoolError):
+    """The journal's file is not as the database left it."""
+
+
+class DamagedGroupError(PoolError):
+    """The stored bytes of one group are not those that were accepted; every other group can be used."""
+
+
 class StorageFullError(PoolError):
     """The disk under the run directory is full; nothing already accepted is lost."""
 

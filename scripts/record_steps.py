@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from forgejax.learner import Learner, PackGroups
-from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
+from forgejax.pool.pool import read_groups
 from forgejax.pool.schema import sqlite_url
 from forgejax.run.config import TrainConfig
 from forgejax.types import Group
@@ -49,13 +49,10 @@ def main(run: Path) -> None:
 def groups_of(run: Path) -> list[list[Group]]:
     """The groups that each of the first steps trained on, in their order in the batch."""
     journal = Journal.open(sqlite_url(run / "journal.sqlite"))
-    payloads = dict(journal.payloads())
+    kept = {group.dispatch.index: group for group in read_groups(journal)}
     taken = [record for record in journal.consumption() if record.kind == "taken" and record.step < _STEPS]
     journal.close()
-    return [
-        [decode_group(payloads[record.index], index=record.index) for record in taken if record.step == step]
-        for step in range(_STEPS)
-    ]
+    return [[kept[record.index] for record in taken if record.step == step] for step in range(_STEPS)]
 
 
 def as_drawn_by(learner: Learner, config: TrainConfig, groups: Sequence[Group]) -> list[Group]:

@@ -38,7 +38,7 @@ class FailureStreak:
     def observe(self, trajectory: Trajectory) -> None:
         """Raises AgentError at the limit."""
         no_call = not trajectory.turns and trajectory.stop_reason in NO_CALL
-        self._count = self._count + 1 if no_call else 0
+        self._count = min(self._count + 1, self._limit) if no_call else 0  # others may end while one is reported
         if self._count >= self._limit:
             how = trajectory.error or f"it answered {trajectory.answer!r} without asking the model"
             raise AgentError(
@@ -109,11 +109,11 @@ class GroupRunner:
             last = waiting.result()
             if last is not None and last not in groups.values():
                 unbegun.append(last)
+        failures = [group.exception() for group in groups if not group.cancelled()]
         for dispatch in unbegun:
-            self._sink.fail(dispatch, IN_FLIGHT, 0)
-        for group in groups:
-            if not group.cancelled():
-                group.result()
+            await self._sink.fail(dispatch, IN_FLIGHT, 0)
+        for failure in filter(None, failures):  # a full disk fails all of them alike; the first one speaks
+            raise failure
 
     async def _run_group(self, dispatch: Dispatch) -> None:
         task = self._environment.task(dispatch.index)
@@ -133,11 +133,11 @@ class GroupRunner:
             await asyncio.wait(members)
         except asyncio.CancelledError:
             ended = await _cancel(members)
-            self._sink.fail(dispatch, IN_FLIGHT, _sampled(ended))
+            await self._sink.fail(dispatch, IN_FLIGHT, _sampled(ended))
             return
-        self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
+        await self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
 
-    def _report(
+    async def _report(
         self, dispatch: Dispatch, task: Task, trajectories: tuple[Trajectory, ...], baseline_s: float | None
     ) -> None:
         try:
@@ -145,7 +145,7 @@ class GroupRunner:
                 self._streak.observe(trajectory)
             self._episodes.scaffold.check()
         except AgentError:
-            self._sink.fail(dispatch, StopReason.AGENT_FAILED.value, _sampled(trajectories))
+            await self._sink.fail(dispatch, StopReason.AGENT_FAILED.value, _sampled(trajectories))
             raise
         dropped = [
             trajectory.stop_reason.value
@@ -153,10 +153,10 @@ class GroupRunner:
             if self._episodes.policy.of(trajectory.stop_reason) == "drop_group"
         ]
         if dropped:
-            self._sink.fail(dispatch, dropped[0], _sampled(trajectories))
+            await self._sink.fail(dispatch, dropped[0], _sampled(trajectories))
             return
         group = Group(dispatch=dispatch, task=task, trajectories=trajectories, baseline_s=baseline_s)
-        self._sink.finish(group)
+        await self._sink.finish(group)
         self._baseline.observe(group)
 
 

@@ -7,7 +7,7 @@ attempt raises PoolError. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from forgejax.errors import PoolError
+from forgejax.errors import DamagedGroupError, DamagedJournalError, PoolError
 from forgejax.pool import schema
 from forgejax.types import Dispatch
 
@@ -139,8 +139,11 @@ class Journal:
         with self._write() as connection:
             _count(connection, self.attempt, reason, tokens)
 
-    def forget(self, step: int) -> None:
-        """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on."""
+    def forget(self, step: int) -> int | None:
+        """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on.
+
+        Gives the oldest version that a group started on which is kept or running; None where there is no such group.
+        """
         with self._write() as connection:
             already = connection.scalar(sa.select(schema.fence.c.forgotten_before)) or 0
             past = sa.select(schema.consumption.c.index).where(
@@ -156,35 +159,49 @@ class Journal:
             connection.execute(
                 sa.update(schema.fence).where(schema.fence.c.forgotten_before < step).values(forgotten_before=step)
             )
+            kept = schema.groups.c.payload.is_not(None) | (schema.groups.c.state == "dispatched")
+            oldest: int | None = connection.scalar(sa.select(sa.func.min(schema.groups.c.version)).where(kept))
+            return oldest
 
     def payload(self, index: int) -> bytes:
-        """The bytes of a finished group. Raises PoolError if there are none."""
-        with schema.errors(), self._engine.connect() as connection:
-            data = connection.scalar(sa.select(schema.groups.c.payload).where(schema.groups.c.index == index))
+        """The bytes of a finished group. Raises DamagedGroupError if there are none, or none that can be read."""
+        query = sa.select(schema.groups.c.payload).where(schema.groups.c.index == index)
+        try:
+            with schema.errors(), self._engine.connect() as connection:
+                data = connection.scalar(query)
+        except DamagedJournalError as error:
+            raise DamagedGroupError(f"group {index}: its stored bytes cannot be read: {error}") from error
         if data is None:
-            raise PoolError(f"group {index}: the journal holds no bytes for it; restore the journal from a backup")
+            raise DamagedGroupError(f"group {index}: the journal holds no bytes for it")
         return bytes(data)
 
-    def payloads(self) -> Iterator[tuple[int, bytes]]:
-        """Index and bytes of every finished group that still has them, by index."""
-        held = schema.groups.c.payload.is_not(None) & (schema.groups.c.state == "finished")
-        query = sa.select(schema.groups.c.index, schema.groups.c.payload).where(held).order_by(schema.groups.c.index)
+    def payloads(self, indices: Sequence[int]) -> dict[int, bytes]:
+        """The bytes of those of the finished groups that have any. Raises DamagedJournalError if one cannot be read."""
+        query = sa.select(schema.groups.c.index, schema.groups.c.payload).where(schema.groups.c.index.in_(indices))
         with schema.errors(), self._engine.connect() as connection:
-            for index, payload in connection.execute(query):
-                yield index, bytes(payload)
+            return {index: bytes(data) for index, data in connection.execute(query) if data is not None}
+
+    def kept(self) -> list[int]:
+        """The indices of all finished groups that still have their bytes, in order."""
+        held = schema.groups.c.payload.is_not(None) & (schema.groups.c.state == "finished")
+        query = sa.select(schema.groups.c.index).where(held).order_by(schema.groups.c.index)
+        with schema.errors(), self._engine.connect() as connection:
+            return list(connection.scalars(query))
 
     def groups(self) -> list[GroupRow]:
         """Every group, by index."""
         with schema.errors(), self._engine.connect() as connection:
-            rows = connection.execute(sa.select(*_GROUP_COLUMNS).order_by(schema.groups.c.index)).mappings().all()
-        return [GroupRow(**row) for row in rows]
+            rows = connection.execute(sa.select(*_GROUP_COLUMNS).order_by(schema.groups.c.index)).all()
+        return [GroupRow(**dict(zip(_GROUP_FIELDS, row, strict=True))) for row in rows]
 
     def consumption(self) -> list[Consumption]:
         """The consumption of the surviving lineage, in the order it happened."""
         columns = [schema.consumption.c[name] for name in Consumption.__dataclass_fields__]
         query = sa.select(*columns).where(schema.consumption.c.voided_by.is_(None)).order_by(schema.consumption.c.id)
         with schema.errors(), self._engine.connect() as connection:
-            return [Consumption(**row) for row in connection.execute(query).mappings().all()]
+            rows = connection.execute(query).all()
+        names = tuple(Consumption.__dataclass_fields__)
+        return [Consumption(**dict(zip(names, row, strict=True))) for row in rows]
 
     def untrained_tokens(self) -> dict[str, int]:
         """Tokens counted outside finished groups, by reason, over all attempts."""
@@ -249,7 +266,8 @@ class Journal:
             )
 
 
-_GROUP_COLUMNS = [schema.groups.c[name] for name in GroupRow.__dataclass_fields__]
+_GROUP_FIELDS = tuple(GroupRow.__dataclass_fields__)
+_GROUP_COLUMNS = [schema.groups.c[name] for name in _GROUP_FIELDS]
 
 
 def _row(connection: Connection, index: int) -> GroupRow | None:

@@ -1,24 +1,30 @@
 """The data pool: the window and its journal behind one lock.
 
-The rollout side (one asyncio thread) sees a ``GroupSink``: ``next_dispatch``, ``finish``, ``fail``. The training side
+The rollout side asks for work (``next_dispatch``) and reports it (``finish``, ``fail``). The training side
 (any thread) takes groups, accepts them into numbered batches or drops them, and after each step calls ``publish`` and
 then ``retire``, so that refills start on the weights just published. Policy version n is the parameters after n steps;
 batch n is trained by the step that starts on version n.
 """
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
-from forgejax.errors import ConfigError, PoolError, TrainingError
+from forgejax.errors import ConfigError, DamagedGroupError, DamagedJournalError, PoolError, TrainingError
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.pool.journal import LOST_ATTEMPT, Consumption, Journal, Kind
 from forgejax.pool.ledger import Ledger, PoolSnapshot, TokenAccount
 from forgejax.pool.window import Live, State, Taken, Window, WindowConfig
 from forgejax.types import Dispatch, Group
+
+DAMAGED = "damaged"
+_READ_AHEAD = 16  # groups that are read at once; each can be megabytes
+_T = TypeVar("_T")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,10 @@ class PoolConfig:
 
 
 class Pool:
-    """Build it with ``open``. Implements ``GroupSink``. Every method may be called from any thread."""
+    """Build it with ``open``. Every method may be called from any thread.
+
+    All but ``next_dispatch`` and ``close`` may wait for the disk: an event loop calls them in another thread.
+    """
 
     def __init__(self, journal: Journal, config: PoolConfig, step: int) -> None:
         self._journal = journal
@@ -82,26 +91,23 @@ class Pool:
         with self._changed:
             return self._next_step
 
-    # The rollout side: GroupSink.
+    # The rollout side.
 
     async def next_dispatch(self) -> Dispatch | None:
-        """Waits until another group may be in flight; None once the pool is closed."""
+        """Waits until another group may be in flight; None once the pool is closed.
+
+        A dispatch that was made is given even to a caller who has been cancelled meanwhile.
+        """
         loop = asyncio.get_running_loop()
         while True:
-            with self._changed:
-                if self._closed:
-                    return None
-                index = self._window.dispatchable()
-                if index is not None:
-                    return self._dispatch(index)
-                asker = (loop, loop.create_future())
-                self._askers.append(asker)
-            try:
-                await asker[1]
-            finally:
-                with self._changed:
-                    if asker in self._askers:
-                        self._askers.remove(asker)
+            woken = loop.create_future()
+            answered, dispatch = await see_through(asyncio.to_thread(self._ask, (loop, woken)))
+            if answered:
+                return dispatch
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise asyncio.CancelledError
+            await woken
 
     def finish(self, group: Group) -> None:
         """Accepts a finished group durably. Repeating a report changes nothing; a report of an attempt that was given
@@ -139,21 +145,20 @@ class Pool:
     def take(self, timeout_s: float) -> Group | None:
         """Waits for the oldest finished group inside the window and takes it; None once the pool is closed.
 
-        The caller must then ``accept`` or ``drop`` it. The wait is measured from the call or from the last batch that
-        retired, whichever is later; past ``timeout_s`` it raises a TrainingError that names what blocks the head.
+        The caller must then ``accept`` or ``drop`` it. A group whose stored bytes are damaged is dropped on the way,
+        all its tokens as DAMAGED. The wait is measured from the call or from the last batch that retired, whichever is
+        later; past ``timeout_s`` it raises a TrainingError that names what blocks the head.
         """
         called_at = time.monotonic()
-        with self._changed:
-            while not self._closed and self._window.takeable() is None:
-                left = max(called_at, self._retired_at) + timeout_s - time.monotonic()
-                if left <= 0:
-                    raise TrainingError(f"no group could be taken for {timeout_s:g} s: {self._obstacle()}")
-                self._changed.wait(left)
-            if self._closed:
+        while True:
+            with self._changed:
+                index = self._take(called_at, timeout_s)
+            if index is None:
                 return None
-            place = self._window.take()
-            self._places[place.index] = place
-        return decode_group(self._journal.payload(place.index), index=place.index)
+            try:
+                return decode_group(self._journal.payload(index), index=index)
+            except DamagedGroupError as error:
+                self._drop_damaged(index, error)
 
     def accept(self, index: int, *, step: int, untrained: Mapping[str, int]) -> None:
         """Puts a taken group into batch ``step``; ``untrained``: its tokens that will not be trained, by reason."""
@@ -203,10 +208,14 @@ class Pool:
             self._load(step)
             self._wake()
 
-    def forget(self, step: int) -> None:
-        """No checkpoint older than ``step`` is kept: frees the journal space of groups consumed before it."""
+    def forget(self, step: int) -> int:
+        """No checkpoint older than ``step`` is kept: frees the journal space of groups consumed before it.
+
+        Gives the oldest version that tokens of any group were drawn by which is kept, running or still to come.
+        """
         with self._changed:
-            self._journal.forget(step)
+            oldest = self._journal.forget(step)
+            return self._version if oldest is None else min(oldest, self._version)
 
     def close(self) -> None:
         """Ends every wait: ``take`` and ``next_dispatch`` give None. Reports are still accepted. Idempotent."""
@@ -260,7 +269,38 @@ class Pool:
                 if bound is not None and seen > bound:
                     raise PoolError(f"{name} reached {seen}; the window allows {bound}")
 
+    def _drop_damaged(self, index: int, error: DamagedGroupError) -> None:
+        with self._changed:
+            tokens = self._ledger.sampled_tokens(index)
+            self._consume(index, self._next_step, "dropped", DAMAGED, {DAMAGED: tokens})
+            self._window.drop(index)
+            self._wake()
+        _logger.warning("%s; it is dropped, its %d tokens count as %s, and the run goes on", error, tokens, DAMAGED)
+
+    def _ask(self, asker: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]) -> tuple[bool, Dispatch | None]:
+        """Whether there is an answer now, and the answer; where there is none the asker will be woken."""
+        with self._changed:
+            if self._closed:
+                return True, None
+            index = self._window.dispatchable()
+            if index is None:
+                self._askers.append(asker)
+                return False, None
+            return True, self._dispatch(index)
+
     # Under the lock.
+
+    def _take(self, called_at: float, timeout_s: float) -> int | None:
+        while not self._closed and self._window.takeable() is None:
+            left = max(called_at, self._retired_at) + timeout_s - time.monotonic()
+            if left <= 0:
+                raise TrainingError(f"no group could be taken for {timeout_s:g} s: {self._obstacle()}")
+            self._changed.wait(left)
+        if self._closed:
+            return None
+        place = self._window.take()
+        self._places[place.index] = place
+        return place.index
 
     def _load(self, step: int) -> None:
         """Sets the window and the ledger to what the journal says, with the batches below ``step`` trained."""
@@ -346,6 +386,33 @@ class Pool:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_resolve, asker)
         self._askers.clear()
+
+
+async def see_through(work: Awaitable[_T]) -> _T:
+    """Awaits what must not be left half done: a caller who is cancelled meanwhile gets its result all the same."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+    return task.result()
+
+
+def read_groups(journal: Journal) -> Iterator[Group]:
+    """Every finished group that the journal still has whole, by index; damaged ones are told of and left out."""
+    kept = journal.kept()
+    for indices in (kept[start : start + _READ_AHEAD] for start in range(0, len(kept), _READ_AHEAD)):
+        try:
+            payloads = journal.payloads(indices)
+        except DamagedJournalError:  # it does not say in which group
+            payloads = {}
+        for index in indices:
+            try:
+                yield decode_group(payloads.get(index) or journal.payload(index), index=index)
+            except DamagedGroupError as error:
+                _logger.warning("%s; it is left out", error)
 
 
 def _resolve(asker: asyncio.Future[None]) -> None:

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from forgejax.errors import ConfigError, PoolError, StorageFullError
+from forgejax.errors import ConfigError, DamagedJournalError, PoolError, StorageFullError
 
-VERSION = 1
+VERSION = 2
 WRITES = "forgejax_writes"  # the execution option of a connection that will write
 _LOCK_TIMEOUT_S = 30.0
 
@@ -122,12 +122,22 @@ def errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         text = str(error.orig)
-        full = "disk is full" in text or "No space left" in text or getattr(error.orig, "sqlstate", "") == "53100"
-        raise (_storage_full(text) if full else PoolError(f"the journal cannot be used: {text}")) from error
+        raise _word_failure(text, getattr(error.orig, "sqlstate", "")) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _storage_full(str(error)) from error
+
+
+def _word_failure(text: str, sqlstate: str) -> PoolError:
+    if "disk is full" in text or "No space left" in text or sqlstate == "53100":
+        return _storage_full(text)
+    if "malformed" in text or "not a database" in text or sqlstate == "XX001":
+        return DamagedJournalError(
+            f"the journal is damaged ({text}): put back a copy of it that is not older than the newest checkpoint, "
+            "or start a new run; the weights in the checkpoints are not touched by this"
+        )
+    return PoolError(f"the journal cannot be used: {text}")
 
 
 def _storage_full(text: str) -> StorageFullError:

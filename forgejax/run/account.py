@@ -24,10 +24,11 @@ class RunSums:
     """The lineage of the current parameters in sums that no other package keeps; they travel with the checkpoints.
 
     ``trained_tokens`` is what the device-side term mask counted; ``skipped_tokens`` those of steps that were not
-    finite. ``train_s`` is the wall clock of the steps; ``wait_s`` what of it the trainer waited for data, and
-    ``packing_wait_s`` what it would not have waited had packing taken no time. The gap is |trainer - sampler| of a
-    token's log-probability, over ``gap_tokens`` tokens drawn by the very weights that scored them. ``episodes`` are
-    those of training that had ended by the last step, by stop reason; ``masked_episodes`` by what they are masked for.
+    finite. ``unaudited_tokens`` were trained and have no sound record to be compared with. ``train_s`` is the wall
+    clock of the steps; ``wait_s`` what of it the trainer waited for data, and ``packing_wait_s`` what it would not
+    have waited had packing taken no time. The gap is |trainer - sampler| of a token's log-probability, over
+    ``gap_tokens`` tokens drawn by the very weights that scored them. ``episodes`` are those of training that had ended
+    by the last step, by stop reason; ``masked_episodes`` by what they are masked for.
     """
 
     steps: int = 0
@@ -37,6 +38,7 @@ class RunSums:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     drift_tokens: int = 0
+    unaudited_tokens: int = 0
     tree_tokens: int = 0
     unmerged_tokens: int = 0
     gap_max: float = 0.0

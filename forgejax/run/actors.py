@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
@@ -21,17 +22,18 @@ from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
 from forgejax.environments import Environment, SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
-from forgejax.pool.pool import Pool
+from forgejax.pool.pool import Pool, see_through
 from forgejax.rollout import Engines
 from forgejax.run.config import TrainConfig
 from forgejax.run.evaluate import Evaluation, evaluate
-from forgejax.types import Completion, Dispatch, Group, GroupSink, SampleRequest, SessionSpec, Task
+from forgejax.types import Completion, Dispatch, Group, SampleRequest, SessionSpec, Task
 
 _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
 _WARM_TOKENS = 8
 _T = TypeVar("_T")
+SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +54,25 @@ class Parts:
 class LoggedFirst:
     """The pool as a ``GroupSink`` that accepts a group once the engines' records of its requests are on the disk.
 
-    Ids are compared with those records when the group is trained, which may be after a crash.
+    Ids are compared with those records when the group is trained, which may be after a crash. Groups are encoded and
+    written in other threads than the event loop's.
     """
 
-    pool: GroupSink
+    pool: Pool
     engines: Engines
 
     async def next_dispatch(self) -> Dispatch | None:
         return await self.pool.next_dispatch()
 
-    def finish(self, group: Group) -> None:
+    async def finish(self, group: Group) -> None:
+        await see_through(asyncio.to_thread(self._keep, group))
+
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+        await see_through(asyncio.to_thread(self.pool.fail, dispatch, reason, sampled_tokens))
+
+    def _keep(self, group: Group) -> None:
         self.engines.flush()
         self.pool.finish(group)
-
-    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
-        self.pool.fail(dispatch, reason, sampled_tokens)
 
 
 class RolloutService:
@@ -90,6 +96,8 @@ class RolloutService:
         self._running: asyncio.Task[None] | None = None
 
     def __enter__(self) -> RolloutService:
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         self._thread.start()
         try:
             self._parts.engines.__enter__()
@@ -111,6 +119,7 @@ class RolloutService:
         self._thread.join(_STOP_S)
         if not self._thread.is_alive():
             self._loop.close()
+        sys.setswitchinterval(self._switch_s)
 
     @property
     def url(self) -> str:

@@ -34,10 +34,20 @@ class Audit:
     sums: RunSums
 
     def compare_ids(self, packed: PackedStep) -> None:
-        """Counts the ids of a trained step that differ from the engines' own records of its requests."""
-        records = self.engines.requests_of({placement.request_id for placement in packed.placements})
+        """Counts the ids of a trained step that differ from the engines' own records of its requests.
+
+        Where as many records were found damaged as the step lacks, its requests without one are counted apart: what is
+        said of them is that nothing is known.
+        """
+        wanted = {placement.request_id for placement in packed.placements}
+        records = self.engines.requests_of(wanted)
         given = {name: (record.prompt_ids, record.sampled_ids) for name, record in records.items()}
-        self.sums.drift_tokens += count_drift(packed, given)
+        missing = wanted - given.keys()
+        excused = missing if len(missing) <= self.engines.damaged_requests else set()
+        self.sums.drift_tokens += count_drift(packed, given, excused)
+        self.sums.unaudited_tokens += sum(
+            placement.stop - placement.start for placement in packed.placements if placement.request_id in excused
+        )
 
     def measure_gap(self, turns: Iterable[Turn], version: int) -> None:
         """Scores what the sampler drew with the learner's current weights, of ``version``."""

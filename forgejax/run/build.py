@@ -15,9 +15,8 @@ from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
 from forgejax.learner import Learner, lay_empty
 from forgejax.models import Params, abstract_policy, init_params, load_params
-from forgejax.pool.codec import decode_group
 from forgejax.pool.journal import Journal
-from forgejax.pool.pool import Pool
+from forgejax.pool.pool import Pool, read_groups
 from forgejax.report.live.progress import Progress
 from forgejax.report.names import STEP
 from forgejax.report.sinks import open_sinks
@@ -70,6 +69,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         environment = make_environment(config.tasks)
     checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
     stack.callback(checkpoints.close)
+    for damage in checkpoints.set_aside:
+        progress.note(damage)
     resume_step = checkpoints.latest
     learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
@@ -239,6 +240,6 @@ def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, 
 def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:
     """The running medians as earlier attempts leave them, by the finished groups that the journal still holds."""
     baseline = SpeedBaseline(success_at=config.reward.success_at)
-    for index, payload in journal.payloads():
-        baseline.observe(decode_group(payload, index=index))
+    for group in read_groups(journal):
+        baseline.observe(group)
     return baseline

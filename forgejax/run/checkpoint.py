@@ -6,7 +6,14 @@ Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept 
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
+import logging
+import os
+import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +23,29 @@ import jax
 import orbax.checkpoint as ocp
 
 from forgejax.errors import CheckpointError
+from forgejax.report.storage import CHECKSUMS_FILE, find_damage, write_checksums
 
 _SAVE_TIMEOUT_S = 600
+_SPARE_BYTES = 2**20  # what a checkpoint takes beside its arrays, and a run needs to end in order
 _STATE = "state"  # the item of a run's checkpoint that holds the train state, its weights under "params"
+
+
+class _NotFromOrbax(logging.Filter):
+    """Drops what Orbax, and asyncio about its tasks, logs of a failed save: pages of tracebacks for one full disk.
+
+    Each of these errors is raised by the manager as well, and told in a sentence.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        frame = record.exc_info[2] if record.exc_info else None
+        files = [record.pathname]
+        while frame is not None:
+            files.append(frame.tb_frame.f_code.co_filename)
+            frame = frame.tb_next
+        return record.levelno < logging.ERROR or not any("/orbax/" in file for file in files)
+
+
+_NOT_FROM_ORBAX = _NotFromOrbax()
 
 
 class Place(Protocol):
@@ -30,18 +57,30 @@ class Place(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saves are asynchronous: the arrays are copied before ``save`` returns."""
+    """The checkpoints of one run. Saves are asynchronous: the arrays are copied before ``save`` returns.
+
+    A checkpoint counts once its checksums are on the disk beside it. On opening, those newer than the newest sound one
+    are set aside, and ``set_aside`` has a sentence about each. A save that fails is told by ``check``, which a run asks
+    after each step: it ends there, for what it learns from then on could not be kept.
+    """
 
     def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S)
-        )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        """Raises CheckpointError where there are checkpoints and all of them are damaged."""
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_NOT_FROM_ORBAX)
         self._directory = directory
+        self.set_aside = _set_damaged_aside(directory)
+        self._keep = keep
+        # Older ones are deleted here and not by Orbax, which would do it before the new one has its checksums.
+        options = ocp.CheckpointManagerOptions(async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S))
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._safe = self.latest
+        self._saving: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The newest step that was saved or is being saved."""
         step: int | None = self._manager.latest_step()
         return step
 
@@ -52,20 +91,37 @@ class Checkpoints:
         return min(steps) if steps else None
 
     def save(self, step: int, state: Any, figures: dict[str, Any], data: Place) -> None:
-        """Saves ``state`` (a pytree of arrays), ``figures`` (plain data) and the place in the data."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named(state)),
-                figures=ocp.args.JsonSave(figures),
-                data=grain.checkpoint.CheckpointSave(_AsBytes(place=data)),
-            ),
-        )
+        """Saves ``state`` (a pytree of arrays), ``figures`` (plain data) and the place in the data.
+
+        Waits for the save before. Raises CheckpointError if that failed, or if this one finds no room.
+        """
+        self.wait()
+        named = _named(state)
+        try:
+            self._require_room(sum(leaf.nbytes for leaf in jax.tree.leaves(named)))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(named),
+                    figures=ocp.args.JsonSave(figures),
+                    data=grain.checkpoint.CheckpointSave(_AsBytes(place=data)),
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._fail(step, error) from error
+        self._saving = threading.Thread(target=self._complete, args=(step,), name="checkpoint", daemon=True)
+        self._saving.start()
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save has failed."""
+        if self._failure is not None:
+            raise self._failure
 
     def restore(self, like: Any, data: Place) -> tuple[int, Any, dict[str, Any]]:
         """Restores the newest checkpoint: its step, a state laid out as ``like``, its figures; moves ``data``.
 
-        Raises CheckpointError if there is none, or if it belongs to another model.
+        Its files were held against their checksums when this was opened. Raises CheckpointError if there is none, or if
+        it belongs to another model.
         """
         step = self.latest
         if step is None:
@@ -87,11 +143,57 @@ class Checkpoints:
         return step, _unnamed(found["state"], like), found["figures"]
 
     def wait(self) -> None:
-        """Until the last save is on the disk. Raises what the save raised."""
-        self._manager.wait_until_finished()
+        """Until the last save is on the disk, with its checksums. Raises CheckpointError if it failed."""
+        if self._saving is not None:
+            self._saving.join(2 * _SAVE_TIMEOUT_S)
+            if self._saving.is_alive():
+                raise CheckpointError(
+                    f"a checkpoint in {self._directory} is not written after {2 * _SAVE_TIMEOUT_S} s; "
+                    f"look at its disk; {self.describe_safe()}"
+                )
+        self.check()
+
+    def describe_safe(self) -> str:
+        """What a run that ends now goes on from, as half a sentence."""
+        return "no step is safe yet" if self._safe is None else f"the last safe step is {self._safe}"
 
     def close(self) -> None:
-        self._manager.close()
+        """Lets a save that is under way end; says nothing of how."""
+        if self._saving is not None:
+            self._saving.join(2 * _SAVE_TIMEOUT_S)
+        with contextlib.suppress(Exception):  # it may raise the failed save's error once more
+            self._manager.close()
+
+    def _complete(self, step: int) -> None:
+        """In a thread of its own: sees a save through, and seals it with its checksums."""
+        try:
+            self._manager.wait_until_finished()
+            write_checksums(self._directory / str(step))
+            self._safe = step
+            for old in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(old)
+        except Exception as error:  # noqa: BLE001  whatever Orbax and its threads raise is told by ``check``
+            self._failure = self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception) -> CheckpointError:
+        """What to say of a failed save. Gives back the room that its remains take."""
+        for left in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not (self._directory / str(step) / CHECKSUMS_FILE).is_file():
+            shutil.rmtree(self._directory / str(step), ignore_errors=True)
+        full = any(text in str(error) for text in ("No space left", "disk is full", "RESOURCE_EXHAUSTED", "quota"))
+        cause = "its disk is full" if full else str(error).partition("\n")[0]
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._directory}: {cause}. The run ends here, for "
+            f"it could not keep what it learns: {self.describe_safe()}. Free space or mend the disk, then go on with "
+            "--resume"
+        )
+
+    def _require_room(self, needed: int) -> None:
+        """Raises OSError where the disk has less room than the arrays take: Orbax would find out late, and loudly."""
+        free, needed = shutil.disk_usage(self._directory).free, needed + needed // 10 + _SPARE_BYTES
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes are needed and {free:,} free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +213,28 @@ class _AsBytes:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Writes one pytree of arrays; ``path`` must not exist, and appears only when it is complete."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), _named(tree))
+    """Writes one pytree of arrays and its checksums; ``path`` must not exist, and appears only when it is complete."""
+    aside = path.absolute().with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(aside, _named(tree))
+        write_checksums(aside)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_tree(path: Path, like: Any) -> Any:
     """Reads what ``save_tree`` wrote, or the weights of one step of a run (``checkpoints/STEP``).
 
     Laid out as ``like`` and cast to its dtypes; leaves of ``like`` without a sharding come back as arrays of the host.
-    Raises CheckpointError.
+    Raises CheckpointError, also where a file does not match its checksum.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder of saved weights; give one that forgejax wrote")
+    damage = find_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"{path} cannot be read as weights of this policy: {damage}; use another copy or step")
     state = path / _STATE
     return _read(state, like, "params.") if state.is_dir() else _read(path, like, "")
 
@@ -129,10 +242,12 @@ def load_tree(path: Path, like: Any) -> Any:
 def load_trained(directory: Path, step: int | None, like: Any) -> tuple[int, Any]:
     """The weights alone out of a run's checkpoints: the step they are of (None asks for the newest) and the weights.
 
-    Laid out as ``load_tree`` says. The optimizer's moments are not read, and a trainer may be writing meanwhile. Raises
-    CheckpointError for a step that is not there and for weights of another policy.
+    Laid out as ``load_tree`` says. The optimizer's moments are not read, and a trainer may be writing meanwhile: what
+    has no checksums yet is not there yet. Raises CheckpointError for a step that is not there or damaged, and for
+    weights of another policy.
     """
     steps = ocp.utils.checkpoint_steps(directory.absolute()) if directory.is_dir() else []
+    steps = [each for each in steps if (directory / str(each) / CHECKSUMS_FILE).is_file()]
     if not steps:
         raise CheckpointError(f"{directory} holds no checkpoint; give a run's folder of checkpoints")
     if step is not None and step not in steps:
@@ -141,10 +256,34 @@ def load_trained(directory: Path, step: int | None, like: Any) -> tuple[int, Any
     return chosen, load_tree(directory / str(chosen), like)
 
 
+def _set_damaged_aside(directory: Path) -> list[str]:
+    """Renames the checkpoints that are newer than the newest sound one; gives a sentence about each."""
+    steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
+    told: list[str] = []
+    damaged = False
+    for step in steps:
+        damage = find_damage(directory / str(step))
+        if damage is None:
+            return told
+        damaged = damaged or (directory / str(step) / CHECKSUMS_FILE).exists()
+        aside = _find_free_name(directory, f"damaged-{step}")
+        (directory / str(step)).rename(aside)
+        told.append(f"the checkpoint of step {step} is damaged: {damage}; it is set aside as {aside}")
+    if damaged:
+        raise CheckpointError(
+            f"all checkpoints in {directory} are damaged: {'; '.join(told)}. Put back a copy under its step's number, "
+            "or start a new run"
+        )
+    return told
+
+
+def _find_free_name(directory: Path, stem: str) -> Path:
+    names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
+    return next(directory / name for name in names if not (directory / name).exists())
+
+
 def _read(path: Path, like: Any, prefix: str) -> Any:
     """The leaves of ``like`` out of the saved tree at ``path``, whose names there begin with ``prefix``."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder of saved weights; give one that forgejax wrote")
     wanted = {prefix + name: leaf for name, leaf in _named(like).items()}
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     try:

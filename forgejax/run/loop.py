@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment
-from forgejax.errors import TrainingError
+from forgejax.errors import EngineError, StorageFullError, TrainingError
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
@@ -82,7 +82,10 @@ class Trainer:
         before = self._evaluate_before(before_file)
         self.service.start_groups()
         with self.progress.phase("training", f"{self.config.steps - self.step} steps"):
-            self.train()
+            try:
+                self.train()
+            except (StorageFullError, EngineError) as error:
+                raise type(error)(f"{error}; {self.checkpoints.describe_safe()}") from error
         finished = self.step >= self.config.steps
         self.service.stop_groups()
         self.pool.close()
@@ -136,7 +139,7 @@ class Trainer:
         self.account.count_time()
         self.checkpoints.save(self.step, self.learner.state, self.account.sums.to_mapping(), self.steps)
         if oldest is not None:
-            self.pool.forget(oldest)
+            self.engines.trim(self.pool.forget(oldest))
 
     def stop(self) -> None:
         """Asks the loop to end after the step it is in. Any thread, or a signal handler, may call it."""
@@ -146,6 +149,7 @@ class Trainer:
     def _take(self) -> StepData | None:
         """The next step's data; None once the run is stopping."""
         self.service.check()
+        self.checkpoints.check()
         asked_at = time.monotonic()
         data = None if self.stopping else self.steps.next()
         if data is None and not self.stopping:  # the pool was closed, and not by us

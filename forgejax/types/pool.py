@@ -64,10 +64,16 @@ class GroupSink(Protocol):
         """Waits until another group may be in flight; None when the run is over."""
         ...
 
-    def finish(self, group: Group) -> None:
-        """Accepts a finished group: when this returns it survives a crash. Raises StorageFullError or PoolError."""
+    async def finish(self, group: Group) -> None:
+        """Accepts a finished group: when this returns it survives a crash. Raises StorageFullError or PoolError.
+
+        A report that has begun ends, though its caller be cancelled.
+        """
         ...
 
-    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
-        """Records that a group came to nothing; the window slides past it and its tokens are counted under reason."""
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+        """Records that a group came to nothing; the window slides past it and its tokens are counted under reason.
+
+        A report that has begun ends, as with ``finish``.
+        """
         ...

@@ -161,11 +161,11 @@ class FakeSink:
             self._changed.clear()
             await self._changed.wait()
 
-    def finish(self, group: Group) -> None:
+    async def finish(self, group: Group) -> None:
         self.finished.append(group)
         self._changed.set()
 
-    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
         self.failed.append((dispatch, reason, sampled_tokens))
         self._changed.set()
 

@@ -167,7 +167,7 @@ async def test_a_broken_scaffold_stops_the_run() -> None:
 
 async def test_a_full_disk_ends_the_run_with_its_error_and_leaves_nothing_running() -> None:
     class Full(FakeSink):
-        def finish(self, group: Group) -> None:
+        async def finish(self, group: Group) -> None:
             raise StorageFullError("the disk is full")
 
     async def rest_hangs(episode: EpisodeSpec) -> AgentResult:

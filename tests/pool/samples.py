@@ -1,5 +1,6 @@
 """Small groups and a pool on a journal of its own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,67 @@ def group_of(dispatch: Dispatch, tokens: int = 3) -> Group:
     )
     task = Task(id=f"t{dispatch.index}", family="f", level="easy", question="?")
     return Group(dispatch=dispatch, task=task, trajectories=(trajectory,))
+
+
+def tree_group(
+    dispatch: Dispatch, episodes: Sequence[Sequence[int | None]], *, tokens: int, prompt: int, told: int, vocab: int
+) -> Group:
+    """Episodes of random ids, alike in their first prompt. Each is the parents of its turns: a turn's prompt is its
+    parent's whole sequence and ``told`` more ids, or ``prompt`` new ids where it has none."""
+    rng = np.random.default_rng(dispatch.index)
+
+    def draw(count: int) -> np.ndarray:
+        return rng.integers(0, vocab, count, dtype=np.int32)
+
+    first, law = draw(prompt), SamplingLaw()
+    trajectories = []
+    for member, parents in enumerate(episodes):
+        turns: list[Turn] = []
+        for number, parent in enumerate(parents):
+            if parent is None:
+                ids = first if number == 0 else draw(prompt)
+            else:
+                before = turns[parent].completion
+                ids = np.concatenate([before.prompt_ids, before.token_ids, draw(told)])
+            versions = np.full(tokens, dispatch.version, np.int32)
+            completion = Completion(
+                request_id=f"{dispatch.index}-{member}-{number}",
+                prompt_ids=ids,
+                token_ids=draw(tokens),
+                logprobs=rng.normal(size=tokens).astype(np.float32),
+                versions=versions + (np.arange(tokens, dtype=np.int32) > tokens // 2),
+                oldest_versions=versions,
+                finish_reason=FinishReason.STOP,
+                law=law,
+            )
+            turns.append(
+                Turn(
+                    index=number,
+                    completion=completion,
+                    parent=parent,
+                    requested_at=float(number),
+                    finished_at=number + 0.5,
+                    requested_law=law,
+                )
+            )
+        trajectories.append(
+            Trajectory(
+                task_id="t",
+                session_id=f"s{dispatch.index}-{member}",
+                member=member,
+                turns=tuple(turns),
+                rewards=(Reward(kind="outcome", value=1.0, at=2.5),),
+                outcome=1.0,
+                started_at=0.0,
+                finished_at=float(len(parents)),
+                stop_reason=StopReason.COMPLETED,
+            )
+        )
+    return Group(
+        dispatch=dispatch,
+        task=Task(id="t", family="f", level="easy", question="?"),
+        trajectories=tuple(trajectories),
+    )
 
 
 def open_pool(

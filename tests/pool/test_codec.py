@@ -3,11 +3,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forgejax.errors import PoolError
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.types import Dispatch, Group, StopReason
-from tests.pool.samples import group_of
+from tests.pool.samples import group_of, tree_group
 
 DISPATCH = Dispatch(index=7, attempt=2, version=5)
 
@@ -108,3 +110,50 @@ def test_any_damaged_byte_is_noticed_and_the_group_named() -> None:
 def test_the_bytes_of_another_group_are_refused() -> None:
     with pytest.raises(PoolError, match="group 8: its stored bytes are those of group 7"):
         decode_group(encode_group(group_of(DISPATCH)), index=8)
+
+
+@pytest.mark.parametrize("turns", [1, 8, 50])
+def test_a_token_takes_three_bytes_for_its_id_and_four_for_its_log_prob_at_any_number_of_turns(turns: int) -> None:
+    chain = [None, *range(turns - 1)]
+    group = tree_group(DISPATCH, [chain, chain], tokens=2000, prompt=500, told=100, vocab=150_000)
+    new = 500 + 2 * 100 * (turns - 1)  # the first prompt is stored once for both members
+    described = 500 * 2 * turns + 500  # what is said of each turn beside its arrays
+    assert len(encode_group(group)) < 7 * group.sampled_tokens + 3 * new + described
+
+
+def test_decoded_prompts_that_continue_each_other_share_their_memory() -> None:
+    group = tree_group(DISPATCH, [[None, 0, 1]], tokens=5, prompt=20, told=4, vocab=100)
+    turns = decode_group(encode_group(group), index=7).trajectories[0].turns
+    for turn in turns[:-1]:
+        assert np.shares_memory(turn.completion.prompt_ids, turns[-1].completion.prompt_ids)
+        assert np.shares_memory(turn.completion.token_ids, turns[-1].completion.prompt_ids)
+    assert not turns[0].completion.prompt_ids.flags.writeable
+
+
+_episode = st.lists(st.integers(0, 3), max_size=5).map(
+    lambda picks: [None, *(None if pick == 0 else max(0, number - pick) for number, pick in enumerate(picks))]
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    episodes=st.lists(_episode, min_size=1, max_size=3),
+    tokens=st.integers(0, 12),
+    told=st.integers(0, 12),
+    vocab=st.sampled_from([2, 2**16 - 1, 2**16 + 9, 2**24 + 9, 2**31 - 1]),
+)
+def test_any_tree_of_turns_comes_back(episodes: list[list[int | None]], tokens: int, told: int, vocab: int) -> None:
+    group = tree_group(DISPATCH, episodes, tokens=tokens, prompt=9, told=told, vocab=vocab)
+    assert_same(decode_group(encode_group(group), index=7), group)
+
+
+def test_arrays_of_another_kind_than_a_completion_declares_are_refused() -> None:
+    group = group_of(DISPATCH)
+    turn = group.trajectories[0].turns[0]
+    for odd in (np.zeros(3, np.int64), np.zeros((3, 1), np.int32), [1, 2, 3]):
+        completion: Any = dataclasses.replace(turn.completion, token_ids=odd)  # type: ignore[arg-type]
+        trajectory = dataclasses.replace(
+            group.trajectories[0], turns=(dataclasses.replace(turn, completion=completion),)
+        )
+        with pytest.raises(PoolError, match="expected int32 with one dimension"):
+            encode_group(dataclasses.replace(group, trajectories=(trajectory,)))

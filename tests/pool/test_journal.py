@@ -146,7 +146,7 @@ def test_forgotten_groups_free_their_bytes_and_bar_an_earlier_resume(tmp_path: P
     for index in range(3):
         finish(journal, journal.dispatch(index, version=0, taken_before=0))
         journal.consume(consumption(index, step=index))
-    journal.forget(2)
+    assert journal.forget(2) == 0
     with pytest.raises(PoolError, match="group 1: the journal holds no bytes"):
         journal.payload(1)
     assert journal.payload(2) == b"x"
@@ -156,8 +156,25 @@ def test_forgotten_groups_free_their_bytes_and_bar_an_earlier_resume(tmp_path: P
     finish(journal, journal.dispatch(3, version=0, taken_before=0))
     journal.consume(consumption(2, step=2))
     journal.consume(consumption(3, step=3))
-    journal.forget(3)  # goes on from where it forgot last
-    assert [index for index, _ in journal.payloads()] == [3]
+    assert journal.forget(3) == 0  # goes on from where it forgot last
+    assert journal.kept() == [3]
+
+
+def test_what_is_forgotten_tells_the_oldest_version_that_is_still_needed(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    assert journal.forget(0) is None
+    started = [journal.dispatch(index, version=5 + index, taken_before=0) for index in range(4)]
+    finish(journal, started[1])
+    finish(journal, started[2])
+    journal.consume(consumption(1, step=0))
+    journal.fail(started[0], reason="deadline", sampled_tokens=0)
+    assert journal.forget(0) == 6
+    assert journal.forget(1) == 7
+    journal.consume(consumption(2, step=1))
+    assert journal.forget(2) == 8  # it is running
+    finish(journal, started[3])
+    journal.consume(consumption(3, step=2))
+    assert journal.forget(3) is None
 
 
 def test_a_full_disk_is_said_so_and_loses_nothing(tmp_path: Path) -> None:
@@ -196,7 +213,7 @@ def test_threads_may_write_and_read_side_by_side(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pool.sqlite").write_bytes(b"no database at all " * 100)
-    with pytest.raises(PoolError, match="the journal cannot be used: file is not a database"):
+    with pytest.raises(PoolError, match=r"the journal is damaged \(file is not a database\)"):
         journal_in(tmp_path)
     with pytest.raises(PoolError, match="unable to open database file"):
         journal_in(tmp_path / "missing")
@@ -208,7 +225,7 @@ def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
     raw.execute("UPDATE run SET schema = 99")
     raw.commit()
     raw.close()
-    with pytest.raises(PoolError, match="schema 99, expected 1"):
+    with pytest.raises(PoolError, match="schema 99, expected 2"):
         journal_in(tmp_path)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgejax.errors import ConfigError, PoolError, StorageFullError, TrainingError
-from forgejax.pool.pool import Pool, PoolConfig
-from forgejax.types import Dispatch, GroupSink
+from forgejax.pool import schema
+from forgejax.pool.pool import Pool, PoolConfig, read_groups
+from forgejax.types import Dispatch
 from tests.pool.samples import group_of, open_pool
 
 
@@ -58,8 +60,6 @@ async def test_dispatch_waits_for_a_slot_and_starts_on_the_weights_just_publishe
     await asyncio.to_thread(pool.publish, 1)
     await asyncio.to_thread(pool.retire, 0)
     assert await asyncio.wait_for(waiting, 2) == Dispatch(index=2, attempt=0, version=1)
-    sink: GroupSink = pool
-    assert sink is pool
 
 
 async def test_a_dropped_or_failed_group_is_replaced_at_once(tmp_path: Path) -> None:
@@ -266,6 +266,73 @@ async def test_a_full_disk_leaves_the_pool_as_it_was_and_the_report_can_be_repea
     pool.finish(group_of(second, tokens=10_000))
     assert train(pool, 0) == [0, 1]
     assert pool.tokens().trained == 10_003
+
+
+def damage(pool: Pool, index: int) -> None:
+    """Flips one bit in the middle of a group's stored bytes."""
+    data = bytearray(pool._journal.payload(index))
+    data[len(data) // 2] ^= 1
+    with pool._journal._engine.begin() as connection:
+        changed = sa.update(schema.groups).where(schema.groups.c.index == index).values(payload=bytes(data))
+        connection.execute(changed)
+
+
+async def test_a_damaged_group_is_dropped_and_counted_and_those_behind_it_are_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = open_pool(tmp_path, n=4, p=2, w=4)
+    for dispatch in await dispatch_all(pool):
+        pool.finish(group_of(dispatch, tokens=10 + dispatch.index))
+    damage(pool, 1)
+    assert train(pool, 0) == [0, 2]
+    assert "group 1: its" in caplog.text and "its 11 tokens count as damaged, and the run goes on" in caplog.text
+    assert (pool.snapshot().groups_dropped, pool.tokens().not_trained) == ({"damaged": 1}, {"damaged": 11})
+    assert [d.index for d in await dispatch_all(pool)] == [4, 5, 6]  # its slot is filled anew
+    pool.check_integrity()
+
+    pool = open_pool(tmp_path, n=4, p=2, w=4, resume_step=0)  # and goes the same way after a resume
+    assert train(pool, 0) == [0, 2]
+    assert pool.tokens().not_trained == {"damaged": 11}
+
+
+async def test_damage_to_a_group_that_was_trained_hinders_no_resume(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=4, p=2, w=4)
+    for dispatch in await dispatch_all(pool):
+        pool.finish(group_of(dispatch))
+    assert train(pool, 0) == [0, 1]
+    damage(pool, 0)
+    pool = open_pool(tmp_path, n=4, p=2, w=4, resume_step=1)
+    assert [group.dispatch.index for group in read_groups(pool._journal)] == [1, 2, 3]
+    assert train(pool, 1) == [2, 3]
+    assert pool.tokens().not_trained == {}
+
+
+async def test_who_asks_for_work_is_not_held_up_by_what_is_being_written(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=2, p=1)
+    with pool._changed:  # as while a large group is on its way to the disk
+        asking = asyncio.create_task(pool.next_dispatch())
+        began = time.monotonic()
+        await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 0.5
+        cancelled = asyncio.create_task(pool.next_dispatch())
+        await asyncio.sleep(0.01)
+        cancelled.cancel()
+    assert sorted(each.index for each in await asyncio.gather(asking, cancelled) if each is not None) == [0, 1]
+    waiting = asyncio.create_task(pool.next_dispatch())
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert pool.snapshot().running == 2
+
+
+async def test_what_is_forgotten_tells_which_versions_are_still_needed(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=2, p=2)
+    for step in range(3):
+        for dispatch in await dispatch_all(pool):
+            pool.finish(group_of(dispatch))
+        train(pool, step)
+    assert [pool.forget(step) for step in range(4)] == [0, 1, 2, 3]
 
 
 async def test_figures_after_a_resume_are_those_of_the_surviving_lineage(tmp_path: Path) -> None:

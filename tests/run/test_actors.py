@@ -1,5 +1,6 @@
 """What holds between the engines' records, the pool and the trainer, seen without any of them."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -88,19 +89,37 @@ def check_on(service: RolloutService) -> NoReturn:
         time.sleep(0.001)
 
 
-def test_a_group_is_accepted_only_once_the_engines_records_are_on_the_disk() -> None:
+async def test_a_group_is_accepted_only_once_the_engines_records_are_on_the_disk() -> None:
     both = Recorder()
-    LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
+    await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
 
     assert both.calls == ["flush", "finish"]
 
 
-def test_a_group_whose_requests_cannot_be_logged_is_not_accepted() -> None:
+async def test_a_group_whose_requests_cannot_be_logged_is_not_accepted() -> None:
     both = Recorder(flush=EngineError("the request log cannot be written"))
     with pytest.raises(EngineError):
-        LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
+        await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
 
     assert both.calls == ["flush"]
+
+
+async def test_a_report_holds_nobody_up_and_ends_though_its_caller_be_cancelled() -> None:
+    class Slow(Recorder):
+        def finish(self, group: Group) -> None:
+            time.sleep(0.1)
+            self.calls.append("finish")
+
+    both = Slow()
+    sink = LoggedFirst(pool=cast(Any, both), engines=cast(Any, both))
+    reporting = asyncio.create_task(sink.finish(cast(Group, None)))
+    began = time.monotonic()
+    await asyncio.sleep(0.02)
+    assert time.monotonic() - began < 0.09
+    reporting.cancel()
+    await reporting
+
+    assert both.calls == ["flush", "finish"]
 
 
 @pytest.mark.parametrize("problem", [AgentError("the agent cannot run"), StorageFullError("the disk is full")])

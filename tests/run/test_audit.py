@@ -51,6 +51,8 @@ def test_the_gap_is_measured_only_on_tokens_that_one_version_drew_and_saw() -> N
 class Records:
     """Engines as the audit knows them: their records."""
 
+    damaged_requests = 0
+
     def __init__(self, **records: tuple[list[int], list[int]]) -> None:
         self._records = records
 
@@ -75,7 +77,11 @@ def test_an_id_that_differs_from_the_engines_record_counts_and_a_missing_record_
     )
     audit.compare_ids(pack([samples], PACKING))
 
-    assert audit.sums.drift_tokens == 10 + 0 + 1 + 4
+    assert (audit.sums.drift_tokens, audit.sums.unaudited_tokens) == (10 + 0 + 1 + 4, 0)
+    engines.damaged_requests = 1  # and so "c" may have had a record
+    audit.compare_ids(pack([samples], PACKING))
+
+    assert (audit.sums.drift_tokens, audit.sums.unaudited_tokens) == (15 + 1, 3)
 
 
 def test_probes_ask_with_the_prompts_that_were_trained_and_are_told_apart_by_attempt_and_step() -> None:

@@ -3,6 +3,7 @@
 import gc
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grain
@@ -13,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from forgejax.errors import CheckpointError
+from forgejax.errors import CheckpointError, StorageFullError
+from forgejax.report.storage import find_damage
 from forgejax.run.checkpoint import Checkpoints, load_trained, load_tree, save_tree
 
 
@@ -187,3 +189,138 @@ def test_weights_are_asked_for_by_a_step_that_is_kept(tmp_path: Path) -> None:
     assert load_trained(tmp_path, None, state(0.0))[0] == 4
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; kept are \[4\]"):
         load_trained(tmp_path, 9, state(0.0))
+
+
+def saved_in(folder: Path, *steps: int) -> None:
+    checkpoints = Checkpoints(folder, keep=len(steps))
+    for step in steps:
+        checkpoints.save(step, state(float(step)), {"steps": step}, Counted(step))
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_any_damage_to_any_file_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    saved_in(tmp_path, 1)
+    for file in files_in(tmp_path / "1"):
+        sound = file.read_bytes()
+        for number, place in enumerate(range(0, len(sound), max(1, len(sound) // 5))):
+            damaged = bytearray(sound)
+            damaged[place] ^= 1 << (number % 8)
+            file.write_bytes(damaged)
+            assert find_damage(tmp_path / "1") is not None
+        for change in (sound[:-1], sound + b"x"):
+            file.write_bytes(change)
+            assert find_damage(tmp_path / "1") is not None
+        file.unlink()
+        assert find_damage(tmp_path / "1") is not None
+        file.write_bytes(sound)
+    assert find_damage(tmp_path / "1") is None
+
+
+@pytest.mark.parametrize("how", ["flipped", "unsealed", "empty"])
+def test_in_place_of_a_damaged_checkpoint_the_one_before_it_is_used_and_told(tmp_path: Path, how: str) -> None:
+    saved_in(tmp_path, 1, 2, 3)
+    if how == "flipped":
+        largest = max(files_in(tmp_path / "3"), key=lambda file: file.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 4
+        largest.write_bytes(content)
+    elif how == "unsealed":
+        (tmp_path / "3" / "checksums.json").unlink()
+    else:
+        shutil.rmtree(tmp_path / "3")
+        (tmp_path / "3").mkdir()
+
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    place = Counted(0)
+    step, found, figures = checkpoints.restore(state(0.0), place)
+    assert (step, figures, place.given, float(found["layer"]["w"][0, 0])) == (2, {"steps": 2}, 2, 2.0)
+    (told,) = checkpoints.set_aside
+    assert told.startswith("the checkpoint of step 3 is damaged: ") and told.endswith("damaged-3")
+    checkpoints.save(3, state(9.0), {}, Counted(3))
+    checkpoints.wait()
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=3)
+    assert (again.set_aside, again.latest) == ([], 3)
+    again.close()
+    assert (tmp_path / "damaged-3").is_dir()
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_begun(tmp_path: Path) -> None:
+    saved_in(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / str(step) / "figures" / "metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged: .*step 2.*step 1.*start a new run"):
+        Checkpoints(tmp_path, keep=2)
+
+
+def test_weights_that_do_not_match_their_checksums_are_not_read(tmp_path: Path) -> None:
+    save_tree(tmp_path / "tree", state(0.3))
+    stored = next(file for file in files_in(tmp_path / "tree") if file.parent.name == "d")
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not match its checksum; use another copy or step"):
+        load_tree(tmp_path / "tree", state(0.0))
+
+
+def test_a_disk_without_room_is_told_at_once_with_the_last_safe_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for safe in ("no step is safe yet", "the last safe step is 5"):
+        with monkeypatch.context() as patch:
+            patch.setattr("forgejax.run.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=20))
+            with pytest.raises(CheckpointError, match=f"step 6 could not be written .* its disk is full.*: {safe}"):
+                checkpoints.save(6, state(1.0), {}, Counted(6))
+        if safe.startswith("no"):
+            checkpoints.save(5, state(1.0), {}, Counted(5))
+            checkpoints.wait()
+    checkpoints.close()
+
+
+def test_a_full_disk_under_orbax_is_one_sentence_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1.0), {}, Counted(1))
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", refuse)
+        checkpoints.save(2, state(2.0), {}, Counted(2))
+        with pytest.raises(
+            CheckpointError, match=r"its disk is full\. The run ends here.* the last safe step is 1\. Free"
+        ):
+            checkpoints.wait()
+        checkpoints.close()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_save_that_fails_in_the_background_is_told_by_the_next_check_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise StorageFullError(f"{folder} could not be written: the disk is full (No space left on device)")
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1.0), {}, Counted(1))
+    checkpoints.wait()
+    checkpoints.check()
+    monkeypatch.setattr("forgejax.run.checkpoint.write_checksums", refuse)
+    checkpoints.save(2, state(2.0), {}, Counted(2))
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .* the last safe step is 1"):
+        checkpoints.wait()
+    with pytest.raises(CheckpointError, match="step 2 could not be written"):
+        checkpoints.check()
+    checkpoints.close()
+    assert not (tmp_path / "2").exists()
+    again = Checkpoints(tmp_path, keep=2)
+    assert (again.latest, again.set_aside) == (1, [])
+    again.close()

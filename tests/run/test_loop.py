@@ -79,7 +79,8 @@ def test_weights_are_published_before_their_groups_retire_and_a_step_is_logged_o
     calls: list[str] = []
     trainer = trainer_of(9, calls, steps=2, checkpoint_every=0, probe_every=0)
     trainer.train()
-    take, step = ["service.check", "rows.took"], ["learner.update", "engines.publish", "pool.publish", "pool.retire"]
+    take = ["service.check", "checkpoints.check", "rows.took"]
+    step = ["learner.update", "engines.publish", "pool.publish", "pool.retire"]
     log = ["rows.open ends", "audit.compare_ids"]
 
     assert calls == [
@@ -121,7 +122,8 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     outcome = trainer.run(tmp_path / "before.json")
 
     assert calls[calls.index("service.start_groups") :] == [
-        *("service.start_groups", "rows.mark", "service.check", "account.count_time", "checkpoints.save"),
+        *("service.start_groups", "rows.mark", "service.check", "checkpoints.check"),
+        *("account.count_time", "checkpoints.save"),
         *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait", "engines.flush"),
         *("account.count_time", "account.close"),
     ]

@@ -117,7 +117,7 @@ def logged_tokens(path: Path, purpose: str) -> list[int]:
     """Sampled tokens of each request of a purpose, by the engine's log of the run at ``path``."""
     log = RequestLog(path / "requests.log")
     try:
-        found = [log.find(request_id) for request_id in log._offsets]
+        found = [log.find(request_id) for request_id in log._file.places]
     finally:
         log.close()
     return [len(each.sampled_ids) for each in found if each is not None and each.purpose == purpose]

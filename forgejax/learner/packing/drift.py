@@ -6,7 +6,7 @@ elsewhere: a mistake in recording, merging, cutting or packing shows as a count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,20 @@ from forgejax.types import TokenIds
 Ids = Sequence[int] | NDArray[np.integer]
 
 
-def count_drift(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]]) -> int:
+def count_drift(packed: PackedStep, given: Mapping[str, tuple[Ids, Ids]], excused: Container[str] = ()) -> int:
     """How many positions differ, over all samples of a step.
 
     Args:
         packed: what the step trains on.
         given: for each request id, the prompt ids and the sampled ids of the engine's own log. Each position of a
             sample without a record counts.
+        excused: requests that are left out.
     """
     parts = packed.parts
     return sum(
         _differences(read_trained_ids(parts[placement.batch], placement), given.get(placement.request_id))
         for placement in packed.placements
+        if placement.request_id not in excused
     )
 
 

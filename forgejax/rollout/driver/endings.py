@@ -61,8 +61,10 @@ class Endings:
             self._request_log.append(
                 LoggedRequest(
                     request_id=job.request.request_id,
+                    session_id=job.request.session_id,
                     purpose=job.request.purpose,
                     finish_reason=str(reason),
+                    version=int(job.draws[-1].versions[-1]) if job.drawn else -1,
                     prompt_ids=job.prompt_ids,
                     sampled_ids=job.join_ids(),
                 )

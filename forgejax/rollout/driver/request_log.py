@@ -1,40 +1,43 @@
 """The driver's own record of every request: what was prompted and what was drawn, kept across restarts.
 
-An append-only file of frames: payload length and CRC-32 (little-endian uint32 each), then the payload, msgpack of
-[request_id, purpose, finish_reason, prompt ids, sampled ids], ids as little-endian int32 bytes. Frames are written by a
-thread of the log's own; a frame torn by a crash is cut off when the file is opened again.
+One thread of the log's own writes it; callers wait for the disk only in ``flush`` and ``close``. How a record lies in
+the file is said in ``request_file``.
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import os
-import struct
 import threading
-import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from forgejax.errors import EngineError
+from forgejax.rollout.driver.request_file import RequestFile
 from forgejax.types import TokenIds
+from forgejax.types.compact import Tip, Tips
 
-_HEADER = struct.Struct("<II")
-_MAGIC = b"forgejax-requests-1\n"
 _FLUSH_S = 0.25
+_REMEMBERED_IDS = 2**25  # of open sessions, 128 MiB; the gateway holds most of these arrays anyway
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRequest:
-    """One request as the driver saw it. ``finish_reason`` is a ``FinishReason`` or ``failed``."""
+    """One request as the driver saw it. ``finish_reason`` is a ``FinishReason`` or ``failed``.
+
+    ``version`` is that of its last token, -1 where none was drawn. Prompts of one session are stored as what they add
+    to each other.
+    """
 
     request_id: str
+    session_id: str = ""
     purpose: str
     finish_reason: str
+    version: int
     prompt_ids: TokenIds
     sampled_ids: TokenIds
 
@@ -43,54 +46,84 @@ class RequestLog:
     """Appends and looks up requests; any thread may do either.
 
     ``find`` sees everything appended before it, on disk or not. An id that is used again means its latest request.
-    ``inherited_tokens`` is how many tokens were drawn by the requests that the file already held.
+    ``inherited_tokens`` is how many tokens were drawn by all requests before the file was opened, those that have been
+    trimmed or damaged since included.
     """
 
     def __init__(self, path: Path):
         """Opens or creates the file and indexes it. Raises EngineError if it is something else."""
         self._path = path
-        self._lock = threading.Condition()
+        self._lock = threading.Condition()  # of what callers hand in; never held while the disk is at work
         self._failure: OSError | None = None
         self._closing = False
-        self._pending: list[bytes] = []
-        self._unwritten: dict[str, bytes] = {}
-        self._file, self._offsets, self.inherited_tokens = _open_repaired(path)
+        self._trim_to = -1
+        self._pending: list[LoggedRequest] = []
+        self._unwritten: dict[str, LoggedRequest] = {}
+        self._disk = threading.Lock()  # of the file and of what is known about it
+        self._file = RequestFile(path)
+        self._sessions = _Sessions()
+        self._unreadable: set[str] = set()
+        self.inherited_tokens = self._file.total
         self._thread = threading.Thread(target=self._write_on, name="request-log", daemon=True)
         self._thread.start()
 
+    @property
+    def damaged(self) -> int:
+        """How many records were found damaged: in the index when the file was opened, and one by one in ``find``."""
+        with self._disk:
+            return self._file.lost + len(self._unreadable)
+
     def append(self, entry: LoggedRequest) -> None:
         """Records a request; it is written within a fraction of a second. Raises EngineError if writing failed."""
-        payload = msgspec.msgpack.encode(
-            [
-                entry.request_id,
-                entry.purpose,
-                entry.finish_reason,
-                entry.prompt_ids.astype("<i4").tobytes(),
-                entry.sampled_ids.astype("<i4").tobytes(),
-            ]
-        )
         with self._lock:
             self._check()
-            self._pending.append(payload)
-            self._unwritten[entry.request_id] = payload
+            self._pending.append(entry)
+            self._unwritten[entry.request_id] = entry
 
     def find(self, request_id: str) -> LoggedRequest | None:
-        """The request of this id, or None."""
+        """The request of this id, or None: unknown, trimmed, or damaged, itself or a prompt it continues."""
         with self._lock:
-            payload = self._unwritten.get(request_id)
-            if payload is None:
-                place = self._offsets.get(request_id)
-                if place is None:
-                    return None
-                payload = os.pread(self._file.fileno(), place[1], place[0])
-        return _decode(payload)
+            entry = self._unwritten.get(request_id)
+        if entry is not None:
+            return entry
+        with self._disk:
+            found = self._file.find(request_id)
+            if found is None:
+                return None
+            place, record = found
+            prompt = None if record is None else self._file.read_prompt(place, record)
+            if record is None or prompt is None:
+                if request_id not in self._unreadable:
+                    _logger.warning(
+                        "the request log %s: the record of request %s is damaged; its ids cannot be compared any more",
+                        self._path,
+                        request_id,
+                    )
+                self._unreadable.add(request_id)
+                return None
+        return LoggedRequest(
+            request_id=request_id,
+            purpose=record.note.purpose,
+            finish_reason=record.note.finish_reason,
+            version=record.note.version,
+            prompt_ids=prompt,
+            sampled_ids=record.sampled_ids,
+        )
+
+    def trim(self, version: int) -> None:
+        """Requests that ended under older versions are not asked for any more; their room is given back in time.
+
+        The file is at most as long again as what is kept of it, or a few MiB.
+        """
+        with self._lock:
+            self._trim_to = max(self._trim_to, version)
+            self._lock.notify()
 
     def flush(self) -> None:
         """Writes and syncs everything appended so far. Raises EngineError if the disk refuses."""
-        with self._lock:
-            self._write_pending()
-            self._check()
-            os.fsync(self._file.fileno())
+        self._write_pending()
+        with self._disk:
+            self._sync()
 
     def close(self) -> None:
         """Flushes and closes; idempotent. Raises EngineError if the disk refuses."""
@@ -100,91 +133,97 @@ class RequestLog:
             self._closing = True
             self._lock.notify()
         self._thread.join()
-        with self._lock:
-            try:
-                self._write_pending()
-                self._check()
-                os.fsync(self._file.fileno())
-            finally:
-                self._file.close()
+        try:
+            self._write_pending()
+            with self._disk:
+                self._sync()
+        finally:
+            self._file.close()
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._offsets.keys() | self._unwritten.keys())
+        with self._disk, self._lock:
+            return len(self._file.places.keys() | self._unwritten.keys())
 
     def _write_on(self) -> None:
-        with self._lock:
-            while not self._closing and self._failure is None:
+        while True:
+            with self._lock:
+                if self._closing or self._failure is not None:
+                    return
                 self._lock.wait(_FLUSH_S)
-                self._write_pending()
+                trim_to = self._trim_to
+            self._write_pending()
+            with self._disk:
+                self._file.trim(trim_to)
 
     def _write_pending(self) -> None:
-        """Writes what is pending; the caller holds the lock. A failure is kept for the next append to raise."""
-        if not self._pending or self._failure is not None:
-            return
-        frames = [_HEADER.pack(len(payload), zlib.crc32(payload)) + payload for payload in self._pending]
+        """Writes what is pending. A failure is kept for the next caller to be told."""
+        with self._disk:
+            with self._lock:
+                if self._failure is not None:
+                    return
+                entries, self._pending = self._pending, []
+            try:
+                self._write(entries)
+            except OSError as error:
+                with self._lock:
+                    self._failure = error
+                return
+            with self._lock:
+                for entry in entries:
+                    if self._unwritten.get(entry.request_id) is entry:
+                        del self._unwritten[entry.request_id]
+
+    def _write(self, entries: Sequence[LoggedRequest]) -> None:
+        for entry in entries:
+            tip = Tip(key=self._file.end, prompt_ids=entry.prompt_ids, sampled_ids=entry.sampled_ids)
+            parent, shared = self._sessions.add(entry.session_id, tip)
+            if parent is None or parent < self._file.start:  # never there, or trimmed
+                parent, shared = self._file.end, 0
+            self._file.add(
+                request_id=entry.request_id,
+                purpose=entry.purpose,
+                finish_reason=entry.finish_reason,
+                version=entry.version,
+                parent=parent,
+                shared=shared,
+                ids=np.concatenate([entry.prompt_ids[shared:], entry.sampled_ids], dtype=np.int32, casting="same_kind"),
+                sampled=len(entry.sampled_ids),
+            )
+        self._file.write()
+
+    def _sync(self) -> None:
         try:
-            start = self._file.seek(0, io.SEEK_END)
-            unwritten = memoryview(b"".join(frames))
-            while unwritten:
-                unwritten = unwritten[self._file.write(unwritten) or 0 :]
+            if self._failure is None:
+                self._file.sync()
         except OSError as error:
-            _logger.exception("the request log %s cannot be written", self._path)
             self._failure = error
-            return
-        for payload in self._pending:
-            request_id = msgspec.msgpack.decode(payload)[0]
-            self._offsets[request_id] = (start + _HEADER.size, len(payload))
-            start += _HEADER.size + len(payload)
-        self._pending.clear()
-        self._unwritten.clear()
+        self._check()
 
     def _check(self) -> None:
         if self._failure is not None:
             raise EngineError(
-                f"the request log {self._path} cannot be written ({self._failure}); free the disk and restart"
+                f"the request log {self._path} cannot be written ({self._failure}); nothing accepted before is lost: "
+                "free space on its disk, then resume the run"
             )
 
 
-def _open_repaired(path: Path) -> tuple[io.FileIO, dict[str, tuple[int, int]], int]:
-    """The open file, the place of each request in it, and how many tokens its requests drew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    file = io.FileIO(path, "r+b")  # unbuffered: what is written together is joined first
-    head = file.read(len(_MAGIC))
-    if head != _MAGIC[: len(head)]:
-        file.close()
-        raise EngineError(f"{path} is not a request log; name another file or move this one away")
-    if len(head) < len(_MAGIC):  # new, or torn while it was created
-        file.seek(0)
-        file.write(_MAGIC)
-    offsets: dict[str, tuple[int, int]] = {}
-    good, sampled_tokens = len(_MAGIC), 0
-    while True:
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            break
-        size, checksum = _HEADER.unpack(header)
-        payload = file.read(size)
-        if len(payload) < size or zlib.crc32(payload) != checksum:
-            break
-        entry = _decode(payload)
-        offsets[entry.request_id] = (good + _HEADER.size, size)
-        sampled_tokens += len(entry.sampled_ids)
-        good += _HEADER.size + size
-    lost = file.seek(0, io.SEEK_END) - good
-    if lost:
-        _logger.warning("the request log %s ended in %d torn bytes; they are cut off", path, lost)
-        file.truncate(good)
-    return file, offsets, sampled_tokens
+class _Sessions:
+    """The newest sequences of the sessions that were heard of last."""
 
+    def __init__(self) -> None:
+        self._tips: OrderedDict[str, Tips[int]] = OrderedDict()
+        self._ids = 0
 
-def _decode(payload: bytes) -> LoggedRequest:
-    request_id, purpose, finish_reason, prompt, sampled = msgspec.msgpack.decode(payload)
-    return LoggedRequest(
-        request_id=request_id,
-        purpose=purpose,
-        finish_reason=finish_reason,
-        prompt_ids=np.frombuffer(prompt, "<i4"),
-        sampled_ids=np.frombuffer(sampled, "<i4"),
-    )
+    def add(self, session_id: str, tip: Tip[int]) -> tuple[int | None, int]:
+        """See ``Tips.add``. A request without a session continues nothing."""
+        if not session_id:
+            return None, 0
+        tips = self._tips.setdefault(session_id, Tips())
+        self._tips.move_to_end(session_id)
+        self._ids -= tips.ids
+        found = tips.add(tip)
+        self._ids += tips.ids
+        while self._ids > _REMEMBERED_IDS:
+            _, forgotten = self._tips.popitem(last=False)
+            self._ids -= forgotten.ids
+        return found

@@ -76,6 +76,15 @@ class Engines(Protocol):
         """What the engines themselves recorded of these requests; those they know nothing of are left out."""
         ...
 
+    @property
+    def damaged_requests(self) -> int:
+        """How many of the engines' own records were found damaged; ``requests_of`` leaves these out."""
+        ...
+
+    def trim(self, version: int) -> None:
+        """Records of requests that ended under older versions are not asked for any more."""
+        ...
+
     def flush(self) -> None:
         """Returns once the record of every request that has ended is on the disk. Raises EngineError."""
         ...

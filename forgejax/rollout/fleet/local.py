@@ -65,6 +65,13 @@ class LocalEngines(LocalSampler):
             if entry is not None
         }
 
+    @property
+    def damaged_requests(self) -> int:
+        return self._requests.damaged
+
+    def trim(self, version: int) -> None:
+        self._requests.trim(version)
+
     def flush(self) -> None:
         self._requests.flush()
 

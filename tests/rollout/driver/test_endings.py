@@ -86,8 +86,8 @@ async def test_the_request_log_holds_what_was_prompted_and_drawn_even_of_cancell
 
 async def test_a_request_that_cannot_be_logged_is_not_returned_and_the_driver_says_so(tmp_path: Path) -> None:
     log = RequestLog(tmp_path / "requests.log")
-    log._file.close()
-    log._file = io.FileIO("/dev/full", "r+b")  # refuses every write
+    log._file._file.close()
+    log._file._file = io.FileIO("/dev/full", "r+b")  # refuses every write
     driver = Driver(tiny.engine(), tiny.params(), request_log=log).start()
     results: list[Completion | BaseException] = []
     for turn in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,47 @@ from forgejax.errors import EngineError
 from forgejax.rollout import LoggedRequest, RequestLog
 
 
-def _entry(name: str, *sampled: int) -> LoggedRequest:
-    ids = np.array(sampled, np.int32)
+def _entry(
+    name: str, *sampled: int, prompt: np.ndarray | None = None, session: str = "", version: int = 0
+) -> LoggedRequest:
     return LoggedRequest(
-        request_id=name, purpose="train", finish_reason="stop", prompt_ids=np.arange(3, dtype=np.int32), sampled_ids=ids
+        request_id=name,
+        session_id=session,
+        purpose="train",
+        finish_reason="stop",
+        version=version,
+        prompt_ids=np.arange(3, dtype=np.int32) if prompt is None else prompt,
+        sampled_ids=np.array(sampled, np.int32),
     )
+
+
+def _session(name: str, turns: int, *, told: int = 100, drawn: int = 2000, version: int = 0) -> list[LoggedRequest]:
+    """An agent's requests; each prompt goes on from the request before."""
+    rng = np.random.default_rng(len(name) + turns)
+    prompt, found = rng.integers(0, 150_000, 500, dtype=np.int32), []
+    for number in range(turns):
+        sampled = rng.integers(0, 150_000, drawn)
+        found.append(_entry(f"{name}-{number}", *sampled, prompt=prompt, session=name, version=version))
+        prompt = np.concatenate([prompt, found[-1].sampled_ids, rng.integers(0, 150_000, told, dtype=np.int32)])
+    return found
+
+
+def _is_kept(log: RequestLog, entry: LoggedRequest) -> bool:
+    found = log.find(entry.request_id)
+    return (
+        found is not None
+        and found.prompt_ids.tolist() == entry.prompt_ids.tolist()
+        and found.sampled_ids.tolist() == entry.sampled_ids.tolist()
+        and (found.purpose, found.version) == (entry.purpose, entry.version)
+    )
+
+
+def _write(path: Path, entries: Sequence[LoggedRequest]) -> RequestLog:
+    log = RequestLog(path)
+    for entry in entries:
+        log.append(entry)
+    log.flush()
+    return log
 
 
 def test_an_entry_is_found_at_once_and_after_a_restart(tmp_path: Path) -> None:
@@ -79,8 +116,8 @@ def test_another_file_is_refused_untouched(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_to_the_next_caller(tmp_path: Path) -> None:
     log = RequestLog(tmp_path / "requests.log")
-    log._file.close()
-    log._file = io.FileIO("/dev/full", "r+b")  # refuses every write
+    log._file._file.close()
+    log._file._file = io.FileIO("/dev/full", "r+b")  # refuses every write
     log.append(_entry("a", 1))
     with pytest.raises(EngineError, match="cannot be written"):
         log.flush()
@@ -88,3 +125,121 @@ def test_a_full_disk_is_told_to_the_next_caller(tmp_path: Path) -> None:
         log.append(_entry("b", 2))
     with pytest.raises(EngineError, match="cannot be written"):
         log.close()
+
+
+@pytest.mark.parametrize("turns", [1, 8, 50])
+def test_an_id_takes_three_bytes_at_any_number_of_turns(tmp_path: Path, turns: int) -> None:
+    path = tmp_path / "requests.log"
+    entries = _session("one", turns)
+    log = _write(path, entries)
+    assert path.stat().st_size < 3 * (500 + turns * 2100) + 100 * turns + 100
+    assert all(_is_kept(log, entry) for entry in entries)
+    log.close()
+    log = RequestLog(path)
+    assert log.inherited_tokens == turns * 2000
+    assert all(_is_kept(log, entry) for entry in entries)
+    log.close()
+
+
+def test_sessions_that_branch_and_take_turns_come_back(tmp_path: Path) -> None:
+    entries = _session("a", 4, drawn=30) + _session("b", 3, drawn=20)
+    root = entries[1].prompt_ids
+    for number in range(12):  # sub-agents, and a history from which thoughts were cut
+        cut = np.append(root[: 500 + 3 * number], np.arange(number, dtype=np.int32))
+        entries.append(_entry(f"c{number}", 5, number, prompt=cut, session="a"))
+    order = np.random.default_rng(0).permutation(len(entries))
+    log = _write(tmp_path / "requests.log", [entries[number] for number in order])
+    assert all(_is_kept(log, entry) for entry in entries)
+    log.close()
+    log = _write(tmp_path / "requests.log", _session("a", 2, drawn=9))  # ids that are used again mean the latest
+    assert all(_is_kept(log, entry) for entry in [*_session("a", 2, drawn=9), *entries[2:]])
+    log.close()
+
+
+@pytest.mark.parametrize("part", ["mark", "sizes", "note", "body"])
+def test_a_damaged_byte_costs_its_record_and_nothing_that_follows(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "requests.log"
+    entries = [_entry(f"r{number}", *range(50), number) for number in range(20)]
+    log = RequestLog(path)
+    for entry in entries[:9]:
+        log.append(entry)
+    log.flush()
+    start = path.stat().st_size
+    for entry in entries[9:]:
+        log.append(entry)
+    log.close()
+    content = bytearray(path.read_bytes())
+    content[start + {"mark": 1, "sizes": 5, "note": 20, "body": 120}[part]] ^= 0x40
+    path.write_bytes(content)
+    log = RequestLog(path)
+    assert [_is_kept(log, entry) for entry in entries] == [number != 9 for number in range(20)]
+    assert (log.damaged, log.inherited_tokens) == (1, 20 * 51)
+    log.append(_entry("next", 1))
+    log.close()
+    log = RequestLog(path)
+    assert _is_kept(log, _entry("next", 1)) and _is_kept(log, entries[19]) and log.inherited_tokens == 20 * 51 + 1
+    log.close()
+
+
+def test_any_damaged_byte_leaves_the_records_of_other_sessions(tmp_path: Path) -> None:
+    path = tmp_path / "requests.log"
+    entries = [each for name in "abc" for each in _session(name, 2, told=3, drawn=9)]
+    _write(path, entries).close()
+    sound = path.read_bytes()
+    for place in range(0, len(sound), 41):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x11
+        path.write_bytes(damaged)
+        log = RequestLog(path)
+        kept = [_is_kept(log, entry) for entry in entries]
+        found = [log.find(entry.request_id) for entry in entries]
+        assert all(keeps or entry is None for keeps, entry in zip(kept, found, strict=True))  # never a wrong one
+        assert sum(kept) >= 4
+        log.close()
+
+
+def test_a_trimmed_log_forgets_older_versions_and_keeps_its_totals(tmp_path: Path) -> None:
+    path = tmp_path / "requests.log"
+    sessions = [_session("a" * (version + 1), 16, version=version) for version in range(30)]
+    log = RequestLog(path)
+    for version, entries in enumerate(sessions):
+        for entry in entries:
+            log.append(entry)
+        log.flush()
+        log.trim(version - 2)
+        with log._disk:
+            log._file.trim(version - 2)
+        assert all(_is_kept(log, entry) for kept in sessions[max(0, version - 2) : version + 1] for entry in kept)
+    session = 3 * (500 + 16 * 2100) + 16 * 100
+    assert path.stat().st_size < 2 * 3 * session + 2**20 + 2 * session
+    assert log.find("a-0") is None
+    log.append(
+        _entry("a-16", 3, prompt=sessions[0][-1].prompt_ids, session="a", version=29)
+    )  # goes on from the trimmed
+    log.close()
+    log = RequestLog(path)
+    assert _is_kept(log, _entry("a-16", 3, prompt=sessions[0][-1].prompt_ids, version=29))
+    assert all(_is_kept(log, entry) for kept in sessions[27:] for entry in kept)
+    assert (log.inherited_tokens, log.damaged) == (30 * 16 * 2000 + 1, 0)
+    log.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["requests.log"]
+
+
+def test_a_disk_without_room_for_a_trimmed_copy_keeps_the_log_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [each for version in range(12) for each in _session("s" * (version + 1), 16, version=version)]
+    log = _write(tmp_path / "requests.log", entries)
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("forgejax.rollout.driver.request_file.os.pread", refuse)
+        with log._disk:
+            log._file.trim(11)
+    assert all(_is_kept(log, entry) for entry in entries)
+    with log._disk:
+        log._file.trim(11)
+    assert [_is_kept(log, entry) for entry in entries] == [entry.version == 11 for entry in entries]
+    log.close()

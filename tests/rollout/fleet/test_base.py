@@ -52,6 +52,11 @@ class OneTokenEngines:
     def requests_of(self, request_ids: Iterable[str]) -> dict[str, DrawnRequest]:
         return {name: self.requests[name] for name in request_ids if name in self.requests}
 
+    damaged_requests = 0
+
+    def trim(self, version: int) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 
