@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from forgejax.learner import PackStats
+from forgejax.learner.gap import GapFigures, count_by_depth
 from forgejax.pool.journal import LOST_ATTEMPT
 from forgejax.pool.ledger import UNUSED_AT_END, PoolSnapshot, TokenAccount
 from forgejax.pool.pool import Pool
@@ -27,8 +28,9 @@ class RunSums:
     finite. ``unaudited_tokens`` were trained and have no sound record to be compared with. ``train_s`` is the wall
     clock of the steps; ``wait_s`` what of it the trainer waited for data, and ``packing_wait_s`` what it would not
     have waited had packing taken no time. The gap is |trainer - sampler| of a token's log-probability, over
-    ``gap_tokens`` tokens drawn by the very weights that scored them. ``episodes`` are those of training that had ended
-    by the last step, by stop reason; ``masked_episodes`` by what they are masked for.
+    ``gap_tokens`` tokens drawn by the very weights that scored them; ``gaps`` has it by depth of context. ``episodes``
+    are those of training that had ended by the last step, by stop reason; ``masked_episodes`` by what they are masked
+    for.
     """
 
     steps: int = 0
@@ -41,9 +43,7 @@ class RunSums:
     unaudited_tokens: int = 0
     tree_tokens: int = 0
     unmerged_tokens: int = 0
-    gap_max: float = 0.0
-    gap_sum: float = 0.0
-    gap_tokens: int = 0
+    gaps: dict[str, GapFigures] = dataclasses.field(default_factory=dict)
     train_s: float = 0.0
     wait_s: float = 0.0
     packing_wait_s: float = 0.0
@@ -72,15 +72,21 @@ class RunSums:
         self.episodes = dict(Counter(self.episodes) + Counter(ended))
         self.masked_episodes = dict(Counter(self.masked_episodes) + Counter(masked))
 
-    def count_gaps(self, gaps: np.ndarray) -> None:
-        if gaps.size:
-            self.gap_max = max(self.gap_max, float(gaps.max()))
-            self.gap_sum += float(gaps.sum())
-            self.gap_tokens += int(gaps.size)
+    def count_gaps(self, differences: np.ndarray, depths: np.ndarray) -> None:
+        """Trainer minus sampler of some tokens, and how deep in their contexts they stand."""
+        self.gaps = count_by_depth(self.gaps, differences, depths)
+
+    @property
+    def gap_tokens(self) -> int:
+        return sum(band.tokens for band in self.gaps.values())
+
+    @property
+    def gap_max(self) -> float | None:
+        return max((band.largest for band in self.gaps.values()), default=None)
 
     @property
     def gap_mean(self) -> float | None:
-        return self.gap_sum / self.gap_tokens if self.gap_tokens else None
+        return sum(band.total for band in self.gaps.values()) / self.gap_tokens if self.gaps else None
 
     @property
     def tree_token_ratio(self) -> float | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forgejax.learner import Learner, PackConfig, PackedBatch, PackedStep, Sample, count_drift, pack
+from forgejax.learner import Learner, PackConfig, PackedStep, Sample, count_drift, pack
+from forgejax.learner.gap import find_fresh
 from forgejax.learner.packing.drift import read_trained_ids
 from forgejax.learner.packing.samples import find_untrainable_reason, make_turn_sample
 from forgejax.rollout import Engines
@@ -59,7 +60,7 @@ class Audit:
         if samples:
             packed = pack([samples], self.packing, row_shards=self.learner.row_shards)
             scored = [np.asarray(scores) for scores in self.learner.score(packed)]
-            self.sums.count_gaps(fresh_gaps(scored, packed, version))
+            self.sums.count_gaps(*find_fresh(scored, packed, version))
 
     def probes(self, packed: PackedStep, step: int) -> list[SampleRequest]:
         """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing."""
@@ -84,22 +85,3 @@ class Audit:
             ),
             version,
         )
-
-
-def fresh_gaps(scored: Sequence[np.ndarray], packed: PackedStep, version: int) -> np.ndarray:
-    """|trainer - sampler| log-probability of the terms drawn by ``version`` alone, over all rows of a packed step.
-
-    Args:
-        scored: for each of the step's parts the trainer's log-probabilities [B, M] under the weights of ``version``.
-        packed: the same terms with what the sampler recorded.
-        version: tokens of other versions, or with older keys and values in their context, are left out.
-    """
-    gaps = [_fresh(scores, part.batch, version) for scores, part in zip(scored, packed.parts, strict=True)]
-    return np.concatenate(gaps) if gaps else np.zeros(0)
-
-
-def _fresh(scores: np.ndarray, batch: PackedBatch, version: int) -> np.ndarray:
-    fresh = np.asarray(batch.term_mask_BM)
-    for drawn in (batch.version_BM, batch.oldest_version_BM):
-        fresh = fresh & (np.asarray(drawn) == version)
-    return np.abs(scores - np.asarray(batch.old_logp_BM))[fresh]

@@ -19,7 +19,7 @@ from forgejax.report.final.history import format_date, list_attempts
 from forgejax.report.final.html import Report, write_html
 from forgejax.report.final.invariants import Bounds
 from forgejax.report.final.plots import draw_curve
-from forgejax.report.final.summary import Summary, make_evaluation_fields, write_summary
+from forgejax.report.final.summary import GapOfDepth, Summary, make_evaluation_fields, write_summary
 from forgejax.report.sinks.jsonl import read_metrics
 from forgejax.report.storage import write_atomic
 from forgejax.run.config import TrainConfig, to_mapping
@@ -124,9 +124,13 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         wall_s=sums.wall_s,
         skipped_steps=sums.skipped_steps,
         drift_tokens=sums.drift_tokens,
-        logprob_gap_max=sums.gap_max if sums.gap_tokens else None,
+        logprob_gap_max=sums.gap_max,
         logprob_gap_mean=sums.gap_mean,
         logprob_gap_tokens=sums.gap_tokens,
+        logprob_gaps={
+            name: GapOfDepth(tokens=band.tokens, mean=band.mean, p99=band.p99, largest=band.largest, ess=band.ess)
+            for name, band in sums.gaps.items()
+        },
         tree_token_ratio=sums.tree_token_ratio,
         prefix_cache_hit_rate=outcome.cache_hit_rate,
         staleness_steps_max=outcome.staleness_max,

@@ -185,7 +185,12 @@ class StepRows:
             "learner/pair_ratio": stats.attention_pair_ratio,
             "learner/row_fill": stats.row_fill,
             "learner/pair_imbalance": stats.pair_imbalance,
-            "learner/logprob_gap": self.sums.gap_max,
+            "learner/logprob_gap": self.sums.gap_max or 0.0,
+            **{
+                f"gap_{depth}/{name}": value
+                for depth, gap in self.sums.gaps.items()
+                for name, value in {"mean": gap.mean, "p99": gap.p99, "max": gap.largest, "ess": gap.ess}.items()
+            },
             "throughput/trained_unmerged": values["trained_terms"] / seconds,
             "throughput/fed_unmerged": stats.unmerged_tokens / seconds,
             "throughput/fed_merged": stats.tree_tokens / seconds,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from forgejax.gateway import Gateway
+from forgejax.learner.gap import GapFigures
 from forgejax.pool.ledger import PoolSnapshot, TokenAccount
 from forgejax.pool.pool import Pool
 from forgejax.report.final.invariants import check_invariants
@@ -40,11 +41,12 @@ def test_a_skipped_step_trains_nothing_and_a_sound_one_ends_the_row() -> None:
 def test_gaps_add_up_over_calls_and_nothing_measured_is_no_mean() -> None:
     sums = RunSums()
     assert (sums.gap_mean, sums.tree_token_ratio) == (None, None)
-    sums.count_gaps(np.zeros(0))
-    assert sums.gap_mean is None
-    sums.count_gaps(np.array([0.5, 0.1]))
-    sums.count_gaps(np.array([0.3]))
+    sums.count_gaps(np.zeros(0), np.zeros(0, np.int32))
+    assert (sums.gap_mean, sums.gap_max, sums.gap_tokens) == (None, None, 0)
+    sums.count_gaps(np.array([0.5, -0.1]), np.array([5, 500]))
+    sums.count_gaps(np.array([0.3]), np.array([5]))
 
+    assert RunSums.from_mapping(sums.to_mapping()) == sums
     assert (sums.gap_max, sums.gap_tokens) == (0.5, 3)
     assert sums.gap_mean == pytest.approx(0.3)
 
@@ -71,7 +73,7 @@ def test_a_clock_that_is_set_back_takes_nothing_from_the_wall_clock(monkeypatch:
 
 
 def test_sums_come_back_from_plain_data_as_they_were_and_refuse_anything_else() -> None:
-    sums = RunSums(steps=3, wall_s=1.5, trained_tokens=7, gap_max=1e-7, gap_sum=2e-7, gap_tokens=2)
+    sums = RunSums(steps=3, wall_s=1.5, trained_tokens=7, gaps={"to_128": GapFigures(tokens=2, total=2e-7)})
 
     assert RunSums.from_mapping(sums.to_mapping()) == sums
     with pytest.raises(msgspec.ValidationError):

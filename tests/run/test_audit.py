@@ -13,7 +13,7 @@ from forgejax.report.final.invariants import check_invariants
 from forgejax.report.final.summary import read_summary
 from forgejax.rollout import DrawnRequest, LocalEngines
 from forgejax.run.account import RunSums
-from forgejax.run.audit import Audit, fresh_gaps
+from forgejax.run.audit import Audit
 from forgejax.run.conclude import window_bounds
 from forgejax.types import SamplingLaw
 from tests.run.tiny_run import GROUP, Ended, logged_tokens, play
@@ -33,19 +33,6 @@ def drawn(name: str, old_logp: list[float], versions: list[int], oldest: list[in
         oldest_versions=np.array(oldest, np.int32),
         advantage=1.0,
     )
-
-
-def test_the_gap_is_measured_only_on_tokens_that_one_version_drew_and_saw() -> None:
-    samples = [
-        drawn("a", [-1.0, -2.0, -3.0], [4, 4, 4], [4, 4, 3]),  # the last saw keys of version 3
-        drawn("b", [-1.5, -2.5], [3, 4], [3, 4]),  # the first was drawn by version 3
-    ]
-    packed = pack([samples], PACKING)
-    scored = [np.asarray(batch.old_logp_BM) + np.float32(0.25) for batch in packed.batches]
-
-    assert fresh_gaps(scored, packed, 4).tolist() == [0.25] * 3
-    assert fresh_gaps(scored, packed, 3).tolist() == [0.25]
-    assert fresh_gaps(scored, packed, 5).size == 0
 
 
 class Records:

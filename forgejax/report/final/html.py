@@ -134,6 +134,14 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
         ("Prefix-cache hit rate", _optional(summary.prefix_cache_hit_rate, ".1%")),
         ("Mean log-prob gap", _optional(summary.logprob_gap_mean, ".2e")),
     ]
+    known += [
+        (
+            f"Log-prob gap, depth {depth.replace('_', ' ')} tokens",
+            f"mean {gap.mean:.1e}, p99 {gap.p99:.1e}, max {gap.largest:.1e} over {gap.tokens:,} tokens, "
+            f"ESS {gap.ess:.2%}",
+        )
+        for depth, gap in summary.logprob_gaps.items()
+    ]
     others = {name: value for name, value in sorted(summary.figures.items()) if name not in TOLD_IN_WORDS}
     return known + [(_LABELS.get(name, name), _optional(value, ",.6g")) for name, value in others.items()]
 

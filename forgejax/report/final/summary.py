@@ -39,14 +39,27 @@ class LevelChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GapOfDepth:
+    """|trainer - sampler| of log-probabilities at one band of depths, and the effective sample size of the ratios as a
+    share of the tokens."""
+
+    tokens: Count
+    mean: Amount
+    p99: Amount
+    largest: Amount
+    ess: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """One run in figures. Outcomes and shares are in [0, 1], ``_s`` are seconds, ``_se`` standard errors.
 
     A figure that was not measured, or is not finite, is None here and absent from the file; array scalars become plain
     numbers. ``*_not_trained`` count by reason; ``episodes`` are those of training that have ended, by stop reason, and
     ``episodes_masked`` those that train nothing, by the reason for it. ``eval_gain`` is the paired difference of the
-    outcomes with its 95 % interval. ``levels`` are those of the tasks where there are several, tool use is there where
-    a tool was called. ``figures`` takes whatever else a run wants to keep. Each annotation is checked: ValueError.
+    outcomes with its 95 % interval. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where
+    there are several, tool use is there where a tool was called. ``figures`` takes whatever else a run wants to keep.
+    Each annotation is checked: ValueError.
     """
 
     eval_reward_before: Share | None = None
@@ -70,6 +83,7 @@ class Summary:
     logprob_gap_max: Amount | None = None
     logprob_gap_mean: Amount | None = None
     logprob_gap_tokens: Count
+    logprob_gaps: dict[str, GapOfDepth] = field(default_factory=dict)
     tree_token_ratio: Amount | None = None
     prefix_cache_hit_rate: Share | None = None
     staleness_steps_max: Count | None = None
