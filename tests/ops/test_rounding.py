@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from forgejax.learner.gap import GapFigures, count_by_depth, find_fresh
 from forgejax.learner.packing.samples import make_turn_sample
 from forgejax.models import MoEConfig, PolicyConfig, abstract_policy, init_params
 from forgejax.models.dense import rms_norm
+from forgejax.models.policy import DType
 from forgejax.ops.rounding import AS_WRITTEN, narrow, outer_products, precision_of, product
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
 from forgejax.types import Completion, SampleRequest, SamplingLaw, Turn
@@ -53,9 +54,9 @@ def test_wide_operands_are_multiplied_at_full_precision() -> None:
     assert precision_of(jnp.bfloat16) == jax.lax.Precision.DEFAULT
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", get_args(DType)[:2])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_every_product_of_the_sampler_names_its_precision(platform: str, dtype: str) -> None:
+def test_every_product_of_the_sampler_names_its_precision(platform: str, dtype: DType) -> None:
     """Operands of FP32 are multiplied as such; narrow ones into FP32."""
     policy = dataclasses.replace(_SMALL["mixture"], param_dtype=dtype, compute_dtype=dtype)
     engine = PolicyEngine(policy, _ENGINE)

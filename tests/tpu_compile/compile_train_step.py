@@ -185,11 +185,11 @@ def tree_step() -> dict[str, _Program]:
     packed = _tree(80_000, 16, 7_500, layout, row=_ROW)
     assert (len(packed.batches), packed.stats.tree_tokens) == (1, 200_000 - 16)  # no answer's last token is fed
     shapes, batch = _Shapes.of(layout), _in(layout, packed.batches[0])
-    moments = shapes.state.opt_state
     calls = (shapes.params, shapes.accumulated, batch, shapes.version)
     return {
-        "accumulate": _compiled("accumulate", shapes.step.accumulate, *calls, beside=moments),
-        "apply": _compiled("apply", shapes.step.apply, shapes.state, shapes.accumulated, beside=()),
+        "accumulate": _compiled("accumulate", shapes.step.accumulate, *calls, beside=shapes.state),
+        "apply": _compiled("apply", shapes.step.apply, shapes.state, shapes.accumulated, beside=shapes.params),
+        "cast": _compiled("cast", shapes.step.cast, shapes.state.params, beside=(shapes.params, shapes.state.opt_state)),
     }
 
 
@@ -200,20 +200,20 @@ def trunk_step() -> dict[str, _Program]:
     packed = _tree(_TRUNK, 16, _TRUNK // 2, layout, row=_TRUNK)
     trunk, leaf = (_in(layout, batch) for batch in (packed.trunks[0].trunk, packed.trunks[0].leaves[0]))
     shapes = _Shapes.of(layout)
-    params, accumulated, version, moments = shapes.params, shapes.accumulated, shapes.version, shapes.state.opt_state
+    params, accumulated, version, state = shapes.params, shapes.accumulated, shapes.version, shapes.state
     step = make_trunk_step(shapes.graphdef, params, _STEP, start=shapes.step.start, layout=layout)
-    first = _compiled("trunk", step.trunk, params, trunk, beside=(moments, accumulated))
+    first = _compiled("trunk", step.trunk, params, trunk, beside=(state, accumulated))
     kv, d_kv = _placed(jax.eval_shape(step.trunk, params, trunk), first.compiled.output_shardings)
     leaves = (params, kv, (accumulated, d_kv), leaf, version)
     back = (params, accumulated, d_kv, trunk, version)
     return {
         "trunk": first,
-        "accumulate_leaves": _compiled("accumulate_leaves", step.accumulate_leaves, *leaves, beside=(moments, trunk)),
-        "pull_back": _compiled("pull_back", step.pull_back, *back, beside=(moments, kv)),
+        "accumulate_leaves": _compiled("accumulate_leaves", step.accumulate_leaves, *leaves, beside=(state, trunk)),
+        "pull_back": _compiled("pull_back", step.pull_back, *back, beside=(state, kv)),
     }
 
 
-@pytest.mark.parametrize("program", ["accumulate", "apply"])
+@pytest.mark.parametrize("program", ["accumulate", "apply", "cast"])
 def test_a_tree_of_two_hundred_thousand_tokens_fits_the_chips_of_a_v5e_64(
     tree_step: dict[str, _Program], program: str
 ) -> None:
