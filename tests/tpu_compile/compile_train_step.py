@@ -185,11 +185,11 @@ def tree_step() -> dict[str, _Program]:
     packed = _tree(80_000, 16, 7_500, layout, row=_ROW)
     assert (len(packed.batches), packed.stats.tree_tokens) == (1, 200_000 - 16)  # no answer's last token is fed
     shapes, batch = _Shapes.of(layout), _in(layout, packed.batches[0])
-    calls = (shapes.params, shapes.accumulated, batch, shapes.version)
+    calls, state = (shapes.params, shapes.accumulated, batch, shapes.version), shapes.state
     return {
-        "accumulate": _compiled("accumulate", shapes.step.accumulate, *calls, beside=shapes.state),
-        "apply": _compiled("apply", shapes.step.apply, shapes.state, shapes.accumulated, beside=shapes.params),
-        "cast": _compiled("cast", shapes.step.cast, shapes.state.params, beside=(shapes.params, shapes.state.opt_state)),
+        "accumulate": _compiled("accumulate", shapes.step.accumulate, *calls, beside=state),
+        "apply": _compiled("apply", shapes.step.apply, state, shapes.accumulated, beside=shapes.params),
+        "cast": _compiled("cast", shapes.step.cast, state.params, beside=(shapes.params, state.opt_state)),
     }
 
 
