@@ -59,34 +59,34 @@ class PrefixTree:
 
 @dataclasses.dataclass(kw_only=True, eq=False, slots=True)
 class _Run:
-    """A run of nodes without a branch: depths ``start`` to ``stop`` of sequence ``source``."""
+    """A run of nodes without a branch: depths ``start`` to ``stop`` of what sample ``source`` is fed."""
 
     source: int
     start: int
     stop: int
     parent: _Run | None
-    children: list[_Run] = dataclasses.field(default_factory=list)
-    ends: list[int] = dataclasses.field(default_factory=list)  # sequences that end with this run
+    children: dict[int, _Run] = dataclasses.field(default_factory=dict)  # by their first token
+    ends: list[int] = dataclasses.field(default_factory=list)  # samples that end with this run
     size: int = 0  # nodes of the whole subtree
     first: int = 0  # packed index of the node at depth `start`
 
 
 def build_tree(samples: Sequence[Sample]) -> PrefixTree:
-    """Merges samples. Time is that of sorting them: no Python runs per token.
+    """Merges samples. Memory is that of the tree and of the trained tokens, however often the samples repeat a prefix.
+
+    No Python runs per token: a sample costs a comparison with each run it begins with.
 
     Raises:
         ValueError: there are no samples.
     """
     if not samples:
         raise ValueError("a tree of no samples; expected at least one")
-    sequences = [sample.fed_ids for sample in samples]
-    root = _merge(sequences, [int(sample.token_ids[-1]) for sample in samples])
-    runs = _pre_order(root)
-    order, shared = _sample_order(runs)
-    tokens, positions, end, parent = _nodes(runs, sequences)
+    runs = _pre_order(_merge(samples))
+    order, shared = _sample_order(runs, samples)
+    tokens, positions, end, parent = _nodes(runs, samples)
 
     ordered = [samples[i] for i in order]
-    fed = [len(sequences[i]) for i in order]
+    fed = [sample.fed_tokens for sample in ordered]
     # A sample's own nodes lie behind those of the one before it.
     end_of_share = np.cumsum(np.array(fed, np.int64) - shared)
     term_src = _sources(ordered, fed, shared, end_of_share)
@@ -119,50 +119,48 @@ def count_samples_through(terminals: NDArray[np.int64], end: Ints) -> Ints:
     return (before[end] - before[:-1]).astype(np.int32)
 
 
-def _merge(sequences: Sequence[Ints], last_ids: Sequence[int]) -> _Run:
-    """The trie of the sequences, branchless runs as one: sorted, each sequence adds what it does not share.
-
-    Among equal sequences the last ids, which are not fed, decide: identical samples are neighbours.
-    """
-    # Big-endian bytes sort as the integers do.
-    keys = [(ids.astype(">u4").tobytes(), last) for ids, last in zip(sequences, last_ids, strict=True)]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    root = _Run(source=order[0], start=0, stop=0, parent=None)
-    path = [root]  # the runs of the sequence before, root first
-    for index, common in zip(order, _shared_with_previous([sequences[index] for index in order]), strict=True):
-        last = None
-        while path[-1].stop > common:
-            last = path.pop()
-        if path[-1].stop < common:
-            assert last is not None  # the sequence before is at least `common` long
-            path.append(_split(last, common))
-        if len(sequences[index]) > common:
-            run = _Run(source=index, start=common, stop=len(sequences[index]), parent=path[-1])
-            path[-1].children.append(run)
-            path.append(run)
-        path[-1].ends.append(index)
+def _merge(samples: Sequence[Sample]) -> _Run:
+    """The trie of what the samples are fed, branchless runs as one, under an empty root."""
+    root = _Run(source=0, start=0, stop=0, parent=None)
+    for index, sample in enumerate(samples):
+        run, depth, fed = root, 0, sample.fed_tokens
+        while depth < fed:
+            first = _token(sample, depth)
+            child = run.children.get(first)
+            if child is None:
+                run.children[first] = child = _Run(source=index, start=depth, stop=fed, parent=run)
+            else:
+                stop = min(child.stop, fed)
+                own, other = (_fed_ids(each, depth, stop) for each in (sample, samples[child.source]))
+                if own.tobytes() != other.tobytes():
+                    stop = depth + int(np.argmax(own != other))
+                child = _split(child, samples[child.source], stop) if stop < child.stop else child
+            run, depth = child, child.stop
+        run.ends.append(index)
     return root
 
 
-def _shared_with_previous(sequences: Sequence[Ints]) -> list[int]:
-    """Length of the longest common prefix of each sequence with the one before it; 0 for the first."""
-    lengths = np.array([len(ids) for ids in sequences])
-    flat = np.concatenate(sequences)
-    begin = np.cumsum(lengths) - lengths
-    compared = np.minimum(lengths[1:], lengths[:-1])  # at least 1
-    offset = np.cumsum(compared) - compared
-    at = np.arange(int(compared.sum()))
-    differs = flat[at + np.repeat(begin[1:] - offset, compared)] != flat[at + np.repeat(begin[:-1] - offset, compared)]
-    within = at - np.repeat(offset, compared)
-    common = np.minimum.reduceat(np.where(differs, within, len(flat)), offset) if len(offset) else offset
-    return [0, *np.minimum(common, compared).tolist()]
+def _token(sample: Sample, depth: int) -> int:
+    context = len(sample.context_ids)
+    return int(sample.context_ids[depth] if depth < context else sample.token_ids[depth - context])
 
 
-def _split(run: _Run, depth: int) -> _Run:
-    """Cuts a run, the last child of its parent, at a depth inside it; returns the upper part, now its parent."""
+def _fed_ids(sample: Sample, start: int, stop: int) -> Ints:
+    """``sample.fed_ids[start:stop]``, copied only where it lies on both sides of the context's end."""
+    context = len(sample.context_ids)
+    if stop <= context:
+        return sample.context_ids[start:stop]
+    if start >= context:
+        return sample.token_ids[start - context : stop - context]
+    return np.concatenate([sample.context_ids[start:], sample.token_ids[: stop - context]])
+
+
+def _split(run: _Run, sample: Sample, depth: int) -> _Run:
+    """Cuts a run of a sample at a depth inside it; returns the upper part, now its parent."""
     assert run.parent is not None
-    upper = _Run(source=run.source, start=run.start, stop=depth, parent=run.parent, children=[run])
-    run.parent.children[-1] = upper
+    upper = _Run(source=run.source, start=run.start, stop=depth, parent=run.parent)
+    run.parent.children[_token(sample, run.start)] = upper
+    upper.children[_token(sample, depth)] = run
     run.start, run.parent = depth, upper
     return upper
 
@@ -173,41 +171,49 @@ def _pre_order(root: _Run) -> list[_Run]:
     while stack:
         run = stack.pop()
         found.append(run)
-        stack.extend(run.children)
+        stack.extend(run.children.values())
     for run in reversed(found):  # children before their parent
-        run.size = run.stop - run.start
-        if run.children:
-            run.size += sum([child.size for child in run.children])
-            run.children.sort(key=lambda child: child.size)
+        run.size = run.stop - run.start + sum([child.size for child in run.children.values()])
 
-    ordered, stack, index = [], list(root.children), 0
+    ordered, stack, index = [], _by_weight(root), 0
     while stack:
         run = stack.pop()
         run.first = index
         index += run.stop - run.start
         ordered.append(run)
-        stack.extend(run.children)  # the heaviest is last, and popped first
+        stack.extend(_by_weight(run))  # the heaviest is last, and popped first
     return ordered
 
 
-def _sample_order(runs: Sequence[_Run]) -> tuple[list[int], Ints]:
-    """The sequences in DFS order, and how many nodes each shares with the one before it."""
+def _by_weight(run: _Run) -> list[_Run]:
+    """A run's children, lightest first; of equal ones that with the smaller first token."""
+    if len(run.children) < 2:
+        return list(run.children.values())
+    return [child for _, child in sorted(run.children.items(), key=lambda item: (item[1].size, item[0]))]
+
+
+def _sample_order(runs: Sequence[_Run], samples: Sequence[Sample]) -> tuple[list[int], Ints]:
+    """The samples in DFS order, and how many nodes each shares with the one before it.
+
+    Of those that are fed the same the last ids, which are not fed, decide: identical samples are neighbours.
+    """
     order: list[int] = []
     shared: list[int] = []
     common = 0
     for run in runs:
         common = min(common, run.start)
-        for sample in run.ends:
+        ends = run.ends if len(run.ends) < 2 else sorted(run.ends, key=lambda at: int(samples[at].token_ids[-1]))
+        for sample in ends:
             order.append(sample)
             shared.append(common)
             common = run.stop
     return order, np.array(shared, np.int32)
 
 
-def _nodes(runs: Sequence[_Run], sequences: Sequence[Ints]) -> tuple[Ints, Ints, Ints, Ints]:
+def _nodes(runs: Sequence[_Run], samples: Sequence[Sample]) -> tuple[Ints, Ints, Ints, Ints]:
     """Token, depth, subtree end and parent of every node."""
     lengths = [run.stop - run.start for run in runs]
-    tokens = np.concatenate([sequences[run.source][run.start : run.stop] for run in runs])
+    tokens = np.concatenate([_fed_ids(samples[run.source], run.start, run.stop) for run in runs], dtype=np.int32)
     positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
     end = np.repeat(np.array([run.first + run.size for run in runs], np.int32), lengths)
     parent = np.arange(-1, len(tokens) - 1, dtype=np.int32)
