@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from forgejax.chat.messages import Message, Tool
+from forgejax.chat.messages import TemplateMessage, Tool
 from forgejax.errors import GatewayError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ChatTemplate:
         self._quote = quote
         self._quote_spoken = quote_spoken
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
+    def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool], *, prompt: bool) -> str:
         """The rendered chat; with ``prompt`` up to where the assistant begins to speak. Raises TemplateError."""
         quoted = [
             _quote_all(_read_arguments(message), self._quote_spoken)
@@ -71,7 +71,7 @@ def _quote_all(value: Any, quote: Callable[[str], str]) -> Any:
     return value
 
 
-def _read_arguments(message: Message) -> Message:
+def _read_arguments(message: TemplateMessage) -> TemplateMessage:
     """``message`` with tool-call arguments that are JSON text as the objects they spell."""
     if not message.get("tool_calls"):
         return message

@@ -11,9 +11,9 @@ from aiohttp import web
 from forgejax.chat.format import ChatFormat
 from forgejax.chat.tool_format import choose_tool_format
 from forgejax.errors import GatewayError
-from forgejax.gateway.app import build_app
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
+from forgejax.gateway.http.app import build_app
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
