@@ -46,10 +46,11 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class PartEnd:
-    """The part is complete, and this is the whole of it if it is a call."""
+    """The part is complete: the whole of it if it is a call, its signature if it is reasoning."""
 
     part: int
     call: ToolCallPart | None = None
+    signature: str | None = None
 
 
 Delta = TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | PartEnd
@@ -101,6 +102,7 @@ def list_deltas(reply: Reply) -> list[Delta]:
             deltas += [ToolCallDelta(part=index, text=part.raw)] if part.raw else []
             deltas.append(PartEnd(part=index, call=part))
         else:
+            signature = part.signature if isinstance(part, ReasoningPart) else None
             kind = ReasoningDelta if isinstance(part, ReasoningPart) else TextDelta
-            deltas += [kind(part=index, text=part.text), PartEnd(part=index)]
+            deltas += [kind(part=index, text=part.text), PartEnd(part=index, signature=signature)]
     return deltas

@@ -188,4 +188,4 @@ class ReplyBuilder:
         text, self._pieces = "".join(self._pieces), []
         reasoning = self._channel == "reasoning"
         self._parts.append(ReasoningPart(text=text, signature=self._signature) if reasoning else TextPart(text=text))
-        return [PartEnd(part=len(self._parts) - 1)]
+        return [PartEnd(part=len(self._parts) - 1, signature=self._signature if reasoning else None)]

@@ -24,7 +24,7 @@ def test_a_whole_reply_is_its_parts_as_deltas() -> None:
     reply = Reply(message=Message(role="assistant", parts=parts), finish="tool_calls", usage=USAGE, signature="t")
     assert list_deltas(reply) == [
         ReasoningDelta(part=0, text="hm"),
-        PartEnd(part=0),
+        PartEnd(part=0, signature="t"),
         TextDelta(part=1, text="One."),
         PartEnd(part=1),
         ToolCallStart(part=2, id="call_0", name="f"),

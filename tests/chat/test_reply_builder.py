@@ -64,7 +64,7 @@ def join(deltas: list[Delta]) -> list[MessagePart]:
     for delta in deltas:
         assert delta.part == len(parts)
         if isinstance(delta, PartEnd):
-            assert open_ is not None
+            assert open_ is not None and delta.signature == ("turn-2" if isinstance(open_, ReasoningPart) else None)
             if delta.call is not None:
                 assert isinstance(open_, ToolCallPart) and delta.call.raw == open_.raw
                 open_ = delta.call

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import numpy as np
 from openai import AsyncOpenAI
 
-from forgejax.types import Session
+from forgejax.types import Session, Turn
+from tests.gateway.fakes import ScriptedSampler
 
 USER: Any = {"role": "user", "content": "What is 2+3?"}
 CALL_TEXT = 'Let me see.\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}</tool_call><|im_end|>'
@@ -45,3 +48,12 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 (what is watched is the engine's own record)
             await asyncio.sleep(0.005)
+
+
+def assert_chain(turns: tuple[Turn, ...], sampler: ScriptedSampler) -> None:
+    """Each turn goes on from the one before, and the turns are what was drawn."""
+    assert [turn.parent for turn in turns] == [None, *range(len(turns) - 1)]
+    assert [turn.completion for turn in turns] == sampler.returned
+    for before, turn in itertools.pairwise(turns):
+        known = np.concatenate([before.completion.prompt_ids, before.completion.token_ids])
+        assert turn.completion.prompt_ids[: len(known)].tolist() == known.tolist()

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from forgejax.gateway.dialects.base import Dialect
 from forgejax.gateway.dialects.chat_completions import ChatCompletions
+from forgejax.gateway.dialects.responses import Responses
 
-DIALECTS: Sequence[Dialect] = (ChatCompletions(),)
+DIALECTS: Sequence[Dialect] = (ChatCompletions(), Responses())
 
 __all__ = ["DIALECTS", "Dialect"]

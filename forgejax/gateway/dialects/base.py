@@ -108,6 +108,11 @@ class Dialect(Protocol):
     def pages(self) -> Sequence[Page]: ...
 
     @property
+    def streamed_failures(self) -> frozenset[str]:
+        """Codes of the refusals that whoever asked for a stream hears in a stream, and not as an HTTP status."""
+        ...
+
+    @property
     def credential_form(self) -> str:
         """How a key is sent, in words for whoever sent none: ``Authorization: Bearer KEY``."""
         ...

@@ -72,6 +72,7 @@ class ChatCompletions:
     routes = (Route(path="/v1/chat/completions"),)
     pages: Sequence[Page] = ()
     credential_form = "Authorization: Bearer KEY"
+    streamed_failures: frozenset[str] = frozenset()
 
     def credential(self, headers: Mapping[str, str]) -> str | None:
         return find_bearer(headers)

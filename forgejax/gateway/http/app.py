@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service, SessionLog
 
 _log = logging.getLogger(__name__)
+_SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
 _STATUS_S = 0.05  # a stream waits so long for its first token before it answers 200
 
 
@@ -112,7 +114,12 @@ class ChatHandler:
         request = self._dialect.parse(body, session.memory)
         for field in request.ignored:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()
-        pending = await session.ask(request.chat, stream=request.stream, hints=RetryHints.read(http.headers))
+        try:
+            pending = await session.ask(request.chat, stream=request.stream, hints=RetryHints.read(http.headers))
+        except RefusedError as refusal:
+            if request.stream and refusal.code in self._dialect.streamed_failures:
+                return await self._stream_refusal(http, request, refusal)
+            raise
         head = ReplyHead(
             id=self._dialect.reply_id(pending.id),
             created=int(time.time()),
@@ -144,6 +151,18 @@ class ChatHandler:
             # Does nothing once the answer is there; else the agent went away, and its tokens are recorded as such.
             pending.abandon(RefusedError(499, "the agent closed the connection", code="cancelled"))
 
+    async def _stream_refusal(
+        self, http: web.Request, request: ParsedRequest, refusal: RefusedError
+    ) -> web.StreamResponse:
+        reply_id = self._dialect.reply_id(f"refused-{secrets.token_hex(8)}")
+        head = ReplyHead(id=reply_id, created=int(time.time()), model=self._service.config.model_name)
+        words = self._dialect.stream(head, request)
+        response = web.StreamResponse(headers=_SSE)
+        await response.prepare(http)
+        await self._send(response, _frame([*words.start(), *words.error(refusal)]))
+        await response.write_eof()
+        return response
+
     async def _stream(
         self, http: web.Request, head: ReplyHead, request: ParsedRequest, pending: PendingReply, session: SessionLog
     ) -> tuple[web.StreamResponse, bool]:
@@ -151,7 +170,7 @@ class ChatHandler:
         words = self._dialect.stream(head, request)
         # An engine that fails at once gets a proper status; else the headers must not wait for the first token.
         first = await pending.wait_deltas(_STATUS_S)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers=_SSE)
         try:
             await response.prepare(http)
             await self._send(response, _frame(words.start()))

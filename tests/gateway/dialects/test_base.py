@@ -26,6 +26,7 @@ class Telegram:
     name = "telegram"
     routes = (Route(path="/telegram"), Route(method="PUT", path="/telegram/wire"))
     credential_form = "X-Stamp: KEY"
+    streamed_failures = frozenset({"context_length_exceeded"})
 
     @property
     def pages(self) -> Sequence[Page]:
