@@ -49,13 +49,33 @@ def read_function(item: object, name: str) -> Tool:
     return {"type": "function", "function": function}
 
 
-def read_parts(value: object, name: str, kinds: Sequence[str]) -> str:
-    """A string, or the texts of an array of parts of these kinds, one line each. Null is the empty string."""
+def read_parts(value: object, name: str, kinds: Sequence[str], *, others_told: bool = False) -> str:
+    """A string, or the texts of an array of parts of these kinds, one line each. Null is the empty string.
+
+    With ``others_told`` a part of another kind is told of instead of refused: what a tool returned stays in the history
+    for good, and must not end the episode. Raises RefusedError.
+    """
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
         raise refuse_field(name, value, "a string or an array of text parts")
-    return "\n".join(_read_part(part, f"{name}[{index}]", kinds) for index, part in enumerate(value))
+    return "\n".join(
+        read_part(part, f"{name}[{index}]", kinds, others_told=others_told) for index, part in enumerate(value)
+    )
+
+
+def read_part(item: object, name: str, kinds: Sequence[str], *, others_told: bool = False) -> str:
+    """The text of one part."""
+    part = read_mapping(item, name)
+    kind = part.get("type")
+    if kind not in kinds:
+        if others_told and isinstance(kind, str):
+            return f"[{kind}: not shown, for this model reads text alone]"
+        raise refuse_field(f"{name}.type", kind, f"{kinds[0]}: this model reads nothing else")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(text, str):
+        raise refuse_field(f"{name}.text", text, "a string")
+    return text
 
 
 def _read_message(item: object, name: str) -> Message:
@@ -73,7 +93,7 @@ def _read_message(item: object, name: str) -> Message:
     named = {
         key: read_text(fields[key], f"{name}.{key}") for key in ("tool_call_id", "name") if fields.get(key) is not None
     }
-    text = read_parts(content, f"{name}.content", ("text", "refusal"))
+    text = read_parts(content, f"{name}.content", ("text", "refusal"), others_told=role == "tool")
     if role != "assistant":
         return Message(role=role, parts=(TextPart(text=text),), **named)
     parts: list[MessagePart] = _read_reasoning(fields, name)
@@ -97,17 +117,6 @@ def _read_reasoning(fields: Mapping[str, Any], name: str) -> list[MessagePart]:
         if given is not None and not isinstance(given, dict | list):
             raise refuse_field(f"{name}.{key}", given, "a string")
     return []
-
-
-def _read_part(item: object, name: str, kinds: Sequence[str]) -> str:
-    part = read_mapping(item, name)
-    kind = part.get("type")
-    if kind not in kinds:
-        raise refuse_field(f"{name}.type", kind, f"{kinds[0]}: this model reads nothing else")
-    text = part.get("refusal" if kind == "refusal" else "text")
-    if not isinstance(text, str):
-        raise refuse_field(f"{name}.text", text, "a string")
-    return text
 
 
 def _read_call(item: object, name: str) -> MessagePart:

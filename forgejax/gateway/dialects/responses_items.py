@@ -87,7 +87,7 @@ class _ItemReader:
         elif kind in ("function_call", "custom_tool_call"):
             self._call(_read_call(item, name))
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            text = read_parts(item.get("output"), f"{name}.output", _TEXTS)
+            text = read_parts(item.get("output"), f"{name}.output", _TEXTS, others_told=True)
             call_id = read_text(item.get("call_id"), f"{name}.call_id")
             self.messages.append(Message(role="tool", parts=(TextPart(text=text),), tool_call_id=call_id))
         elif kind == "item_reference":

@@ -110,7 +110,8 @@ async def test_an_episode_is_a_chain_of_turns_however_the_agent_keeps_it(
 async def test_the_events_of_a_reply_are_those_of_the_api(chat_format: ChatFormat) -> None:
     gateway = await started(ScriptedSampler(chat_format, THOUGHT + CALL))
     async with client(gateway.open(TRAINING)) as agent:
-        stream = await agent.responses.create(model="m", input="?", tools=[TOOL], stream=True)  # type: ignore[list-item]
+        tools: Any = [TOOL]
+        stream: Any = await agent.responses.create(model="m", input="?", tools=tools, stream=True)
         kinds, response = await collect(stream)
     await gateway.stop()
     once = [kind.removeprefix("response.") for at, kind in enumerate(kinds) if kinds[at - 1 : at] != [kind]]
@@ -207,7 +208,7 @@ async def test_a_reply_cut_by_a_limit_is_incomplete_and_an_overflow_is_told_in_t
     gateway = await started(ScriptedSampler(chat_format, END), context_length=200)
     async with client(gateway.open(TRAINING)) as agent:
         cut = await agent.responses.create(model="m", input="?", max_output_tokens=2)
-        stream = await agent.responses.create(model="m", input="word " * 500, stream=True)
+        stream: Any = await agent.responses.create(model="m", input="word " * 500, stream=True)
         kinds, failed = await collect(stream)
         with pytest.raises(openai.BadRequestError, match="maximum context length is 200 tokens") as refused:
             await agent.responses.create(model="m", input="word " * 500)
