@@ -36,11 +36,20 @@ def extend_digest(key: bytes, message: Message) -> bytes:
 
 def is_echo(sent: Message, reply: Message, *, known: bool) -> bool:
     """Whether ``sent`` is ``reply``, sent back. The thought may be missing, and with ``known`` (its ids or its
-    signature say whose it is) the text as well; what is there must mean the same, and all calls must be there."""
-    if _list_calls(sent) != _list_calls(reply):
+    signature say whose it is) the text as well; what is there must mean the same, and all calls must be there. A call
+    whose arguments were never JSON is known by its id: agents send back whatever they made of them."""
+    calls = list(zip(sent.tool_calls, reply.tool_calls, strict=False))
+    if len(sent.tool_calls) != len(reply.tool_calls) or not all(_is_same_call(one, other) for one, other in calls):
         return False
     thought, text = sent.reasoning.strip(), sent.text.strip()
     return (not thought or thought == reply.reasoning.strip()) and (text == reply.text.strip() or (known and not text))
+
+
+def _is_same_call(sent: ToolCallPart, drawn: ToolCallPart) -> bool:
+    if sent.name != drawn.name:
+        return False
+    unread = drawn.arguments is None and sent.id is not None and sent.id == drawn.id
+    return unread or _spell_arguments(sent) == _spell_arguments(drawn)
 
 
 def _list_calls(message: Message) -> list[Any]:

@@ -51,6 +51,7 @@ class PendingReply:
         self._drawn = False
         self._abandoned: RefusedError | None = None
         self.undelivered = False  # the answer was complete, and the agent went away without it
+        self.left = False  # the connection it was answered on is closed
         self.replayed = False  # this is a recorded answer, asked for again
         self.task = asyncio.create_task(self._sample())
         self.task.add_done_callback(self._wake)

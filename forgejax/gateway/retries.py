@@ -38,7 +38,8 @@ class AnswerLog:
 
     A request is the same if its whole history is (by meaning, in the same branch) and all else that was asked. It is a
     retry if it says so, if it carries the idempotency key of the one before, or if nobody read that one's answer;
-    otherwise whoever asks the same again wants another answer.
+    otherwise whoever asks the same again gets another answer. If he has closed the connection of the one before, it may
+    be that he never read that one: it counts as undelivered.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,10 @@ class AnswerLog:
         if asked is None or not asked.pending.answered:
             return None
         same_key = hints.key is not None and hints.key == asked.key
-        return asked.pending if hints.count > 0 or same_key or asked.pending.undelivered else None
+        if hints.count > 0 or same_key or asked.pending.undelivered:
+            return asked.pending
+        asked.pending.undelivered = asked.pending.left
+        return None
 
     def add(self, request: LocatedRequest, hints: RetryHints, number: int, pending: PendingReply) -> None:
         asked = _Asked(number=number, pending=pending, key=hints.key)

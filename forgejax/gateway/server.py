@@ -14,6 +14,7 @@ from forgejax.errors import GatewayError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
+from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
@@ -70,13 +71,16 @@ class Gateway:
         host = self._config.host if host is None else host
         port = self._config.port if port is None else port
         # An agent that closes its connection ends its request.
+        deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
-            build_app(self._service, self._sessions, self._dialects),
+            build_app(self._service, self._sessions, self._dialects, deliveries),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=5.0,
         )
         await runner.setup()
+        if runner.server is not None:
+            deliveries.watch(runner.server)
         try:
             bound = await _listen(runner, host, port)
         except OSError as error:

@@ -117,10 +117,6 @@ class SessionLog:
         pending.task.add_done_callback(lambda _: self._drop(pending))
         return pending
 
-    def note_delivery(self, pending: PendingReply, transport: asyncio.BaseTransport | None, *, delivered: bool) -> None:
-        """Records whether the agent got the answer; ``transport`` is where it was written to."""
-        pending.undelivered = not delivered
-
     async def count_tokens(self, chat: ChatRequest) -> int:
         """How many tokens the prompt of ``chat`` would have. Raises RefusedError."""
         self._choose_tool_format(chat)

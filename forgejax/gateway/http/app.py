@@ -15,7 +15,8 @@ from forgejax.chat.reply import Delta, Reply, list_deltas
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream
 from forgejax.gateway.http.bodies import read_body
-from forgejax.gateway.http.doors import list_paths, word_errors
+from forgejax.gateway.http.deliveries import Deliveries
+from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import RefusedError, refuse_closed_session
 from forgejax.gateway.retries import RetryHints
@@ -23,16 +24,19 @@ from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service, SessionLog
 
 _log = logging.getLogger(__name__)
-_SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
+_SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 _STATUS_S = 0.05  # a stream waits so long for its first token before it answers 200
 
 
-def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Dialect]) -> web.Application:
+def build_app(
+    service: Service, sessions: SessionTable, dialects: Sequence[Dialect], deliveries: Deliveries
+) -> web.Application:
     """An application that serves ``sessions`` in every one of ``dialects``."""
     config, metrics = service.config, service.metrics
     app = web.Application(client_max_size=config.max_body_bytes, middlewares=[word_errors(dialects, metrics)])
+    app.on_response_prepare.append(allow_origin)
     for dialect in dialects:
-        handler = ChatHandler(service, sessions, dialect)
+        handler = ChatHandler(service, sessions, dialect, deliveries)
         for route in dialect.routes:
             for path in list_paths(route.path):
                 app.router.add_route(route.method, path, handler.handle)
@@ -58,7 +62,7 @@ def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Diale
 
     async def show_model(http: web.Request) -> web.Response:
         # Agents are answered under whatever name they ask for, so every name is the policy's.
-        return web.json_response(model | {"id": http.match_info["name"]})
+        return web.json_response(model | {"id": http.match_info["name"].rstrip("/")})
 
     async def show_health(_: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -71,7 +75,7 @@ def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Diale
     app.router.add_get("/metrics", show_metrics)
     for path in list_paths("/v1/models"):
         app.router.add_get(path, list_models)
-    for path in list_paths("/v1/models/{name:.+?}"):
+    for path in list_paths("/v1/models/{name:.+}"):
         app.router.add_get(path, show_model)
     return app
 
@@ -79,10 +83,11 @@ def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Diale
 class ChatHandler:
     """Reads a request, samples for its session and writes the answer in its wire format."""
 
-    def __init__(self, service: Service, sessions: SessionTable, dialect: Dialect) -> None:
+    def __init__(self, service: Service, sessions: SessionTable, dialect: Dialect, deliveries: Deliveries) -> None:
         self._service = service
         self._sessions = sessions
         self._dialect = dialect
+        self._deliveries = deliveries
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Answers a request for a reply."""
@@ -147,7 +152,7 @@ class ChatHandler:
         finally:
             deadline.cancel()
             if pending.answered:
-                session.note_delivery(pending, http.transport, delivered=delivered)
+                self._deliveries.note_answer(http.transport, pending, written=delivered)
             # Does nothing once the answer is there; else the agent went away, and its tokens are recorded as such.
             pending.abandon(RefusedError(499, "the agent closed the connection", code="cancelled"))
 
@@ -186,8 +191,9 @@ class ChatHandler:
             except Exception:  # noqa: BLE001 (a bug of ours is the agent's 500 and our log's traceback)
                 _log.exception("request %s failed within its stream", pending.id)
                 last = words.error(RefusedError(500, "the gateway failed; its log says why", code="internal_error"))
-            await self._send(response, _frame(last))
-            await response.write_eof()
+            # In one piece, so that whoever has read the last event has read all.
+            async with asyncio.timeout(self._service.config.body_timeout_s):
+                await response.write_eof(_frame(last))
         except (ConnectionResetError, TimeoutError):
             # The agent went away, or no longer reads; what was drawn for it is recorded all the same.
             if http.transport is not None:

@@ -15,7 +15,6 @@ from forgejax.gateway.refusals import RefusedError
 _log = logging.getLogger(__name__)
 _NOBODYS = "none"
 _CORS = {
-    "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "*",
     "Access-Control-Max-Age": "86400",
@@ -29,6 +28,11 @@ def list_paths(path: str) -> tuple[str, ...]:
         return path, f"{path}/"
     bare = path.removeprefix("/v1")
     return tuple(f"{spelled}{slash}" for spelled in (path, bare, f"/v1{path}") for slash in ("", "/"))
+
+
+async def allow_origin(_: web.Request, response: web.StreamResponse) -> None:
+    """Lets pages of any origin read a response; without a key they get nothing."""
+    response.headers["Access-Control-Allow-Origin"] = "*"
 
 
 def word_errors(dialects: Sequence[Dialect], metrics: GatewayMetrics) -> Middleware:
@@ -57,8 +61,6 @@ def word_errors(dialects: Sequence[Dialect], metrics: GatewayMetrics) -> Middlew
             return web.Response(status=204, headers=_CORS)
         owner = _find_dialect(dialects, request.path)
         response = await answer(request, handler, owner or dialects[0])
-        if not response.prepared:
-            response.headers["Access-Control-Allow-Origin"] = "*"
         if owner is not None or response.status >= 400:
             name = _NOBODYS if owner is None else owner.name
             metrics.requests.labels(name, str(response.status)).inc()

@@ -88,7 +88,7 @@ async def test_an_episode_is_a_chain_of_turns_whatever_becomes_of_the_thought(
     answers = []
     for number in range(3):
         system[0]["text"] = f"x-anthropic-billing-header: cch={number};"
-        body = {
+        body: dict[str, Any] = {
             "model": "m",
             "max_tokens": 99,
             "messages": history,
@@ -135,7 +135,7 @@ async def test_an_episode_is_a_chain_of_turns_whatever_becomes_of_the_thought(
 async def test_the_stop_sequence_that_was_met_is_told(chat_format: ChatFormat, stream: bool) -> None:
     gateway = await started(ScriptedSampler(chat_format, "one two three<|im_end|>", "one<|im_end|>"))
     session = gateway.open(TRAINING)
-    body = {"messages": [ASKED], "max_tokens": 99, "stop_sequences": ["three", "two"], "stream": stream}
+    body: dict[str, Any] = {"messages": [ASKED], "max_tokens": 99, "stop_sequences": ["three", "two"], "stream": stream}
     met, unmet = (await ask(session, **body))[1], (await ask(session, **body))[1]
     await gateway.stop()
     assert (met["content"][0]["text"], met["stop_reason"], met["stop_sequence"]) == ("one ", "stop_sequence", "two")
@@ -148,7 +148,7 @@ async def test_a_call_that_is_no_object_is_told_as_such_and_its_turn_is_known_ag
     gateway = await started(sampler)
     session = gateway.open(TRAINING)
     body: dict[str, Any] = {"max_tokens": 99, "tools": [TOOL]}
-    streamed = (await ask(session, messages=[ASKED], stream=True, **body))[1]
+    streamed = (await ask(session, messages=[{"role": "user", "content": "?"}], stream=True, **body))[1]
     whole = (await ask(session, messages=[ASKED], **body))[1]
     (block,) = whole["content"]
     result = {"type": "tool_result", "tool_use_id": block["id"], "content": "no JSON", "is_error": True}
