@@ -11,6 +11,7 @@ from typing import Any, Literal
 from forgejax.types import SamplingLaw
 
 Role = Literal["system", "user", "assistant", "tool"]
+CallRule = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +100,24 @@ Tool = Mapping[str, Any]
 class ChatRequest:
     """What an agent asks of the policy, whatever wire format it spoke.
 
-    ``tools`` are all that the policy is shown; with ``may_call`` False what it writes as a call stays text.
+    ``tools`` are all that the policy is shown, whatever ``calls`` says: with ``none`` what it writes as a call stays
+    text, with ``required`` its reply begins with a call. ``allowed`` names the tools that may be called, None all.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
-    may_call: bool = True
+    calls: CallRule = "auto"
+    allowed: frozenset[str] | None = None
     law: SamplingLaw = field(default_factory=SamplingLaw)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        named = self.allowed
+        return tuple(tool for tool in self.tools if named is None or tool["function"]["name"] in named)
 
 
 def read_call(name: str, raw: str, id_: str | None = None) -> ToolCallPart:

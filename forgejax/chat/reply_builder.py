@@ -83,7 +83,7 @@ class ReplyBuilder:
         self._decoder = chat_format.make_decoder()
         self._stops = StopStrings(request.stop)
         self._thoughts = ThoughtSplitter(chat_format.thoughts, inside=thinking)
-        self._parser = tool_calls.make_parser(request.tools)
+        self._parser = tool_calls.make_parser(request.callable_tools)
         self._fed = 0
         self._thought_ids = 0
         self._parts: list[MessagePart] = []  # the complete ones
@@ -97,6 +97,10 @@ class ReplyBuilder:
     def stopped(self) -> bool:
         """Whether a stop string has ended the text."""
         return self._stops.hit is not None
+
+    def begin(self, text: str) -> list[Delta]:
+        """Takes what the reply begins with and the policy did not draw; before the first ``feed``."""
+        return self._read(self._thoughts.push(text))
 
     def feed(self, ids: Sequence[int]) -> list[Delta]:
         """Takes the next ids and gives what an agent may see of them by now."""

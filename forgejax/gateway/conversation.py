@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -68,7 +68,8 @@ class Prompt:
 
     ``branch`` says why it does not go on from an earlier turn although there are some: the agent sent another history
     or other tools (``history``), the chat template rewrites what came before (``template``), or it sent back a reply
-    that several turns gave, with nothing to tell which (``twins``). ``thinking``: it ends within a thought.
+    that several turns gave, with nothing to tell which (``twins``). ``thinking``: it ends within a thought, or would
+    but for ``forced``: the beginning of the reply that the policy did not draw, whose ids are the last of these.
     """
 
     ids: TokenIds
@@ -78,6 +79,7 @@ class Prompt:
     messages: tuple[Message, ...]
     before: TextMark
     thinking: bool
+    forced: str = ""
 
 
 class Conversation:
@@ -149,12 +151,18 @@ class Conversation:
             thinking=thinking,
         )
 
+    def force_beginning(self, prompt: Prompt, text: str) -> Prompt:
+        """``prompt`` with the beginning of its reply: what the policy is to go on from and has not drawn."""
+        forced = f"\n{self._format.thoughts.closing}\n\n{text}" if prompt.thinking else text
+        ids = np.asarray(self._format.codec.encode(forced, at_start=False), np.int32)
+        return replace(prompt, ids=np.concatenate([prompt.ids, ids]), forced=forced)
+
     def add_turn(
         self, number: int, prompt: Prompt, completion: Completion, reply: Message | None, signature: str | None = None
     ) -> None:
         """Adds a turn. ``reply`` is the message the agent was given, None where it never got the whole of it."""
         ended = len(completion.token_ids) > 0 and int(completion.token_ids[-1]) in self._format.stop_ids
-        said = self._format.decode(completion.token_ids)
+        said = prompt.forced + self._format.decode(completion.token_ids)
         spoken = SpokenTurn(before=prompt.before, said=said, thought="" if reply is None else reply.reasoning)
         turn = AnsweredTurn(
             number=number, asked=prompt.messages, completion=completion, ended=ended, spoken=spoken, reply=reply

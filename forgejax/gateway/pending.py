@@ -21,7 +21,8 @@ class PendingReply:
 
     Belongs to the event loop it was made on; only ``_on_tokens`` may run on another thread (the engine's). With
     ``live`` the reply is built while it is drawn (to stream it, or to see a stop string), else when it is complete.
-    ``record`` is called once for every completion the engine returned.
+    ``begun`` is what of the reply is there before anything is drawn. ``record`` is called once for every completion the
+    engine returned.
     """
 
     SILENCE: Sequence[Delta] = (TextDelta(part=-1, text=""),)
@@ -33,6 +34,7 @@ class PendingReply:
         sampler: Sampler,
         request: SampleRequest,
         builder: ReplyBuilder,
+        begun: Sequence[Delta] = (),
         live: bool,
         grace_s: float,
         record: RecordReply,
@@ -44,7 +46,7 @@ class PendingReply:
         self._grace_s = grace_s
         self._record = record
         self._loop = asyncio.get_running_loop()
-        self._deltas: deque[Delta] = deque()
+        self._deltas: deque[Delta] = deque(begun)
         self._news = asyncio.Event()
         self.id = request.request_id
         self.prompt_tokens = len(request.prompt_ids)

@@ -72,5 +72,13 @@ class AnswerLog:
 
 def _digest_request(request: LocatedRequest) -> bytes:
     chat = request.chat
-    rest = (chat.may_call, chat.law, chat.max_tokens, chat.stop, chat.seed, chat.logprobs)
+    rest = (
+        chat.calls,
+        chat.allowed and sorted(chat.allowed),
+        chat.law,
+        chat.max_tokens,
+        chat.stop,
+        chat.seed,
+        chat.logprobs,
+    )
     return hashlib.blake2b(b"".join(request.keys) + repr(rest).encode(), digest_size=16).digest()

@@ -76,6 +76,8 @@ class SessionLog:
         number = self._arrived
         self._arrived += 1
         prompt = await self._render_prompt(located)
+        if chat.calls == "required":
+            prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
         request = self._make_request(chat, prompt, number)
         service = self._service
         if prompt.branch is not None:
@@ -107,6 +109,7 @@ class SessionLog:
             sampler=service.sampler,
             request=request,
             builder=builder,
+            begun=builder.begin(prompt.forced),
             live=stream or bool(chat.stop),
             grace_s=service.config.cancel_grace_s,
             record=record,
@@ -166,7 +169,7 @@ class SessionLog:
         return prompt
 
     def _choose_tool_format(self, chat: ChatRequest) -> ToolCallFormat:
-        if not chat.tools or not chat.may_call:
+        if not chat.tools or chat.calls == "none":
             return PlainTextFormat()
         if self._service.tool_format is None:
             raise RefusedError(
@@ -212,6 +215,12 @@ def derive_seed(seed: int, number: int) -> int:
     """The seed of a session's request ``number``: independent between requests, equal between equal runs."""
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") & 0x7FFFFFFF
+
+
+def _open_call(chat: ChatRequest, tool_format: ToolCallFormat) -> str:
+    """The beginning of a call that must be made: its name as well, where there is one tool to call."""
+    names = [tool["function"]["name"] for tool in chat.callable_tools]
+    return tool_format.open_call(names[0] if len(names) == 1 else None)
 
 
 def _measure(chat: ChatRequest) -> int:

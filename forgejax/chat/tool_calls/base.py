@@ -78,6 +78,13 @@ class ToolCallFormat(Protocol):
         """A parser for one reply; ``tools`` are the request's function tools."""
         ...
 
+    def open_call(self, name: str | None) -> str:
+        """How a call begins, up to where the policy is to choose: what it calls, or with what where ``name`` is given.
+
+        Ends where the family's own tokens end, so that what is drawn next is spelled as it always is.
+        """
+        ...
+
 
 class PlainTextFormat:
     """For replies in which no tool may be called."""
@@ -86,6 +93,9 @@ class PlainTextFormat:
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return _PlainText()
+
+    def open_call(self, name: str | None) -> str:
+        return ""
 
 
 class _PlainText:

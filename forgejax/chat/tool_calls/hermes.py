@@ -5,6 +5,7 @@ A closing tag inside a string is part of the string.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ class HermesFormat:
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
         return TaggedParser(_OPENING, lambda: HermesBody(signatures))
+
+    def open_call(self, name: str | None) -> str:
+        named = "" if name is None else f' {json.dumps(name, ensure_ascii=False)}, "arguments":'
+        return f'{_OPENING}\n{{"name":{named}'
 
 
 class HermesBody:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ class Llama3Format:
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return Llama3Parser(Signatures(tools))
+
+    def open_call(self, name: str | None) -> str:
+        named = "" if name is None else f' {json.dumps(name, ensure_ascii=False)}, "parameters":'
+        return f'{{"name":{named}'
 
 
 class Llama3Parser:

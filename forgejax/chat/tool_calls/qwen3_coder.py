@@ -30,3 +30,6 @@ class Qwen3CoderFormat:
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
         return TaggedParser(_GRAMMAR.opening, lambda: XmlBody(_GRAMMAR, signatures))
+
+    def open_call(self, name: str | None) -> str:
+        return f"{_GRAMMAR.opening}\n{_GRAMMAR.open_function(name)}" + ("" if name is None else "\n")

@@ -36,6 +36,9 @@ class XmlGrammar:
     line_breaks: bool = False
     python_words: bool = False
 
+    def open_function(self, name: str | None) -> str:
+        return self.function[0] if name is None else name.join(self.function)
+
 
 class XmlBody:
     """What stands behind one opening tag, the closing one included, wherever that comes.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.messages import ChatRequest, MessagePart, ReasoningPart, TextPart, ToolCallPart
+from forgejax.chat.messages import ChatRequest, MessagePart, ReasoningPart, TextPart, Tool, ToolCallPart
 from forgejax.chat.reply import Delta, PartEnd, ReasoningDelta, Reply, TextDelta, ToolCallDelta, ToolCallStart, Usage
 from forgejax.gateway.dialects.anthropic_blocks import (
     has_vendors_tools,
@@ -25,6 +25,8 @@ from forgejax.gateway.dialects.base import (
     find_bearer,
 )
 from forgejax.gateway.dialects.fields import (
+    CallChoice,
+    choose_calls,
     list_ignored,
     read_boolean,
     read_law,
@@ -92,10 +94,13 @@ class AnthropicMessages:
     def parse(self, body: Mapping[str, Any], memory: ReplyMemory) -> ParsedRequest:
         if body.get("model") is not None:
             read_text(body["model"], "model")
+        tools = read_schemas(body.get("tools"))
+        choice = _read_choice(body.get("tool_choice"), tools)
         chat = ChatRequest(
             messages=(*read_system(body.get("system")), *read_dialogue(body.get("messages"))),
-            tools=read_schemas(body.get("tools")),
-            may_call=_read_may_call(body),
+            tools=tools,
+            calls=choice.rule,
+            allowed=choice.allowed,
             law=read_law(body),
             max_tokens=read_limit(body, "max_tokens"),
             stop=read_stops(body, "stop_sequences"),
@@ -213,10 +218,12 @@ def _word_error(refusal: RefusedError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def _read_may_call(body: Mapping[str, Any]) -> bool:
-    if body.get("tool_choice") is None:
-        return True
-    kind = read_mapping(body["tool_choice"], "tool_choice").get("type")
-    if kind not in ("auto", "none"):
-        raise refuse_field("tool_choice.type", kind, "auto or none: the policy itself chooses what to call")
-    return kind == "auto"
+def _read_choice(choice: object, tools: Sequence[Tool]) -> CallChoice:
+    if choice is None:
+        return choose_calls("auto", None, tools, "tool_choice")
+    fields = read_mapping(choice, "tool_choice")
+    kind = fields.get("type")
+    if kind not in ("auto", "none", "any", "tool"):
+        raise refuse_field("tool_choice.type", kind, "one of auto, any, tool, none")
+    named = [fields.get("name")] if kind == "tool" else None
+    return choose_calls({"any": "required", "tool": "required"}.get(kind, kind), named, tools, "tool_choice")

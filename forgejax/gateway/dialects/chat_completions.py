@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.messages import ChatRequest, ToolCallPart
+from forgejax.chat.messages import ChatRequest, Tool, ToolCallPart
 from forgejax.chat.reply import (
     Delta,
     PartEnd,
@@ -19,7 +19,10 @@ from forgejax.chat.reply import (
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, Route, find_bearer
 from forgejax.gateway.dialects.chat_messages import read_messages, read_tools
 from forgejax.gateway.dialects.fields import (
+    CallChoice,
+    choose_calls,
     list_ignored,
+    read_array,
     read_boolean,
     read_integer,
     read_law,
@@ -84,10 +87,13 @@ class ChatCompletions:
         _refuse_unserved(body)
         _read_include_usage(body)
         limit = read_limit(body, "max_completion_tokens")
+        tools = read_tools(body)
+        choice = _read_choice(body, tools)
         chat = ChatRequest(
             messages=read_messages(body.get("messages")),
-            tools=read_tools(body),
-            may_call=_read_may_call(body),
+            tools=tools,
+            calls=choice.rule,
+            allowed=choice.allowed,
             law=read_law(body),
             max_tokens=read_limit(body, "max_tokens") if limit is None else limit,
             stop=read_stops(body, "stop"),
@@ -212,12 +218,26 @@ def _refuse_unserved(body: Mapping[str, Any]) -> None:
         read_text(body["model"], "model")
 
 
-def _read_may_call(body: Mapping[str, Any]) -> bool:
-    for name in ("tool_choice", "function_call"):
-        choice = body.get(name)
-        if choice not in (None, "none", "auto"):
-            raise refuse_field(name, choice, "none or auto: the policy itself chooses what to call")
-    return body.get("tool_choice") != "none" and body.get("function_call") != "none"
+def _read_choice(body: Mapping[str, Any], tools: Sequence[Tool]) -> CallChoice:
+    name = "tool_choice" if body.get("tool_choice") is not None else "function_call"
+    choice = body.get(name)
+    if choice is None or isinstance(choice, str):
+        return choose_calls(choice or "auto", None, tools, name)
+    fields = read_mapping(choice, name)
+    kind = fields.get("type", "function")
+    inside = fields.get(kind) if isinstance(kind, str) else None
+    if kind == "allowed_tools":
+        allowed = read_mapping(inside, f"{name}.allowed_tools")
+        named = [_read_name(item) for item in read_array(allowed.get("tools"), f"{name}.allowed_tools.tools")]
+        return choose_calls(allowed.get("mode"), named, tools, name)
+    return choose_calls("required", [_read_name(fields)], tools, name)
+
+
+def _read_name(item: Any) -> Any:
+    """The name in ``{"type": "function", "function": {"name"}}``, or in ``{"name"}`` as it once was."""
+    fields = item if isinstance(item, dict) else {}
+    inside = fields.get("function") or fields.get("custom") or fields
+    return inside.get("name") if isinstance(inside, dict) else None
 
 
 def _read_include_usage(body: Mapping[str, Any]) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from forgejax.chat.messages import CallRule, Tool
 from forgejax.gateway.refusals import refuse_field
 from forgejax.types import SamplingLaw
 
@@ -42,7 +44,6 @@ IGNORED = frozenset(
         "stream_options",
         "text",
         "thinking",
-        "tool_choice",
         "tools",
         "truncation",
         "verbosity",
@@ -146,3 +147,25 @@ def list_ignored(body: Mapping[str, Any], served: frozenset[str]) -> tuple[str, 
     """The fields that were sent and have no effect, those nobody knows as ``other``; null asks for nothing."""
     sent = {name for name, value in body.items() if value is not None} - served
     return tuple(sorted({name if name in IGNORED else "other" for name in sent}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallChoice:
+    """Whether the policy may or must call, and which tools; ``allowed`` is None for all of them."""
+
+    rule: CallRule
+    allowed: frozenset[str] | None
+
+
+def choose_calls(rule: object, named: Sequence[object] | None, tools: Sequence[Tool], field: str) -> CallChoice:
+    """What a request chooses in ``field``. Raises RefusedError where it must call and cannot."""
+    rules: Mapping[object, CallRule] = {"auto": "auto", "none": "none", "required": "required"}
+    if rule not in rules:
+        raise refuse_field(field, rule, "none, auto, required, a tool's name or allowed tools")
+    known = {tool["function"]["name"] for tool in tools}
+    allowed = None if named is None else frozenset(name for name in named if isinstance(name, str))
+    if allowed is not None and (not allowed or not allowed <= known):
+        raise refuse_field(field, list(named or ()), f"names of the tools that were sent: {', '.join(sorted(known))}")
+    if rules[rule] == "required" and not tools:
+        raise refuse_field(field, rule, "none or auto where no tools are sent")
+    return CallChoice(rule=rules[rule], allowed=allowed)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.messages import ChatRequest, Message
+from forgejax.chat.messages import ChatRequest, Message, Tool
 from forgejax.chat.reply import Reply, Usage
 from forgejax.gateway.dialects.base import AskingSession, Page, ParsedRequest, ReplyHead, Route, find_bearer
 from forgejax.gateway.dialects.chat_completions import word_openai_error
 from forgejax.gateway.dialects.fields import (
+    CallChoice,
+    choose_calls,
     list_ignored,
+    read_array,
     read_boolean,
     read_integer,
     read_law,
     read_limit,
+    read_mapping,
     read_text,
 )
 from forgejax.gateway.dialects.responses_items import OfferedTool, read_items, read_offered, word_items
@@ -83,10 +87,13 @@ class Responses:
         if not history:
             raise refuse_field("input", body.get("input"), "a string or at least one item")
         offered = read_offered(body.get("tools"))
+        tools = tuple(each.tool for each in offered)
+        choice = _read_choice(body.get("tool_choice"), tools)
         chat = ChatRequest(
             messages=(*system, *history),
-            tools=tuple(each.tool for each in offered),
-            may_call=_read_may_call(body),
+            tools=tools,
+            calls=choice.rule,
+            allowed=choice.allowed,
             law=read_law(body),
             max_tokens=read_limit(body, "max_output_tokens"),
             seed=read_integer(body, "seed", least=-(2**63), most=2**63 - 1),
@@ -160,11 +167,15 @@ def _refuse_unserved(body: Mapping[str, Any]) -> None:
         read_text(body["model"], "model")
 
 
-def _read_may_call(body: Mapping[str, Any]) -> bool:
-    choice = body.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise refuse_field("tool_choice", choice, "none or auto: the policy itself chooses what to call")
-    return choice != "none"
+def _read_choice(choice: object, tools: Sequence[Tool]) -> CallChoice:
+    if choice is None or isinstance(choice, str):
+        return choose_calls(choice or "auto", None, tools, "tool_choice")
+    fields = read_mapping(choice, "tool_choice")
+    if fields.get("type") == "allowed_tools":
+        items = read_array(fields.get("tools"), "tool_choice.tools")
+        named = [item.get("name") if isinstance(item, dict) else None for item in items]
+        return choose_calls(fields.get("mode"), named, tools, "tool_choice")
+    return choose_calls("required", [fields.get("name")], tools, "tool_choice")
 
 
 def _list_hosted(body: Mapping[str, Any]) -> tuple[str, ...]:

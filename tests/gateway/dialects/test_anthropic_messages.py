@@ -218,7 +218,20 @@ def test_a_vendors_own_tools_are_left_out_and_counted() -> None:
     request = parse(tools=[TOOL, {"type": "web_search_20250305", "name": "web_search"}], thinking={"type": "enabled"})
     assert [tool["function"]["name"] for tool in request.chat.tools] == ["calculator"]
     assert request.ignored == ("thinking", "tools")
-    assert not parse(tool_choice={"type": "none"}).chat.may_call
+
+
+@pytest.mark.parametrize(
+    ("choice", "calls", "allowed"),
+    [
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto", None),
+        ({"type": "none"}, "none", None),
+        ({"type": "any"}, "required", None),
+        ({"type": "tool", "name": "calculator"}, "required", {"calculator"}),
+    ],
+)
+def test_tool_choices_are_read(choice: dict[str, Any], calls: str, allowed: set[str] | None) -> None:
+    chat = parse(tools=[TOOL], tool_choice=choice).chat
+    assert (chat.calls, chat.allowed) == (calls, allowed)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +250,8 @@ def test_a_vendors_own_tools_are_left_out_and_counted() -> None:
         ({"tools": [{"input_schema": {}}]}, "tools[0].name is None"),
         ({"tool_choice": "auto"}, "tool_choice is 'auto'; expected an object"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice.type is 'some'"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice is 'required'; expected none or auto where no tools are sent"),
     ],
 )
 async def test_a_bad_body_is_told_by_field(chat_format: ChatFormat, body: Any, says: str) -> None:

@@ -235,6 +235,29 @@ async def test_a_history_that_cannot_be_read_is_served_as_text(chat_format: Chat
         assert 'calculator({"expression": "2)' in chat_format.decode(turn.completion.prompt_ids)
 
 
+CALCULATE = {"type": "function", "function": {"name": "calculator"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "calls", "allowed"),
+    [
+        ({}, "auto", None),
+        ({"tool_choice": "required"}, "required", None),
+        ({"tool_choice": CALCULATE}, "required", {"calculator"}),
+        ({"function_call": {"name": "calculator"}}, "required", {"calculator"}),
+        ({"function_call": "none"}, "none", None),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [CALCULATE]}}},
+            "required",
+            {"calculator"},
+        ),
+    ],
+)
+def test_tool_choices_are_read(sent: dict[str, Any], calls: str, allowed: set[str] | None) -> None:
+    chat = ChatCompletions().parse({**GOOD, "tools": [CALCULATOR], **sent}, ReplyMemory()).chat
+    assert (chat.calls, chat.allowed) == (calls, allowed)
+
+
 async def test_the_older_functions_and_both_names_of_reasoning_are_read() -> None:
     history = [
         USER,
@@ -280,7 +303,12 @@ async def test_the_older_functions_and_both_names_of_reasoning_are_read() -> Non
         ({**GOOD, "tools": {}}, "tools is {}; expected an array"),
         ({**GOOD, "tools": [{"type": "web_search"}]}, "tools[0].type is 'web_search'"),
         ({**GOOD, "tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name is ''"),
-        ({**GOOD, "tool_choice": "required"}, "tool_choice is 'required'; expected none or auto"),
+        (
+            {**GOOD, "tool_choice": "required"},
+            "tool_choice is 'required'; expected none or auto where no tools are sent",
+        ),
+        ({**GOOD, "tool_choice": "some"}, "tool_choice is 'some'; expected none, auto, required"),
+        ({**GOOD, "tools": [CALCULATOR], "tool_choice": {"function": {"name": "f"}}}, "tool_choice is ['f']"),
         ({**GOOD, "n": 2}, "n is 2; expected 1"),
         ({**GOOD, "max_tokens": 0}, "max_tokens is 0; expected an integer of at least 1, or -1 for no limit"),
         ({**GOOD, "max_tokens": True}, "max_tokens is True"),

@@ -229,6 +229,21 @@ def test_a_vendors_own_tools_are_left_out_and_counted_and_namespaces_are_opened(
     assert request.ignored == ("reasoning", "tools")
 
 
+@pytest.mark.parametrize(
+    ("choice", "calls", "allowed"),
+    [
+        ("none", "none", None),
+        ("required", "required", None),
+        ({"type": "function", "name": "calculator"}, "required", {"calculator"}),
+        ({"type": "custom", "name": "patch"}, "required", {"patch"}),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"name": "patch"}]}, "auto", {"patch"}),
+    ],
+)
+def test_tool_choices_are_read(choice: Any, calls: str, allowed: set[str] | None) -> None:
+    chat = parse({"input": "?", "tools": [TOOL, PATCH], "tool_choice": choice}).chat
+    assert (chat.calls, chat.allowed) == (calls, allowed)
+
+
 def test_what_another_vendors_history_holds_is_kept_as_text() -> None:
     search = {"type": "web_search_call", "id": "ws_1", "status": "completed"}
     request = parse({"input": [{"role": "user", "content": [{"type": "input_text", "text": "?"}]}, search]})
@@ -249,6 +264,7 @@ def test_what_another_vendors_history_holds_is_kept_as_text() -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "Item with id 'x' not found"),
         ({"input": "?", "background": True}, "background is True"),
         ({"input": "?", "conversation": "c"}, "conversation is 'c'"),
+        ({"input": "?", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice is ['f']; expected names of"),
         ({"input": "?", "max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"input": "?", "tools": [{"type": "custom"}]}, "tools[0].name is None"),
     ],
