@@ -14,6 +14,7 @@ QUOTE = "\ufdd0"
 
 _REPLACEMENT = "\ufffd"
 _HOLD_LIMIT = 64
+_LONG_CHARACTERS = 2_000
 _CACHE_BYTES = 32 * 1024 * 1024
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -117,7 +118,10 @@ class TextCodec:
         return ids
 
     def _encode_plain(self, tokenizer: Tokenizer, piece: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        if len(piece) < _LONG_CHARACTERS:
+            ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        else:  # ``encode`` keeps every other thread waiting for as long as it takes; a batch does not
+            ids = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
         if self._all_ids.isdisjoint(ids) or len(piece) < 2:
             return ids
         # The vocabulary itself spells a control token (Unigram's does): cut until the words are words again.

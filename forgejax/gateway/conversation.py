@@ -10,6 +10,7 @@ import numpy as np
 
 from forgejax.chat.format import ChatFormat, RenderedPrompt, SpokenTurn, TextMark
 from forgejax.chat.messages import ChatRequest, Message
+from forgejax.chat.tool_calls import describe_tools
 from forgejax.gateway.identity import digest_tools, digest_turn, extend_digest, is_echo
 from forgejax.types import Completion, TokenIds
 
@@ -88,11 +89,13 @@ class Conversation:
     Turns are known by the number their request was given on arrival. A reply that is sent back is known by the ids of
     its calls or its signature first, by its meaning in its history second (``identity``), and where that leaves
     several, only if all of them are the same ids. ``locate`` and ``add_turn`` belong to one thread, ``make_prompt`` may
-    run on any: it sees what ``locate`` saw.
+    run on any: it sees what ``locate`` saw. With ``example_call`` the template prints no tools: they and that example
+    are told in the system message.
     """
 
-    def __init__(self, chat_format: ChatFormat) -> None:
+    def __init__(self, chat_format: ChatFormat, example_call: str | None = None) -> None:
         self._format = chat_format
+        self._example = example_call
         self._answered: list[AnsweredTurn] = []
         self._replies: dict[bytes, list[AnsweredTurn]] = {}  # by the history they answered
         self._evidence: dict[str, AnsweredTurn] = {}  # by call id and by signature
@@ -127,7 +130,8 @@ class Conversation:
 
     def make_prompt(self, request: LocatedRequest) -> Prompt:
         """The ids to sample from. Raises TemplateError where the chat template refuses the messages."""
-        rendered = self._format.render_chat(request.messages, request.chat.tools)
+        messages = self._tell_tools(request)
+        rendered = self._format.render_chat(messages, request.chat.tools)
         before = self._format.mark_turn(rendered)
         thinking = self._format.thoughts.opens(rendered.text)
         branch: Branch | None = "history" if request.earlier else None
@@ -136,7 +140,8 @@ class Conversation:
         if request.twins:
             branch = "twins"
         elif request.turn is not None:
-            ids = self._continue_ids(request.turn, rendered, request.known)
+            known = request.known + len(messages) - len(request.messages)
+            ids = self._continue_ids(request.turn, rendered, known)
             branch, parent = ("template", None) if ids is None else (None, request.turn.number)
         if ids is None:
             ids = np.asarray(self._format.encode(rendered), np.int32)
@@ -178,6 +183,15 @@ class Conversation:
     def forget(self) -> None:
         """Lets go of everything; the conversation is over."""
         self._answered, self._replies, self._evidence = [], {}, {}
+
+    def _tell_tools(self, request: LocatedRequest) -> tuple[Message, ...]:
+        if self._example is None or not request.chat.tools:
+            return request.messages
+        note = describe_tools(request.chat.tools, self._example)
+        first = request.messages[0]
+        if first.role == "system":
+            return (Message.of_text("system", f"{first.text}\n\n{note}"), *request.messages[1:])
+        return (Message.of_text("system", note), *request.messages)
 
     def _find_replies(self, message: Message, keys: Sequence[bytes]) -> list[AnsweredTurn]:
         """The turns in any of these histories that ``message`` may be the reply of, in order of arrival; of those that

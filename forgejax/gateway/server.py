@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from forgejax.chat.format import ChatFormat
-from forgejax.chat.tool_format import choose_tool_format
+from forgejax.chat.tool_format import choose_tool_format, shows_tools
 from forgejax.errors import GatewayError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
@@ -45,6 +45,7 @@ class Gateway:
             sampler=sampler,
             chat_format=chat_format,
             tool_format=choose_tool_format(config.tool_format, chat_format),
+            tell_tools=not shows_tools(chat_format),
             context_length=context_length,
             config=config,
             metrics=self.metrics,

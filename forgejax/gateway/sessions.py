@@ -29,11 +29,13 @@ _UNDELIVERED = "undelivered"
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What every session shares. ``tool_format`` is None where the policy knows no way to call tools."""
+    """What every session shares. ``tool_format`` is None where the policy knows no way to call tools; ``tell_tools``
+    says that the chat template prints none, so that the policy must be told of them."""
 
     sampler: Sampler
     chat_format: ChatFormat
     tool_format: ToolCallFormat | None
+    tell_tools: bool
     context_length: int
     config: GatewayConfig
     metrics: GatewayMetrics
@@ -50,7 +52,8 @@ class SessionLog:
         self.api_key = f"fjx-{secrets.token_urlsafe(24)}"
         self._service = service
         self._spec = spec
-        self._conversation = Conversation(service.chat_format)
+        example = None if service.tool_format is None or not service.tell_tools else service.tool_format.example
+        self._conversation = Conversation(service.chat_format, example)
         self._answers = AnswerLog()
         self._arrived = 0
         self._pending: set[PendingReply] = set()

@@ -83,11 +83,21 @@ async def test_tools_are_refused_where_the_template_knows_no_way_to_call_them(tm
     async with client(session) as agent:
         assert (await agent.chat.completions.create(**GOOD)).choices[0].message.content == "5"
     await gateway.stop()
-    told = await started(ScriptedSampler(chat_format, CALL_TEXT), tool_format="hermes")
-    async with client(told.open(TRAINING)) as agent:
+    told = await started(ScriptedSampler(chat_format, CALL_TEXT, "5<|im_end|>"), tool_format="hermes")
+    asking = told.open(TRAINING)
+    async with client(asking) as agent:
         reply = await agent.chat.completions.create(tools=[CALCULATOR], **GOOD)
+        message: Any = reply.choices[0].message
+        result: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "5"}
+        history: Any = [*GOOD["messages"], message, result]
+        await agent.chat.completions.create(tools=[CALCULATOR], model="m", messages=history)
+    turns = await told.close(asking.id)
     await told.stop()
     assert reply.choices[0].finish_reason == "tool_calls"
+    # The template prints no tools, so the policy is told of them, and of how a call is written.
+    prompt = chat_format.decode(turns[0].completion.prompt_ids)
+    assert '"name": "calculator"' in prompt and '{"name": "NAME", "arguments": {"KEY": "VALUE"}}' in prompt
+    assert [turn.parent for turn in turns] == [None, 0]
 
 
 async def test_a_long_prompt_is_answered_like_a_short_one_and_counts_are_by_name(chat_format: ChatFormat) -> None:
@@ -207,8 +217,8 @@ async def test_a_call_that_must_be_made_is_begun_in_the_context_and_the_rest_is_
     turns = await gateway.close(session.id)
     await gateway.stop()
     assert (name, json.loads(arguments)) == ("calculator", {"expression": "1"})
-    prompt = chat_format.render_text([USER], [CALCULATOR, other])
-    ids = chat_format.encode(prompt) + chat_format.codec.encode(forced, at_start=False)
-    assert turns[0].completion.prompt_ids.tolist() == ids
+    spelled = chat_format.codec.encode(forced, at_start=False)
+    opening = chat_format.render([USER])[-4:]  # where the assistant begins to speak
+    assert turns[0].completion.prompt_ids.tolist()[-len(opening) - len(spelled) :] == opening + spelled
     assert [turn.completion for turn in turns] == sampler.returned
     assert [(turn.parent, turn.untrainable, turn.tool_calls) for turn in turns] == [(None, None, 1), (0, None, 0)]

@@ -13,6 +13,7 @@ from forgejax.chat.tool_calls.base import (
     TextSpan,
     ToolCallFormat,
     ToolCallParser,
+    describe_tools,
     measure_overlap,
 )
 from forgejax.chat.tool_calls.hermes import HermesFormat
@@ -42,5 +43,6 @@ __all__ = [
     "ToolCallFormat",
     "ToolCallParser",
     "ToolFormatName",
+    "describe_tools",
     "measure_overlap",
 ]

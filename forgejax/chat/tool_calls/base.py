@@ -69,10 +69,14 @@ class ToolCallParser(Protocol):
 
 
 class ToolCallFormat(Protocol):
-    """How a family of models writes tool calls. ``markers`` are the tags, which may be special tokens."""
+    """How a family of models writes tool calls. ``markers`` are the tags, which may be special tokens; ``example`` is a
+    call of the function NAME, for policies whose template tells them nothing of tools."""
 
     @property
     def markers(self) -> tuple[str, ...]: ...
+
+    @property
+    def example(self) -> str: ...
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         """A parser for one reply; ``tools`` are the request's function tools."""
@@ -90,6 +94,7 @@ class PlainTextFormat:
     """For replies in which no tool may be called."""
 
     markers = ()
+    example = ""
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return _PlainText()
@@ -136,6 +141,12 @@ class Signatures:
             return "arguments are not an object"
         missing = [key for key in self._parameters[name].get("required") or () if key not in arguments]
         return f"missing arguments: {', '.join(missing)}" if missing else None
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]], example: str) -> str:
+    """What a policy is told of its tools where the chat template does not print them."""
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    return f"You can call these functions:\n{listed}\nA call of the function NAME is written like this:\n{example}"
 
 
 def read_json(text: str) -> Any:

@@ -18,6 +18,7 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 class HermesFormat:
     markers = (_OPENING, _CLOSING)
+    example = f'{_OPENING}\n{{"name": "NAME", "arguments": {{"KEY": "VALUE"}}}}\n{_CLOSING}'
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)

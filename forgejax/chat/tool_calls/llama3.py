@@ -15,6 +15,7 @@ _BEGINNINGS = ('{"name":', '{"parameters":', '{"type":"function"')
 
 class Llama3Format:
     markers = (_TAG,)
+    example = '{"name": "NAME", "parameters": {"KEY": "VALUE"}}'
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return Llama3Parser(Signatures(tools))

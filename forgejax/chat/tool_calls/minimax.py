@@ -24,6 +24,10 @@ _GRAMMAR = XmlGrammar(
 
 class MiniMaxFormat:
     markers = (_GRAMMAR.opening, _GRAMMAR.closing)
+    example = (
+        '<minimax:tool_call>\n<invoke name="NAME">\n<parameter name="KEY">VALUE</parameter>\n</invoke>\n'
+        "</minimax:tool_call>"
+    )
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)

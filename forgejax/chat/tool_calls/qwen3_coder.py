@@ -26,6 +26,7 @@ _GRAMMAR = XmlGrammar(
 
 class Qwen3CoderFormat:
     markers = (_GRAMMAR.opening, _GRAMMAR.closing)
+    example = "<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>"
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
