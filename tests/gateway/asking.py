@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -57,3 +58,55 @@ def assert_chain(turns: tuple[Turn, ...], sampler: ScriptedSampler) -> None:
     for before, turn in itertools.pairwise(turns):
         known = np.concatenate([before.completion.prompt_ids, before.completion.token_ids])
         assert turn.completion.prompt_ids[: len(known)].tolist() == known.tolist()
+
+
+_FIELDS = {"text": "text", "thinking": "thinking", "input_json": "partial_json", "signature": "signature"}
+
+
+async def ask_messages(session: Session, path: str = "/v1/messages", **body: Any) -> tuple[int, Any]:
+    """The status and the answer; of a stream the message its events make, each in its place."""
+    headers = {"x-api-key": session.api_key, "anthropic-version": "2023-06-01", "anthropic-beta": "a-1,b-2"}
+    url = session.base_url.removesuffix("/v1") + path
+    async with aiohttp.ClientSession() as http, http.post(url, json=body, headers=headers) as response:
+        if response.content_type != "text/event-stream":
+            return response.status, await response.json()
+        return response.status, _accumulate((await response.text()).split("\n\n"))
+
+
+def _accumulate(frames: list[str]) -> dict[str, Any]:
+    assert frames.pop() == ""
+    message: dict[str, Any] = {}
+    block: dict[str, Any] | None = None
+    partial, seen = "", []
+    for frame in frames:
+        name, data = frame.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        seen.append(event["type"])
+        if event["type"] == "message_start":
+            message = event["message"]
+            assert (message["content"], message["stop_reason"]) == ([], None)
+        elif event["type"] == "content_block_start":
+            assert block is None and event["index"] == len(message["content"])
+            block, partial = event["content_block"], ""
+        elif event["type"] == "content_block_delta":
+            assert block is not None and event["index"] == len(message["content"])
+            kind = event["delta"]["type"].removesuffix("_delta")
+            piece = event["delta"][_FIELDS[kind]]
+            assert kind == {"text": "text", "tool_use": "input_json"}.get(block["type"], kind)
+            if kind == "input_json":
+                partial += piece
+            else:
+                block[kind] += piece
+        elif event["type"] == "content_block_stop":
+            assert block is not None and event["index"] == len(message["content"])
+            if block["type"] == "tool_use":
+                block["input"] = json.loads(partial) if partial.endswith("}") else partial
+            message["content"].append(block)
+            block = None
+        elif event["type"] == "message_delta":
+            message |= event["delta"] | {"usage": event["usage"]}
+        elif event["type"] == "error":
+            message = event
+    assert seen[0] == "message_start" and seen[-1] in ("message_stop", "error")
+    return message

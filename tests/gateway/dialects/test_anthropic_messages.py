@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
 import pytest
 
 from forgejax.chat import ChatFormat
 from forgejax.gateway.dialects.anthropic_messages import AnthropicMessages
 from forgejax.gateway.memory import ReplyMemory
-from forgejax.types import Session
 from tests.chat.tokenizers import CALCULATOR
+from tests.gateway.asking import ask_messages as ask
 from tests.gateway.asking import assert_chain
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
 
@@ -23,56 +21,6 @@ ASKED = {"role": "user", "content": [{"type": "text", "text": "What is 2+3?", "c
 THOUGHT = "<think>\nI add.\n</think>\n\nLet me see.\n"
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call><|im_end|>'
 END = "It is 5.<|im_end|>"
-FIELDS = {"text": "text", "thinking": "thinking", "input_json": "partial_json", "signature": "signature"}
-
-
-async def ask(session: Session, path: str = "/v1/messages", **body: Any) -> tuple[int, Any]:
-    """The status and the answer; of a stream the message its events make, each in its place."""
-    headers = {"x-api-key": session.api_key, "anthropic-version": "2023-06-01", "anthropic-beta": "a-1,b-2"}
-    url = session.base_url.removesuffix("/v1") + path
-    async with aiohttp.ClientSession() as http, http.post(url, json=body, headers=headers) as response:
-        if response.content_type != "text/event-stream":
-            return response.status, await response.json()
-        return response.status, accumulate((await response.text()).split("\n\n"))
-
-
-def accumulate(frames: list[str]) -> dict[str, Any]:
-    assert frames.pop() == ""
-    message: dict[str, Any] = {}
-    block: dict[str, Any] | None = None
-    partial, seen = "", []
-    for frame in frames:
-        name, data = frame.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        seen.append(event["type"])
-        if event["type"] == "message_start":
-            message = event["message"]
-            assert (message["content"], message["stop_reason"]) == ([], None)
-        elif event["type"] == "content_block_start":
-            assert block is None and event["index"] == len(message["content"])
-            block, partial = event["content_block"], ""
-        elif event["type"] == "content_block_delta":
-            assert block is not None and event["index"] == len(message["content"])
-            kind = event["delta"]["type"].removesuffix("_delta")
-            piece = event["delta"][FIELDS[kind]]
-            assert kind == {"text": "text", "tool_use": "input_json"}.get(block["type"], kind)
-            if kind == "input_json":
-                partial += piece
-            else:
-                block[kind] += piece
-        elif event["type"] == "content_block_stop":
-            assert block is not None and event["index"] == len(message["content"])
-            if block["type"] == "tool_use":
-                block["input"] = json.loads(partial) if partial.endswith("}") else partial
-            message["content"].append(block)
-            block = None
-        elif event["type"] == "message_delta":
-            message |= event["delta"] | {"usage": event["usage"]}
-        elif event["type"] == "error":
-            message = event
-    assert seen[0] == "message_start" and seen[-1] in ("message_stop", "error")
-    return message
 
 
 @pytest.mark.parametrize("stream", [False, True])
