@@ -25,7 +25,8 @@ class JsonCallReader:
         self._key = arguments_key
         self._optional = optional
         self._scanner = JsonScanner()
-        self._name: str | None = None
+        self._name = ""
+        self._started = False
         self._given: list[str] = []
         self._given_to = 0
         self._fault: str | None = None  # of the arguments; the object may be complete for all that
@@ -34,7 +35,7 @@ class JsonCallReader:
 
     @property
     def started(self) -> bool:
-        return self._name is not None
+        return self._started
 
     @property
     def over(self) -> bool:
@@ -58,14 +59,14 @@ class JsonCallReader:
     def finish(self, problem: str | None) -> CallSpan | str:
         """The whole call, or why there is none; ``problem`` is what is wrong beside its own text."""
         problem = self.problem or self._fault or self._check_object() or problem
-        if self._name is None:
+        if not self._started:
             return problem or f'not an object of "name" and "{self._key}"'
         text = "".join(self._given)
         return self._signatures.judge_call(self._name, text, problem)
 
     def _give(self) -> list[Span]:
         arguments = self._find(self._key)
-        if arguments is None or arguments.start is None or (not self.started and not self._read_name()):
+        if arguments is None or arguments.start is None or (not self._name and not self._read_name()):
             return []
         spans: list[Span] = []
         if self.text[arguments.start] == "{":
@@ -78,11 +79,12 @@ class JsonCallReader:
             self._fault = "arguments are not an object"
         else:
             return []
-        if not self._given:
-            spans.append(CallStart(name=str(self._name)))
-        if piece or not self._given:
+        if not self._started:
+            self._started = True
+            spans.append(CallStart(name=self._name))
+        if piece:
             self._given.append(piece)
-            spans += [CallText(text=piece)] if piece else []
+            spans.append(CallText(text=piece))
         return spans
 
     def _read_name(self) -> bool:
@@ -93,8 +95,8 @@ class JsonCallReader:
             name = read_json(self.text[member.start : member.end])
         except MalformedCallError:
             return False
-        self._name = name if isinstance(name, str) and name else None
-        return self.started
+        self._name = name if isinstance(name, str) else ""
+        return bool(self._name)
 
     def _find(self, key: str) -> Member | None:
         return next((member for member in self._scanner.members if member.key == key), None)

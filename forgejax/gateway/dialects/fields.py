@@ -159,8 +159,8 @@ class CallChoice:
 
 def choose_calls(rule: object, named: Sequence[object] | None, tools: Sequence[Tool], field: str) -> CallChoice:
     """What a request chooses in ``field``. Raises RefusedError where it must call and cannot."""
-    rules: Mapping[object, CallRule] = {"auto": "auto", "none": "none", "required": "required"}
-    if rule not in rules:
+    rules: Mapping[str, CallRule] = {"auto": "auto", "none": "none", "required": "required"}
+    if not isinstance(rule, str) or rule not in rules:
         raise refuse_field(field, rule, "none, auto, required, a tool's name or allowed tools")
     known = {tool["function"]["name"] for tool in tools}
     allowed = None if named is None else frozenset(name for name in named if isinstance(name, str))

@@ -180,8 +180,8 @@ def _read_choice(choice: object, tools: Sequence[Tool]) -> CallChoice:
 
 def _list_hosted(body: Mapping[str, Any]) -> tuple[str, ...]:
     """``tools`` if some of them are a vendor's own, which nobody runs here."""
-    kinds = {tool.get("type") for tool in body.get("tools") or () if isinstance(tool, dict)}
-    return ("tools",) if kinds - {"function", "custom", "namespace"} else ()
+    known = ("function", "custom", "namespace")
+    return ("tools",) if any(tool.get("type") not in known for tool in body.get("tools") or ()) else ()
 
 
 def _word_response(

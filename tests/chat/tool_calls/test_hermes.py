@@ -51,6 +51,8 @@ def test_calls_are_cut_out_of_the_text(text: str, expected: list[str | tuple[str
         ('{"name": "calculator", "parameters": {"expression": "1"}}', "not an object of"),
         ('{"name": ["calculator"], "arguments": {"expression": "1"}}', "not an object of"),
         ('{"arguments": {"expression": "1"}}', "not an object of"),
+        ('{"name": "calculator", "arguments": ok', "not JSON: 'ok'"),
+        ('{"name": "", "arguments": {}}', "not an object of"),
         ('{"name": "calc\n", "arguments": {}}', "must be escaped"),
     ],
 )

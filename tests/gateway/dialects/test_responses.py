@@ -263,6 +263,8 @@ def test_what_another_vendors_history_holds_is_kept_as_text() -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type is"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "Item with id 'x' not found"),
         ({"input": "?", "background": True}, "background is True"),
+        ({"input": [], "tools": [{"type": {}}]}, "input is []"),
+        ({"input": "?", "tool_choice": {"type": "allowed_tools", "mode": [], "tools": []}}, "tool_choice is []"),
         ({"input": "?", "conversation": "c"}, "conversation is 'c'"),
         ({"input": "?", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice is ['f']; expected names of"),
         ({"input": "?", "max_output_tokens": 0}, "max_output_tokens is 0"),
