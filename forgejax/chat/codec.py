@@ -14,7 +14,9 @@ QUOTE = "\ufdd0"
 
 _REPLACEMENT = "\ufffd"
 _HOLD_LIMIT = 64
+_LONG_CHARACTERS = 2_000
 _CACHE_BYTES = 32 * 1024 * 1024
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextCodec:
@@ -43,6 +45,7 @@ class TextCodec:
         self._hidden = frozenset(self._control_ids[spelling] for spelling in hidden)
         self._all_ids = frozenset(self._control_ids.values())
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self._byte_level = b'"ByteLevel"' in tokenizer.decoder.__getstate__() if tokenizer.decoder else False
         self._cache = PieceCache(cache_bytes)
 
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
@@ -78,6 +81,11 @@ class TextCodec:
         found = self._hidden_control.search(text, start)
         return None if found is None else (found[0], found.start())
 
+    @property
+    def spellings(self) -> Collection[str]:
+        """Every control token's."""
+        return self._control_ids.keys()
+
     def find_control_id(self, spelling: str) -> int:
         return self._control_ids[spelling]
 
@@ -92,6 +100,16 @@ class TextCodec:
         """One token as text, hidden or not."""
         return self._tokenizer.decode([id_], skip_special_tokens=False)
 
+    def spell_token(self, id_: int) -> bytes:
+        """The bytes one token stands for, which may be a part of a character."""
+        token = self._tokenizer.id_to_token(id_) or ""
+        if id_ in self._all_ids:
+            return token.encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF[character] for character in token)
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else self.decode_token(id_).encode()
+
     def _encode_inner(self, piece: str) -> Sequence[int]:
         ids = self._cache.get(piece)
         if ids is None:
@@ -100,7 +118,10 @@ class TextCodec:
         return ids
 
     def _encode_plain(self, tokenizer: Tokenizer, piece: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        if len(piece) < _LONG_CHARACTERS:
+            ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        else:  # ``encode`` keeps every other thread waiting for as long as it takes; a batch does not
+            ids = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
         if self._all_ids.isdisjoint(ids) or len(piece) < 2:
             return ids
         # The vocabulary itself spells a control token (Unigram's does): cut until the words are words again.
@@ -148,3 +169,13 @@ def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
 def _quote(control: re.Pattern[str], text: str) -> str:
     text = text.replace(QUOTE, "")
     return control.sub(lambda found: found[0][0] + QUOTE + found[0][1:], text)
+
+
+def _spell_bytes() -> dict[str, int]:
+    """GPT-2's alphabet, in which byte-level tokens are written: printable Latin-1 is itself, the other bytes follow."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _spell_bytes()

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgejax.chat.codec import StreamDecoder, TextCodec
-from forgejax.chat.messages import Message, Tool
+from forgejax.chat.messages import Message, TemplateMessage, Tool
 from forgejax.chat.template import ChatTemplate, TemplateError
+from forgejax.chat.thoughts import ThoughtFormat
 from forgejax.chat.tokenizer import TokenizerFolder
 from forgejax.errors import GatewayError
 
-_PROBE: tuple[Message, ...] = (
+_PROBE: tuple[TemplateMessage, ...] = (
     {"role": "user", "content": "First question?"},
     {"role": "assistant", "content": "Some answer."},
     {"role": "user", "content": "Second question."},
@@ -41,17 +42,19 @@ class TextMark:
 class RenderedPrompt:
     """A whole prompt as text, up to where the assistant begins to speak."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[TemplateMessage, ...]
     tools: tuple[Tool, ...]
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpokenTurn:
-    """A turn as text: the prompt it answered, and what was said without special tokens."""
+    """A turn as text: what stood before the assistant's message, what was said in it without special tokens, and what
+    of that was thought."""
 
-    prompt: TextMark
+    before: TextMark
     said: str
+    thought: str = ""
 
 
 class ChatFormat:
@@ -72,6 +75,8 @@ class ChatFormat:
         self.vocab_size = self.codec.vocab_size
         self._template = ChatTemplate(folder.tokenizer, self.codec.quote, self.codec.quote_hidden)
         folder.check_encoding(self.codec, self._template.render(_PROBE, (), prompt=True))
+        self.thoughts = ThoughtFormat.find(self._try_template, [folder.template_source, *self.codec.spellings])
+        self._opening = self._find_opening()
 
     @classmethod
     def load(cls, path: str | Path) -> ChatFormat:
@@ -82,32 +87,53 @@ class ChatFormat:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise installing torch
         return cls(TokenizerFolder.read(Path(path)))
 
-    def render_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedPrompt:
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedPrompt:
+        """The text of a whole prompt, each message spelled as the template reads it. Raises TemplateError."""
+        return self.render_text([self.thoughts.spell(message) for message in messages], tools)
+
+    def render_text(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] = ()) -> RenderedPrompt:
         """The text of a whole prompt. Raises TemplateError."""
         text = self._template.render(messages, tools, prompt=True)
         return RenderedPrompt(messages=tuple(messages), tools=tuple(tools), text=text)
+
+    def mark_turn(self, prompt: RenderedPrompt) -> TextMark:
+        """Stands for ``prompt`` up to where the assistant's message begins, its header not included."""
+        return TextMark.of(prompt.text.removesuffix(self._opening))
 
     def encode(self, prompt: RenderedPrompt) -> list[int]:
         """The ids of a whole prompt."""
         return self.codec.encode(prompt.text)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] = ()) -> list[int]:
         """``encode(render_text(messages, tools))``. Raises TemplateError."""
         return self.encode(self.render_text(messages, tools))
 
-    def continue_turn(self, prompt: RenderedPrompt, known: int, turn: SpokenTurn | None = None) -> list[int] | None:
+    def continue_turn(self, prompt: RenderedPrompt, known: int, turn: SpokenTurn) -> list[int] | None:
         """The ids to append to an assistant turn that ended in its stop id, to get ``prompt``.
 
         ``prompt.messages[known - 1]`` is that turn's message. The result is, as text and as ids, what the whole prompt
-        has after that turn; None where the template would change anything before it, or the turn itself. ``turn``
-        saves two renders where the template repeats what was said word for word. Raises TemplateError.
+        has after that message, however the template spells it; None where the template would change anything before
+        it, leave out what was thought in it, or give it another shape than one turn of the assistant. Raises
+        TemplateError.
         """
-        after = None if turn is None else self._find_after_verbatim(prompt.text, turn)
-        if after is None:
-            after = self._find_after_rendered(prompt, known)
-        return None if after is None else self.codec.encode(prompt.text[after:], at_start=False)
+        begin = turn.before.length
+        header = self._opening.partition(self.thoughts.opening)[0]
+        if not turn.before.begins(prompt.text) or not prompt.text.startswith(header.rstrip(), begin):
+            return None
+        found = self.codec.find_hidden(prompt.text, begin + len(header.rstrip()))
+        if found is None or found[0] != self._turn_end:
+            return None
+        written = prompt.text[begin : found[1]]
+        if turn.thought and not self.thoughts.shows(written, self.codec.quote_hidden(turn.thought)):
+            return None
+        verbatim = turn.said.strip() and written.rstrip().endswith(turn.said.strip())
+        if not verbatim and self._count_ends(prompt, known, begin) != 1:
+            return None
+        return self.codec.encode(prompt.text[found[1] + len(self._turn_end) :], at_start=False)
 
-    def render_spoken(self, message: Message, history: Sequence[Message], tools: Sequence[Tool] = ()) -> str | None:
+    def render_spoken(
+        self, message: TemplateMessage, history: Sequence[TemplateMessage], tools: Sequence[Tool] = ()
+    ) -> str | None:
         """What the template writes for ``message`` after the generation prompt, its end of turn included.
 
         None where it does not write it there. Raises TemplateError.
@@ -119,7 +145,9 @@ class ChatFormat:
             return None
         return spoken[len(before) : end + len(self._turn_end)]
 
-    def render_message(self, message: Message, history: Sequence[Message], tools: Sequence[Tool]) -> str:
+    def render_message(
+        self, message: TemplateMessage, history: Sequence[TemplateMessage], tools: Sequence[Tool]
+    ) -> str:
         """What the template writes for ``message`` in a history, without its end of turn: behind the last line break it
         shares with the generation prompt where it does not go on from that. Raises TemplateError."""
         before = self._template.render(history, tools, prompt=True)
@@ -130,7 +158,7 @@ class ChatFormat:
         end = self.codec.find_hidden(whole, begin)
         return whole[begin:] if end is None else whole[begin : end[1]]
 
-    def encode_assistant(self, message: Message, history: Sequence[Message] = _PROBE[:1]) -> list[int]:
+    def encode_assistant(self, message: TemplateMessage, history: Sequence[TemplateMessage] = _PROBE[:1]) -> list[int]:
         """The ids a policy samples to say ``message``, its end-of-turn id included.
 
         As text, ``render(history) + encode_assistant(message)`` begins ``render((*history, message, *more))``.
@@ -151,24 +179,22 @@ class ChatFormat:
     def make_decoder(self) -> StreamDecoder:
         return StreamDecoder(self.codec)
 
-    def _find_after_verbatim(self, text: str, turn: SpokenTurn) -> int | None:
-        """Where ``text`` goes on after ``turn``, if it holds prompt and reply as they were."""
-        if not turn.prompt.begins(text):
-            return None
-        begin = turn.prompt.length
-        found = self.codec.find_hidden(text, begin)
-        if found is None or found[0] != self._turn_end or text[begin : found[1]].strip() != turn.said.strip():
-            return None
-        return found[1] + len(self._turn_end)
-
-    def _find_after_rendered(self, prompt: RenderedPrompt, known: int) -> int | None:
-        """Where the prompt goes on after its first ``known`` messages, if those render there as they do alone."""
-        before = self._template.render(prompt.messages[: known - 1], prompt.tools, prompt=True)
+    def _count_ends(self, prompt: RenderedPrompt, known: int, begin: int) -> int:
+        """How many ends of turn the template writes from ``begin`` on for the message before ``known``."""
         spoken = self._template.render(prompt.messages[:known], prompt.tools, prompt=False)
-        if not (spoken.startswith(before) and prompt.text.startswith(spoken)):
+        return spoken.count(self._turn_end, begin)
+
+    def _try_template(self, messages: list[TemplateMessage]) -> str | None:
+        try:
+            return self._template.render(messages, (), prompt=False)
+        except TemplateError:
             return None
-        end = spoken.rfind(self._turn_end, len(before))
-        return None if end < 0 else end + len(self._turn_end)
+
+    def _find_opening(self) -> str:
+        """What the template writes where the assistant is to speak; empty where it writes another history there."""
+        asked = self._template.render(_PROBE, (), prompt=True)
+        before = self._template.render(_PROBE, (), prompt=False)
+        return asked[len(before) :] if asked.startswith(before) else ""
 
     def _find_turn_end(self, codec: TextCodec, text: str) -> str:
         turn_end = codec.find_control(text.partition(str(_PROBE[1]["content"]))[2])

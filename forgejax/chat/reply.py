@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from forgejax.chat.messages import Message
+from forgejax.chat.messages import Message, ReasoningPart, ToolCallPart
 
 ReplyFinish = Literal["stop", "length", "tool_calls"]
 """Why a reply ends: the policy (or a stop string) ended it, a limit did, or it waits for the results of its calls."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPart:
-    """What the agent is told; malformed tool calls are part of it, as they were written."""
-
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReasoningPart:
-    """What the policy thought before it spoke."""
-
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolCallPart:
-    """A well-formed call. ``arguments`` is the object the policy wrote and ``raw`` the call as it spelled it, without
-    tags; ``id`` is unique in its session."""
-
-    id: str
-    name: str
-    arguments: Mapping[str, Any]
-    raw: str
-
-
-ReplyPart = TextPart | ReasoningPart | ToolCallPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +28,34 @@ class ReasoningDelta:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolCallDelta:
-    """A whole tool call: it is known to be well-formed only when it is complete."""
+class ToolCallStart:
+    """A call has begun: what it calls is known, its arguments follow."""
 
     part: int
-    call: ToolCallPart
+    id: str
+    name: str
 
 
-Delta = TextDelta | ReasoningDelta | ToolCallDelta
-"""What came next of a reply. The deltas of one part follow one another, and joined they are the part."""
+@dataclass(frozen=True, kw_only=True)
+class ToolCallDelta:
+    """More of a call's arguments, as JSON text."""
+
+    part: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartEnd:
+    """The part is complete: the whole of it if it is a call, its signature if it is reasoning."""
+
+    part: int
+    call: ToolCallPart | None = None
+    signature: str | None = None
+
+
+Delta = TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | PartEnd
+"""What came next of a reply. The deltas of one part follow one another, its end is the last of them, and joined they
+are the part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,48 +63,46 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """A drawn token as text (bytes that are no whole character show as U+FFFD) and its log-probability."""
+    """A drawn token as bytes and its log-probability. Bytes of all tokens, joined, are the text's."""
 
-    text: str
+    data: bytes
     logprob: float
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The policy's whole answer. Neighbouring parts of text are one part, and so are those of reasoning."""
+    """The policy's whole answer. Neighbouring parts of text are one part, and so are those of reasoning.
 
-    parts: tuple[ReplyPart, ...]
+    ``stop`` is the stop string that ended it, or None. ``signature`` names the turn.
+    """
+
+    message: Message
     finish: ReplyFinish
     usage: Usage
+    signature: str
+    stop: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
 
-    @property
-    def content(self) -> str:
-        """All text parts, joined."""
-        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
-    @property
-    def reasoning(self) -> str:
-        """All reasoning parts, joined."""
-        return "".join(part.text for part in self.parts if isinstance(part, ReasoningPart))
-
-    @property
-    def tool_calls(self) -> tuple[ToolCallPart, ...]:
-        return tuple(part for part in self.parts if isinstance(part, ToolCallPart))
-
-    @property
-    def message(self) -> Message:
-        """The answer as a message of the history."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
-            ]
-        return message
+def list_deltas(reply: Reply) -> list[Delta]:
+    """A whole reply as deltas, one for each part beside its beginning and end."""
+    deltas: list[Delta] = []
+    for index, part in enumerate(reply.message.parts):
+        if isinstance(part, ToolCallPart):
+            deltas.append(ToolCallStart(part=index, id=part.id or "", name=part.name))
+            deltas += [ToolCallDelta(part=index, text=part.raw)] if part.raw else []
+            deltas.append(PartEnd(part=index, call=part))
+        else:
+            signature = part.signature if isinstance(part, ReasoningPart) else None
+            kind = ReasoningDelta if isinstance(part, ReasoningPart) else TextDelta
+            deltas += [kind(part=index, text=part.text), PartEnd(part=index, signature=signature)]
+    return deltas

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import msgspec
 
-from forgejax.chat.messages import Message, Tool
+from forgejax.chat.messages import TemplateMessage, Tool
 from forgejax.errors import GatewayError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_TOOLS_KEPT = 32  # lists of tools
+_TOOLS_BYTES = 256 * 1024
 
 
 class TemplateError(GatewayError):
@@ -35,8 +41,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._quote = quote
         self._quote_spoken = quote_spoken
+        self._quoted_tools: OrderedDict[bytes, list[Any]] = OrderedDict()
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
+    def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool], *, prompt: bool) -> str:
         """The rendered chat; with ``prompt`` up to where the assistant begins to speak. Raises TemplateError."""
         quoted = [
             _quote_all(_read_arguments(message), self._quote_spoken)
@@ -47,7 +54,7 @@ class ChatTemplate:
         try:
             text = self._tokenizer.apply_chat_template(
                 quoted,
-                tools=[_quote_all(tool, self._quote) for tool in tools] or None,
+                tools=self._quote_tools(tools) or None,
                 add_generation_prompt=prompt,
                 tokenize=False,
             )
@@ -60,6 +67,20 @@ class ChatTemplate:
             raise TemplateError(f"the chat template rendered {type(text).__name__}; expected text")
         return text
 
+    def _quote_tools(self, tools: Sequence[Tool]) -> list[Any]:
+        """Remembered, for an agent sends the same tools with every request. Templates do not write into them."""
+        if not tools:
+            return []
+        key = msgspec.json.encode(tools)
+        quoted = self._quoted_tools.get(key)
+        if quoted is None:
+            quoted = [_quote_all(tool, self._quote) for tool in tools]
+            if len(key) <= _TOOLS_BYTES:
+                self._quoted_tools[key] = quoted
+                if len(self._quoted_tools) > _TOOLS_KEPT:
+                    self._quoted_tools.popitem(last=False)
+        return quoted
+
 
 def _quote_all(value: Any, quote: Callable[[str], str]) -> Any:
     if isinstance(value, str):
@@ -71,7 +92,7 @@ def _quote_all(value: Any, quote: Callable[[str], str]) -> Any:
     return value
 
 
-def _read_arguments(message: Message) -> Message:
+def _read_arguments(message: TemplateMessage) -> TemplateMessage:
     """``message`` with tool-call arguments that are JSON text as the objects they spell."""
     if not message.get("tool_calls"):
         return message

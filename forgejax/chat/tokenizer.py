@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from forgejax.chat.codec import TextCodec
+from forgejax.chat.thoughts import THOUGHT_TAGS
 from forgejax.chat.tool_calls import TOOL_CALL_FORMATS
 from forgejax.errors import GatewayError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_THINKING = ("<think>", "</think>")  # chat templates look for them in what an agent sends back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,16 @@ class TokenizerFolder:
             raise GatewayError(f"tokenizer folder {path} has no special tokens; a chat needs one that ends a turn")
         return cls(path=path, tokenizer=tokenizer, content=content)
 
+    @property
+    def template_source(self) -> str:
+        template = self.tokenizer.chat_template
+        return template if isinstance(template, str) else json.dumps(template)
+
     def codec(self, ends: Collection[str]) -> TextCodec:
         """``ends`` are hidden from agents whatever the folder says of them, and so is every end of sequence."""
         backend: Tokenizer = self.tokenizer.backend_tokenizer
         shown = {marker for tool_format in TOOL_CALL_FORMATS.values() for marker in tool_format.markers}
-        shown.update(_THINKING)
+        shown.update(tag for pair in THOUGHT_TAGS for tag in pair)  # templates look for them in what an agent sends
         ending = self.read_end_ids()
         hidden = {
             token.content

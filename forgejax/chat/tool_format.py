@@ -59,6 +59,14 @@ def choose_tool_format(name: ToolFormatName, chat_format: ChatFormat) -> ToolCal
     return TOOL_CALL_FORMATS[fitting[0]] if fitting else None
 
 
+def shows_tools(chat_format: ChatFormat) -> bool:
+    """Whether the chat template prints the tools of a request. Many that know nothing of tools leave them out."""
+    try:
+        return "probe_tool" in chat_format.render_text([{"role": "user", "content": "Do it."}], [_TOOL]).text
+    except TemplateError:
+        return False
+
+
 def _reads(tool_format: ToolCallFormat, written: str) -> bool:
     parser = tool_format.make_parser([_TOOL])
     spans = [*parser.push(written), *parser.finish()]

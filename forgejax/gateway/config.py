@@ -17,8 +17,9 @@ class GatewayConfig:
     where it differs from ``host``. ``max_tokens_default`` holds where an agent asks for no limit; None means the rest
     of the context. ``max_tokens_limit`` bounds every reply, whatever the agent asks for. ``body_timeout_s`` is how long
     an agent may take to send its request or to read a piece of a stream; ``cancel_grace_s`` how long a cancelled
-    request may take to hand back the tokens it has drawn. ``tool_format`` is how the policy writes tool calls; ``auto``
-    takes the format its chat template writes.
+    request may take to hand back the tokens it has drawn; ``heartbeat_s`` how long a stream may be silent before a
+    comment is sent, for agents that give up on one. ``tool_format`` is how the policy writes tool calls; ``auto`` takes
+    the format its chat template writes.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +32,7 @@ class GatewayConfig:
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
     cancel_grace_s: float = 2.0
+    heartbeat_s: float = 10.0
     max_body_bytes: int = 16 * 1024 * 1024
     allow_anonymous: bool = False
 
@@ -44,7 +46,7 @@ class GatewayConfig:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise ConfigError(f"gateway.{name} is {given}; give at least 1, or leave it out")
-        for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "max_body_bytes"):
+        for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "heartbeat_s", "max_body_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")
         if not self.host or not self.model_name:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from forgejax.chat.reply import Delta, Reply
+from forgejax.chat.reply import Delta, Reply, TextDelta
 from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.errors import EngineError
 from forgejax.gateway.refusals import RefusedError
@@ -21,8 +21,12 @@ class PendingReply:
 
     Belongs to the event loop it was made on; only ``_on_tokens`` may run on another thread (the engine's). With
     ``live`` the reply is built while it is drawn (to stream it, or to see a stop string), else when it is complete.
-    ``record`` is called once for every completion the engine returned.
+    ``begun`` is what of the reply is there before anything is drawn. ``record`` is called once for every completion the
+    engine returned.
     """
+
+    SILENCE: Sequence[Delta] = (TextDelta(part=-1, text=""),)
+    """Stands for no deltas where there may be more; known by identity."""
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class PendingReply:
         sampler: Sampler,
         request: SampleRequest,
         builder: ReplyBuilder,
+        begun: Sequence[Delta] = (),
         live: bool,
         grace_s: float,
         record: RecordReply,
@@ -41,17 +46,26 @@ class PendingReply:
         self._grace_s = grace_s
         self._record = record
         self._loop = asyncio.get_running_loop()
-        self._deltas: deque[Delta] = deque()
+        self._deltas: deque[Delta] = deque(begun)
         self._news = asyncio.Event()
         self.id = request.request_id
+        self.prompt_tokens = len(request.prompt_ids)
         self._drawn = False
         self._abandoned: RefusedError | None = None
+        self.undelivered = False  # the answer was complete, and the agent went away without it
+        self.left = False  # the connection it was answered on is closed
+        self.replayed = False  # this is a recorded answer, asked for again
         self.task = asyncio.create_task(self._sample())
         self.task.add_done_callback(self._wake)
 
     @property
     def abandoned(self) -> bool:
         return self._abandoned is not None
+
+    @property
+    def answered(self) -> bool:
+        """Whether the whole reply is there."""
+        return not self.abandoned and self.task.done() and not self.task.cancelled() and self.task.exception() is None
 
     def abandon(self, why: RefusedError) -> None:
         """Ends the request; whoever waits for it gets ``why``.
@@ -71,13 +85,18 @@ class PendingReply:
         await asyncio.wait({self.task})
         return self._take_result()
 
-    async def wait_deltas(self) -> list[Delta]:
-        """Waits for more of the reply; an empty list is the end. Raises RefusedError if the request fails."""
+    async def wait_deltas(self, silence_s: float | None = None) -> Sequence[Delta]:
+        """Waits for more of the reply; an empty list is the end, and ``SILENCE`` that there was nothing for
+        ``silence_s``. Raises RefusedError if the request fails."""
         while not self._deltas:
             if self.task.done():
                 self._take_result()
                 return []
-            await self._news.wait()
+            try:
+                async with asyncio.timeout(silence_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return self.SILENCE
             self._news.clear()
         return [self._deltas.popleft() for _ in range(len(self._deltas))]
 

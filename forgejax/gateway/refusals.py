@@ -4,21 +4,47 @@ from __future__ import annotations
 
 
 class RefusedError(Exception):
-    """A request that gets an HTTP error. The message says what was given, what was expected and what to do."""
+    """A request that gets an HTTP error. The message says what was given, what was expected and what to do.
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    ``retry_after_s`` is when to come again, where that may help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.retry_after_s = retry_after_s
 
     @property
     def kind(self) -> str:
         """The family of the error, in the words OpenAI's API uses."""
-        if self.status == 401:
-            return "authentication_error"
-        return "invalid_request_error" if self.status < 500 else "server_error"
+        known = {401: "authentication_error", 429: "rate_limit_error"}
+        return known.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+
+class OverflowRefusedError(RefusedError):
+    """A prompt that leaves no room to answer (400). Agents know it by its words, which differ between vendors."""
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            400,
+            f"This model's maximum context length is {context_length} tokens. However, your messages resulted in "
+            f"{prompt_tokens} tokens, which leaves no room to answer. Please reduce the length of the messages.",
+            code="context_length_exceeded",
+            param="messages",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
 
 
 def refuse_closed_session() -> RefusedError:

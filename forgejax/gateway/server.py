@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from forgejax.chat.format import ChatFormat
-from forgejax.chat.tool_format import choose_tool_format
+from forgejax.chat.tool_format import choose_tool_format, shows_tools
 from forgejax.errors import GatewayError
-from forgejax.gateway.app import build_app
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
+from forgejax.gateway.http.app import build_app
+from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
@@ -44,6 +45,7 @@ class Gateway:
             sampler=sampler,
             chat_format=chat_format,
             tool_format=choose_tool_format(config.tool_format, chat_format),
+            tell_tools=not shows_tools(chat_format),
             context_length=context_length,
             config=config,
             metrics=self.metrics,
@@ -70,13 +72,16 @@ class Gateway:
         host = self._config.host if host is None else host
         port = self._config.port if port is None else port
         # An agent that closes its connection ends its request.
+        deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
-            build_app(self._service, self._sessions, self._dialects),
+            build_app(self._service, self._sessions, self._dialects, deliveries),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=5.0,
         )
         await runner.setup()
+        if runner.server is not None:
+            deliveries.watch(runner.server)
         try:
             bound = await _listen(runner, host, port)
         except OSError as error:

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 
 from forgejax.chat import ChatFormat
-from forgejax.chat.messages import Message, Tool
+from forgejax.chat.messages import TemplateMessage, Tool
 from forgejax.environments import Environment
 from forgejax.errors import CheckpointError, ConfigError, ForgejaxError
 from forgejax.imports import load_object
@@ -87,7 +87,7 @@ class WarmStartConfig:
 class Demonstration:
     """A whole conversation, and the tools it was held with. What the assistant says in it is to be imitated."""
 
-    messages: Sequence[Message]
+    messages: Sequence[TemplateMessage]
     tools: Sequence[Tool] = ()
 
 

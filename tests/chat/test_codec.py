@@ -41,3 +41,8 @@ def test_an_endless_run_of_broken_bytes_is_not_held_back_for_ever(chat_format: C
 
 def test_ids_outside_the_vocabulary_have_no_text(chat_format: ChatFormat) -> None:
     assert chat_format.decode([chat_format.vocab_size + 7]) == ""
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is(chat_format: ChatFormat) -> None:
+    text = "the answer is naïve 🙂 " * 500
+    assert chat_format.codec.encode(text) == chat_format.codec._tokenizer.encode(text, add_special_tokens=False).ids

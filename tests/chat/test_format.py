@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from forgejax.chat import ChatFormat
-from forgejax.chat.format import SpokenTurn, TextMark
+from forgejax.chat.format import SpokenTurn
 from forgejax.chat.template import TemplateError
 from forgejax.errors import GatewayError
 from tests.chat.families import FAMILIES, FAMILY_NAMES, load_families
@@ -51,7 +51,8 @@ def test_generation_config_adds_stop_ids(tokenizer_folder: Path, tmp_path: Path,
 
 def test_prompt_plus_spoken_plus_continuation_is_the_next_prompt(chat_format: ChatFormat) -> None:
     prompt = chat_format.render_text([USER, CALL, RESULT], [CALCULATOR])
-    continuation = chat_format.continue_turn(prompt, 2)
+    before = chat_format.mark_turn(chat_format.render_text([USER], [CALCULATOR]))
+    continuation = chat_format.continue_turn(prompt, 2, SpokenTurn(before=before, said="whatever it was"))
     assert continuation is not None
     whole = chat_format.render([USER], [CALCULATOR]) + chat_format.encode_assistant(CALL) + continuation
     assert whole == chat_format.render([USER, CALL, RESULT], [CALCULATOR])
@@ -64,8 +65,18 @@ def test_a_template_that_rewrites_history_has_no_continuation(tmp_path: Path) ->
     )
     chat_format = ChatFormat.load(save_tokenizer(tmp_path, forgetful))
     thinking = {"role": "assistant", "content": "<think>2+3</think>5"}
-    assert chat_format.continue_turn(chat_format.render_text([USER, thinking, USER]), 2) is None
-    assert chat_format.continue_turn(chat_format.render_text([USER, ANSWER, USER]), 2) is not None
+    before = chat_format.mark_turn(chat_format.render_text([USER]))
+    thought = SpokenTurn(before=before, said="<think>2+3</think>5", thought="2+3")
+    assert chat_format.continue_turn(chat_format.render_text([USER, thinking, USER]), 2, thought) is None
+    said = SpokenTurn(before=before, said=ANSWER["content"])
+    assert chat_format.continue_turn(chat_format.render_text([USER, ANSWER, USER]), 2, said) is not None
+
+
+def test_a_history_that_begins_otherwise_or_holds_no_turn_there_has_no_continuation(chat_format: ChatFormat) -> None:
+    other = {"role": "user", "content": "Another?"}
+    turn = SpokenTurn(before=chat_format.mark_turn(chat_format.render_text([USER])), said="It is 5.")
+    assert chat_format.continue_turn(chat_format.render_text([other, ANSWER, USER]), 2, turn) is None
+    assert chat_format.continue_turn(chat_format.render_text([USER, other, USER]), 2, turn) is None
 
 
 def test_spoken_ids_end_the_turn_and_begin_the_rendered_history(chat_format: ChatFormat) -> None:
@@ -177,10 +188,10 @@ def test_a_known_turn_costs_one_render_and_no_other(formats: dict[str, ChatForma
     chat_format = formats["qwen2.5"]
     first = chat_format.render_text([USER])
     prompt = chat_format.render_text([USER, {"role": "assistant", "content": "5"}, USER])
-    turn = SpokenTurn(prompt=TextMark.of(first.text), said="5")
-    slow = chat_format.continue_turn(prompt, 2)
+    turn = SpokenTurn(before=chat_format.mark_turn(first), said="5")
+    expected = chat_format.codec.encode("\n<|im_start|>user\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n")
     chat_format._template, kept = None, chat_format._template  # type: ignore[assignment]
     try:
-        assert chat_format.continue_turn(prompt, 2, turn) == slow is not None
+        assert chat_format.continue_turn(prompt, 2, turn) == expected
     finally:
         chat_format._template = kept

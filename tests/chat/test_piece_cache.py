@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from forgejax.chat import ChatFormat
+from forgejax.chat.format import SpokenTurn
 from forgejax.chat.piece_cache import PieceCache
 
 TEMPLATE = (
@@ -41,7 +42,8 @@ def test_a_space_before_the_first_word_of_a_text_goes_before_no_other(tmp_path: 
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ha"}]
         prompt = chat_format.render_text([*messages, messages[0]])
         whole = tokenizer.encode(prompt.text, add_special_tokens=False).ids
-        continued = chat_format.continue_turn(prompt, 2)
+        before = chat_format.mark_turn(chat_format.render_text(messages[:1]))
+        continued = chat_format.continue_turn(prompt, 2, SpokenTurn(before=before, said="ha"))
         assert chat_format.encode(prompt) == whole and continued is not None
         spoken = chat_format.encode_assistant(messages[1], messages[:1])
         assert [*chat_format.render(messages[:1])[:-1], *continued] != whole

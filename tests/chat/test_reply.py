@@ -1,25 +1,38 @@
-"""What is derived from a reply's parts."""
+"""A whole reply as deltas: what a recorded answer is streamed from."""
 
 from __future__ import annotations
 
-from forgejax.chat.reply import ReasoningPart, Reply, TextPart, ToolCallPart, Usage
+from forgejax.chat.messages import Message, ReasoningPart, TextPart, ToolCallPart
+from forgejax.chat.reply import (
+    PartEnd,
+    ReasoningDelta,
+    Reply,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    ToolCallStart,
+    Usage,
+    list_deltas,
+)
 
-CALL = ToolCallPart(id="call_0", name="f", arguments={"n": 3}, raw='{"n": 3}')
+CALL = ToolCallPart(id="call_0", name="f", raw='{"n": 3}', arguments={"n": 3})
 USAGE = Usage(prompt_tokens=1, completion_tokens=2, cached_tokens=0)
 
 
-def test_a_replys_message_joins_its_texts_and_keeps_reasoning_and_calls_apart() -> None:
-    parts = (ReasoningPart(text="hm"), TextPart(text="One. "), CALL, TextPart(text="Two."))
-    reply = Reply(parts=parts, finish="tool_calls", usage=USAGE)
-    assert (reply.content, reply.reasoning, reply.tool_calls) == ("One. Two.", "hm", (CALL,))
-    assert reply.message == {
-        "role": "assistant",
-        "content": "One. Two.",
-        "reasoning_content": "hm",
-        "tool_calls": [{"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {"n": 3}}}],
-    }
+def test_a_whole_reply_is_its_parts_as_deltas() -> None:
+    parts = (ReasoningPart(text="hm", signature="t"), TextPart(text="One."), CALL)
+    reply = Reply(message=Message(role="assistant", parts=parts), finish="tool_calls", usage=USAGE, signature="t")
+    assert list_deltas(reply) == [
+        ReasoningDelta(part=0, text="hm"),
+        PartEnd(part=0, signature="t"),
+        TextDelta(part=1, text="One."),
+        PartEnd(part=1),
+        ToolCallStart(part=2, id="call_0", name="f"),
+        ToolCallDelta(part=2, text='{"n": 3}'),
+        PartEnd(part=2, call=CALL),
+    ]
 
 
-def test_a_reply_of_text_alone_is_a_message_of_text_alone() -> None:
-    reply = Reply(parts=(TextPart(text="5"),), finish="stop", usage=USAGE)
-    assert reply.message == {"role": "assistant", "content": "5"}
+def test_a_token_that_is_part_of_a_character_has_its_bytes_and_shows_as_a_replacement() -> None:
+    token = TokenLogprob(data=b"\xc3", logprob=-1.0)
+    assert token.text == "\ufffd"

@@ -1,24 +1,19 @@
-"""What a session remembers between requests."""
+"""What a session keeps of its replies."""
 
 from __future__ import annotations
 
-from forgejax.gateway.memory import ReplyMemory
+from forgejax.chat.messages import Message
+from forgejax.gateway.memory import ReplyMemory, StoredReply
 
-USER = {"role": "user", "content": "?"}
-SAID = {"role": "assistant", "content": "5"}
+ASKED = Message.of_text("user", "?")
+SAID = Message.of_text("assistant", "!")
 
 
-def test_a_history_is_found_under_its_replys_id_as_it_was_then() -> None:
+def test_a_reply_is_recalled_under_its_own_id_until_it_is_removed_or_all_are_forgotten() -> None:
     memory = ReplyMemory()
-    history = [USER, SAID]
-    memory.remember("r1", history)
-    history.append(USER)
-    assert memory.recall("r1") == (USER, SAID)
-    assert memory.recall("r2") is None
-
-
-def test_nothing_is_found_after_it_was_forgotten() -> None:
-    memory = ReplyMemory()
-    memory.remember("r1", (USER, SAID))
+    memory.remember("a", [ASKED, SAID], {"id": "a"})
+    memory.remember("b", [ASKED, SAID, ASKED, SAID], {"id": "b"})
+    assert memory.recall("a") == StoredReply(messages=(ASKED, SAID), body={"id": "a"})
+    assert memory.remove("a") and not memory.remove("a") and memory.recall("a") is None
     memory.forget()
-    assert memory.recall("r1") is None
+    assert memory.recall("b") is None

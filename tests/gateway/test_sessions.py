@@ -83,11 +83,21 @@ async def test_tools_are_refused_where_the_template_knows_no_way_to_call_them(tm
     async with client(session) as agent:
         assert (await agent.chat.completions.create(**GOOD)).choices[0].message.content == "5"
     await gateway.stop()
-    told = await started(ScriptedSampler(chat_format, CALL_TEXT), tool_format="hermes")
-    async with client(told.open(TRAINING)) as agent:
+    told = await started(ScriptedSampler(chat_format, CALL_TEXT, "5<|im_end|>"), tool_format="hermes")
+    asking = told.open(TRAINING)
+    async with client(asking) as agent:
         reply = await agent.chat.completions.create(tools=[CALCULATOR], **GOOD)
+        message: Any = reply.choices[0].message
+        result: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "5"}
+        history: Any = [*GOOD["messages"], message, result]
+        await agent.chat.completions.create(tools=[CALCULATOR], model="m", messages=history)
+    turns = await told.close(asking.id)
     await told.stop()
     assert reply.choices[0].finish_reason == "tool_calls"
+    # The template prints no tools, so the policy is told of them, and of how a call is written.
+    prompt = chat_format.decode(turns[0].completion.prompt_ids)
+    assert '"name": "calculator"' in prompt and '{"name": "NAME", "arguments": {"KEY": "VALUE"}}' in prompt
+    assert [turn.parent for turn in turns] == [None, 0]
 
 
 async def test_a_long_prompt_is_answered_like_a_short_one_and_counts_are_by_name(chat_format: ChatFormat) -> None:
@@ -153,3 +163,62 @@ async def test_a_failed_request_leaves_no_gap_in_the_turns(chat_format: ChatForm
 def test_seeds_are_reproducible_and_differ_between_requests_and_sessions() -> None:
     seeds = [derive_seed(seed, number) for seed in range(30) for number in range(30)]
     assert len(set(seeds)) == 900 and derive_seed(3, 4) == seeds[94] and max(seeds) < 2**31
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("family", "choice", "forced", "drawn"),
+    [
+        (
+            "qwen3",
+            "required",
+            '<tool_call>\n{"name":',
+            ' "calculator", "arguments": {"expression": "1"}}\n</tool_call>',
+        ),
+        (
+            "qwen2.5",
+            {"type": "function", "function": {"name": "calculator"}},
+            '<tool_call>\n{"name": "calculator", "arguments":',
+            ' {"expression": "1"}}\n</tool_call>',
+        ),
+        (
+            "minimax-m2",
+            "required",
+            '\n</think>\n\n<minimax:tool_call>\n<invoke name="',
+            'calculator"><parameter name="expression">1</parameter></invoke>\n</minimax:tool_call>',
+        ),
+    ],
+)
+async def test_a_call_that_must_be_made_is_begun_in_the_context_and_the_rest_is_drawn(
+    tmp_path: Path, family: str, choice: Any, *, forced: str, drawn: str, stream: bool
+) -> None:
+    chat_format = ChatFormat.load(save_family(tmp_path, family))
+    end = chat_format.codec.decode_token(chat_format.end_of_turn_id)
+    sampler = ScriptedSampler(chat_format, drawn + end, f"1{end}")
+    gateway = await started(sampler)
+    session = gateway.open(TRAINING)
+    other = {"type": "function", "function": {"name": "other"}}
+    body: dict[str, Any] = {"model": "m", "tools": [CALCULATOR, other]}
+    async with client(session) as agent:
+        asked: Any = {**body, "messages": [USER], "tool_choice": choice, "stream": stream}
+        reply = await agent.chat.completions.create(**asked)
+        if stream:
+            deltas = [chunk.choices[0].delta async for chunk in reply]
+            pieces = [call for delta in deltas for call in delta.tool_calls or ()]
+            id_, name = pieces[0].id, pieces[0].function.name
+            arguments = "".join(call.function.arguments or "" for call in pieces)
+        else:
+            (call,) = reply.choices[0].message.tool_calls
+            id_, name, arguments = call.id, call.function.name, call.function.arguments
+        echo = {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+        history = [{"role": "assistant", "tool_calls": [echo]}, {"role": "tool", "tool_call_id": id_, "content": "1"}]
+        following: Any = {**body, "messages": [USER, *history]}
+        await agent.chat.completions.create(**following)
+    turns = await gateway.close(session.id)
+    await gateway.stop()
+    assert (name, json.loads(arguments)) == ("calculator", {"expression": "1"})
+    spelled = chat_format.codec.encode(forced, at_start=False)
+    opening = chat_format.render([USER])[-4:]  # where the assistant begins to speak
+    assert turns[0].completion.prompt_ids.tolist()[-len(opening) - len(spelled) :] == opening + spelled
+    assert [turn.completion for turn in turns] == sampler.returned
+    assert [(turn.parent, turn.untrainable, turn.tool_calls) for turn in turns] == [(None, None, 1), (0, None, 0)]

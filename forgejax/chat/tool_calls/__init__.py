@@ -1,16 +1,19 @@
-"""Tool calls in sampled text, found while it streams. A malformed call is a result of its own, never repaired."""
+"""Tool calls in sampled text, found while it streams. What is wrong with a call is told, never repaired."""
 
 from collections.abc import Mapping
 from typing import Literal
 
 from forgejax.chat.tool_calls.base import (
     CallSpan,
+    CallStart,
+    CallText,
     MalformedSpan,
     PlainTextFormat,
     Span,
     TextSpan,
     ToolCallFormat,
     ToolCallParser,
+    describe_tools,
     measure_overlap,
 )
 from forgejax.chat.tool_calls.hermes import HermesFormat
@@ -30,6 +33,8 @@ TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
 __all__ = [
     "TOOL_CALL_FORMATS",
     "CallSpan",
+    "CallStart",
+    "CallText",
     "HermesFormat",
     "MalformedSpan",
     "PlainTextFormat",
@@ -38,5 +43,6 @@ __all__ = [
     "ToolCallFormat",
     "ToolCallParser",
     "ToolFormatName",
+    "describe_tools",
     "measure_overlap",
 ]

@@ -16,37 +16,51 @@ class TextSpan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallSpan:
-    """A call that names a known tool and brings an object with every required argument.
-
-    ``raw`` is what was read as this call, without the tags.
-    """
+class CallStart:
+    """A call has begun: ``CallText`` and one ``CallSpan`` follow, with nothing between."""
 
     name: str
-    arguments: Mapping[str, Any]
-    raw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallText:
+    """More of a call's arguments, as JSON text: what came by now is the beginning of a JSON object, or all there is."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSpan:
+    """The end of a call, and the whole of it. ``text`` is all its ``CallText``, ``arguments`` the object that spells,
+    or None; ``problem`` says what is wrong: an agent is handed such a call too, and can answer it with an error."""
+
+    name: str
+    text: str
+    arguments: Mapping[str, Any] | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MalformedSpan:
-    """An attempt at a call that cannot be made. ``text`` is all of it, tags included; the agent gets it as text."""
+    """An attempt at a call that says not even what it calls. ``text`` is all of it, tags included; the agent gets it as
+    text."""
 
     text: str
     problem: str
 
 
-Span = TextSpan | CallSpan | MalformedSpan
+Span = TextSpan | CallStart | CallText | CallSpan | MalformedSpan
 """A stretch of sampled text, read as what it is."""
 
 
 class MalformedCallError(Exception):
-    """Why an attempt at a call is none. The formats' readers raise it, their parsers make a MalformedSpan of it."""
+    """Why what was drawn is no well-formed call. The formats' readers raise it, their parsers make a span of it."""
 
 
 class ToolCallParser(Protocol):
     """Cuts the text of one reply into spans. ``push`` in order, then ``finish`` once for what is still open.
 
-    All texts joined are the pushed text, except for well-formed calls and the white space beside them.
+    All texts joined are the pushed text, except for calls that name what they call and the white space beside them.
     """
 
     def push(self, text: str) -> list[Span]: ...
@@ -55,13 +69,24 @@ class ToolCallParser(Protocol):
 
 
 class ToolCallFormat(Protocol):
-    """How a family of models writes tool calls. ``markers`` are the tags, which may be special tokens."""
+    """How a family of models writes tool calls. ``markers`` are the tags, which may be special tokens; ``example`` is a
+    call of the function NAME, for policies whose template tells them nothing of tools."""
 
     @property
     def markers(self) -> tuple[str, ...]: ...
 
+    @property
+    def example(self) -> str: ...
+
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         """A parser for one reply; ``tools`` are the request's function tools."""
+        ...
+
+    def open_call(self, name: str | None) -> str:
+        """How a call begins, up to where the policy is to choose: what it calls, or with what where ``name`` is given.
+
+        Ends where the family's own tokens end, so that what is drawn next is spelled as it always is.
+        """
         ...
 
 
@@ -69,9 +94,13 @@ class PlainTextFormat:
     """For replies in which no tool may be called."""
 
     markers = ()
+    example = ""
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         return _PlainText()
+
+    def open_call(self, name: str | None) -> str:
+        return ""
 
 
 class _PlainText:
@@ -89,25 +118,35 @@ class Signatures:
         self._parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
     def find_schema(self, name: str, key: str) -> Mapping[str, Any]:
-        """The JSON schema of an argument; empty where the tool gives none. Raises MalformedCallError."""
-        properties = self._find_parameters(name).get("properties")
+        """The JSON schema of an argument; empty where there is none."""
+        properties = self._parameters.get(name, {}).get("properties")
         schema = properties.get(key) if isinstance(properties, Mapping) else None
         return schema if isinstance(schema, Mapping) else {}
 
-    def check_call(self, name: object, arguments: object, raw: str) -> CallSpan:
-        """The call, if it can be made; ``raw`` is how it was written. Raises MalformedCallError."""
-        required = self._find_parameters(name).get("required") or ()
-        if not isinstance(arguments, dict):
-            raise MalformedCallError("arguments are not an object")
-        missing = [key for key in required if key not in arguments]
-        if missing:
-            raise MalformedCallError(f"missing arguments: {', '.join(missing)}")
-        return CallSpan(name=str(name), arguments=arguments, raw=raw)
+    def judge_call(self, name: str, text: str, problem: str | None) -> CallSpan:
+        """A call whose arguments are spelled ``text``, with what is wrong with it; ``problem`` goes before the rest."""
+        arguments: Mapping[str, Any] | None = None
+        try:
+            value = read_json(text)
+        except MalformedCallError as error:
+            problem = problem or str(error)
+        else:
+            arguments = value if isinstance(value, dict) else None
+        return CallSpan(name=name, text=text, arguments=arguments, problem=problem or self._find_fault(name, arguments))
 
-    def _find_parameters(self, name: object) -> Mapping[str, Any]:
-        if not isinstance(name, str) or name not in self._parameters:
-            raise MalformedCallError(f"unknown tool {name!r}")
-        return self._parameters[name]
+    def _find_fault(self, name: str, arguments: Mapping[str, Any] | None) -> str | None:
+        if name not in self._parameters:
+            return f"unknown tool {name!r}"
+        if arguments is None:
+            return "arguments are not an object"
+        missing = [key for key in self._parameters[name].get("required") or () if key not in arguments]
+        return f"missing arguments: {', '.join(missing)}" if missing else None
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]], example: str) -> str:
+    """What a policy is told of its tools where the chat template does not print them."""
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    return f"You can call these functions:\n{listed}\nA call of the function NAME is written like this:\n{example}"
 
 
 def read_json(text: str) -> Any:

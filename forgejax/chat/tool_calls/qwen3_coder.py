@@ -6,36 +6,31 @@ for that is how the family's own chat template prints them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, Signatures, ToolCallParser
+from forgejax.chat.tool_calls.base import Signatures, ToolCallParser
 from forgejax.chat.tool_calls.tagged import TaggedParser
-from forgejax.chat.tool_calls.xml_values import read_function, scan_all
+from forgejax.chat.tool_calls.xml_call import XmlBody, XmlGrammar
 
-_FUNCTION = re.compile(r"\s*<function=([^<>\n]+)>(.*)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(.*?)</parameter>", re.DOTALL)
+_GRAMMAR = XmlGrammar(
+    opening="<tool_call>",
+    closing="</tool_call>",
+    function=("<function=", ">"),
+    function_end="</function>",
+    parameter=("<parameter=", ">"),
+    line_breaks=True,
+    python_words=True,
+)
 
 
 class Qwen3CoderFormat:
-    markers = ("<tool_call>", "</tool_call>")
+    markers = (_GRAMMAR.opening, _GRAMMAR.closing)
+    example = "<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>"
 
     def make_parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolCallParser:
         signatures = Signatures(tools)
+        return TaggedParser(_GRAMMAR.opening, lambda: XmlBody(_GRAMMAR, signatures))
 
-        def read(body: str) -> list[CallSpan]:
-            function = _FUNCTION.fullmatch(body)
-            if function is None:
-                raise MalformedCallError("not one <function=NAME>...</function>")
-            pairs = [
-                (found[1], _strip_line_breaks(found[2]))
-                for found in scan_all(_PARAMETER, function[2], "<parameter=KEY>")
-            ]
-            return [read_function(signatures, function[1], pairs, body, python_words=True)]
-
-        return TaggedParser(*self.markers, read)
-
-
-def _strip_line_breaks(text: str) -> str:
-    return text.removeprefix("\n").removesuffix("\n")
+    def open_call(self, name: str | None) -> str:
+        return f"{_GRAMMAR.opening}\n{_GRAMMAR.open_function(name)}" + ("" if name is None else "\n")

@@ -2,69 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
-from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, MalformedSpan, Span, TextSpan, measure_overlap
+from forgejax.chat.tool_calls.base import MalformedSpan, Span, TextSpan, measure_overlap
 
-ReadBody = Callable[[str], Sequence[CallSpan]]
-"""Reads what stands between the tags. Raises MalformedCallError; then all of it is one malformed attempt."""
+
+class CallBody(Protocol):
+    """Reads what stands behind one opening tag, up to the closing one. ``rest``, once that was read, is what follows.
+
+    Ends in a MalformedSpan of all of it, opening tag included, or in nothing but calls.
+    """
+
+    @property
+    def rest(self) -> str | None: ...
+
+    def push(self, text: str) -> list[Span]: ...
+
+    def finish(self) -> list[Span]: ...
 
 
 class TaggedParser:
-    """White space beside well-formed calls belongs to the format and is left out of the text.
+    """White space beside calls belongs to the format and is left out of the text.
 
-    Held back is only what may still turn out to be a tag or the white space before one, and the body of an open call.
+    Held back is only what may still turn out to be a tag or the white space before one.
     """
 
-    def __init__(self, opening: str, closing: str, read: ReadBody) -> None:
-        self._opening, self._closing = opening, closing
-        self._read = read
-        self._held = ""  # text not yet given out: white space and a tag's beginning, or a call's body
+    def __init__(self, opening: str, make_body: Callable[[], CallBody]) -> None:
+        self._opening = opening
+        self._make_body = make_body
+        self._body: CallBody | None = None
+        self._held = ""  # white space and a tag's beginning
         self._space = ""  # the white space before an open call
-        self._seen = 0  # characters of an open body in which no closing tag begins
-        self._in_call = False
         self._after_call = False
 
     def push(self, text: str) -> list[Span]:
-        self._held += text
         spans: list[Span] = []
-        while self._step(spans):
-            pass
+        while text:
+            if self._body is not None:
+                self._take(self._body.push(text), spans)
+                if self._body.rest is None:
+                    break
+                text, self._body = self._body.rest, None
+            else:
+                text = self._look_for_tag(self._held + text, spans)
         return spans
 
     def finish(self) -> list[Span]:
         spans: list[Span] = []
-        if self._in_call:
-            self._give_malformed(self._held, f"{self._opening} is never closed", spans)
-            return spans
-        if not (self._after_call and not self._held.strip()):
+        if self._body is not None:
+            self._take(self._body.finish(), spans)
+        elif not (self._after_call and not self._held.strip()):
             self._give_text(self._held, spans)
         return spans
 
-    def _step(self, spans: list[Span]) -> bool:
-        """Moves past one tag, if the next one is there."""
-        if self._in_call:
-            end = self._held.find(self._closing, self._seen)
-            if end < 0:
-                self._seen = max(0, len(self._held) - len(self._closing) + 1)
-                return False
-            self._give_calls(self._held[:end], spans)
-            self._held, self._in_call = self._held[end + len(self._closing) :], False
-            return True
-        text, tag, rest = self._held.partition(self._opening)
+    def _look_for_tag(self, text: str, spans: list[Span]) -> str:
+        """Gives out what is text for certain, and what follows an opening tag if there is one."""
+        text, tag, rest = text.partition(self._opening)
         if tag:
             said = text.rstrip()
             self._give_text(said, spans)
-            self._space = text[len(said) :]
-            self._held, self._in_call, self._seen = rest, True, 0
-            return True
+            self._space, self._held, self._body = text[len(said) :], "", self._make_body()
+            return rest
         if self._after_call:
             text = text.lstrip()
-        safe = len(text) - measure_overlap(text, self._opening)
-        safe = len(text[:safe].rstrip())
+        safe = len(text[: len(text) - measure_overlap(text, self._opening)].rstrip())
         self._give_text(text[:safe], spans)
         self._held = text[safe:]
-        return False
+        return ""
 
     def _give_text(self, text: str, spans: list[Span]) -> None:
         if self._after_call:
@@ -73,14 +78,9 @@ class TaggedParser:
             spans.append(TextSpan(text=text))
             self._after_call = False
 
-    def _give_calls(self, body: str, spans: list[Span]) -> None:
-        try:
-            spans += self._read(body)
-            self._after_call = True
-        except MalformedCallError as error:
-            self._give_malformed(body + self._closing, str(error), spans)
-
-    def _give_malformed(self, body: str, problem: str, spans: list[Span]) -> None:
-        self._give_text(self._space, spans)
-        spans.append(MalformedSpan(text=self._opening + body, problem=problem))
-        self._after_call = False
+    def _take(self, given: list[Span], spans: list[Span]) -> None:
+        for span in given:
+            if isinstance(span, MalformedSpan):
+                self._give_text(self._space, spans)
+            self._after_call = not isinstance(span, MalformedSpan)
+            spans.append(span)

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from forgejax.chat.tool_calls.base import CallSpan, MalformedCallError, Signatures, read_json
+from forgejax.chat.tool_calls.base import MalformedCallError, read_json
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
-def read_function(
-    signatures: Signatures, name: str, pairs: Iterable[tuple[str, str]], raw: str, *, python_words: bool
-) -> CallSpan:
-    """The call of ``name`` with arguments written as text. ``python_words``: True, False and None count as JSON's.
-
-    Raises MalformedCallError.
-    """
-    arguments: dict[str, Any] = {}
-    for key, text in pairs:
-        if key in arguments:
-            raise MalformedCallError(f"parameter {key} occurs twice")
-        schema = signatures.find_schema(name, key)
-        try:
-            spelled = _PYTHON.get(text.strip(), text) if python_words and _allows_json(schema) else text
-            arguments[key] = read_value(spelled, schema)
-        except MalformedCallError as error:
-            raise MalformedCallError(f"parameter {key}: {error}") from error
-    return signatures.check_call(name, arguments, raw)
-
-
-def read_value(text: str, schema: Mapping[str, Any]) -> Any:
+def read_value(text: str, schema: Mapping[str, Any], *, python_words: bool) -> Any:
     """The value that ``text`` spells under a JSON schema.
 
     A string, and a value whose schema names no type, is the text itself; every other type is read as JSON. Where the
-    schema also allows a string, text that is none of the other types is one. Raises MalformedCallError.
+    schema also allows a string, text that is none of the other types is one. ``python_words``: True, False and None
+    count as JSON's. Raises MalformedCallError.
     """
     types = _read_types(schema)
     others = types - {"string"}
     if not others:
         return text
     try:
-        value = read_json(text)
+        value = read_json(_PYTHON.get(text.strip(), text) if python_words else text)
     except MalformedCallError:
         if "string" in types:
             return text
@@ -54,22 +34,9 @@ def read_value(text: str, schema: Mapping[str, Any]) -> Any:
     raise MalformedCallError(f"{text.strip()[:80]!r} is not of type {' or '.join(sorted(others))}")
 
 
-def scan_all(pattern: re.Pattern[str], text: str, what: str) -> list[re.Match[str]]:
-    """Every match of ``pattern`` one after the other, with nothing but white space between. Raises MalformedCallError.
-
-    ``pattern`` takes the white space before a match itself.
-    """
-    found, at = [], 0
-    while match := pattern.match(text, at):
-        found.append(match)
-        at = match.end()
-    if text[at:].strip():
-        raise MalformedCallError(f"expected {what}, found {text[at:].strip()[:80]!r}")
-    return found
-
-
-def _allows_json(schema: Mapping[str, Any]) -> bool:
-    return bool(_read_types(schema) - {"string"})
+def is_text(schema: Mapping[str, Any]) -> bool:
+    """Whether every text is a value of its own, so that it need not be complete to be handed over."""
+    return not _read_types(schema) - {"string"}
 
 
 def _read_types(schema: Mapping[str, Any]) -> frozenset[str]:

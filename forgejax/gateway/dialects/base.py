@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from forgejax.chat.messages import ChatRequest
+from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply import Delta, Reply
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError
 
+Method = Literal["GET", "POST", "PUT", "DELETE"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Where a dialect is spoken. Every route of a dialect takes a JSON object and asks for one reply."""
+    """Where a dialect asks for replies: a JSON object in, one reply out."""
 
-    method: Literal["POST", "PUT"] = "POST"
+    method: Method = "POST"
     path: str
 
     def covers(self, path: str) -> bool:
@@ -24,18 +26,44 @@ class Route:
         return path == self.path or path.startswith(f"{self.path}/")
 
 
+class AskingSession(Protocol):
+    """What a page may do with the session it was asked under."""
+
+    @property
+    def memory(self) -> ReplyMemory: ...
+
+    async def count_tokens(self, chat: ChatRequest) -> int: ...
+
+
+Answer = Callable[[AskingSession, Mapping[str, Any], Mapping[str, str]], Awaitable[Mapping[str, Any]]]
+"""Answers a page: from the session, the body (empty for GET and DELETE) and the names in the path. Raises
+RefusedError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page of a dialect's that samples nothing. ``path`` may hold ``{name}``."""
+
+    method: Method
+    path: str
+    answer: Answer
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParsedRequest:
     """A request as it was understood.
 
-    ``stream``: the answer is sent while it is drawn. ``keep``: the session remembers the history under the reply's id.
-    ``body`` is what was sent, for what only the wording of the answer needs.
+    ``stream``: the answer is sent while it is drawn. ``keep``: the session remembers the reply under its id, and
+    ``history``, the messages before it (those of ``chat`` where it is None). ``body`` is what was sent, for what only
+    the wording of the answer needs. ``ignored`` names what was sent and has no effect; it is counted.
     """
 
     chat: ChatRequest
     stream: bool
     keep: bool = False
+    history: tuple[Message, ...] | None = None
     body: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +73,7 @@ class ReplyHead:
     id: str
     created: int
     model: str
+    prompt_tokens: int = 0
 
 
 Event = tuple[str | None, str]
@@ -76,6 +105,14 @@ class Dialect(Protocol):
     def routes(self) -> Sequence[Route]: ...
 
     @property
+    def pages(self) -> Sequence[Page]: ...
+
+    @property
+    def streamed_failures(self) -> frozenset[str]:
+        """Codes of the refusals that whoever asked for a stream hears in a stream, and not as an HTTP status."""
+        ...
+
+    @property
     def credential_form(self) -> str:
         """How a key is sent, in words for whoever sent none: ``Authorization: Bearer KEY``."""
         ...
@@ -99,3 +136,16 @@ class Dialect(Protocol):
     def error(self, refusal: RefusedError) -> Mapping[str, Any]:
         """The body of an HTTP error on this dialect's routes, whatever its status."""
         ...
+
+
+def find_bearer(headers: Mapping[str, str]) -> str | None:
+    """The key of an ``Authorization: Bearer KEY``, or what ``x-api-key`` or ``api-key`` hold."""
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key") or headers.get("api-key") or None
+
+
+def name_call(id_: str | None, index: int) -> str:
+    """A call's id on the wire; histories may hold calls without one."""
+    return id_ or f"call_unnamed{index:03d}"

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: ``POST /v1/chat/completions``, streamed or not."""
+"""OpenAI's chat completions: requests in, responses and chunks out."""
 
 from __future__ import annotations
 
@@ -6,66 +6,112 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forgejax.chat.messages import ChatRequest
-from forgejax.chat.reply import Delta, ReasoningDelta, Reply, TextDelta, ToolCallPart, Usage
-from forgejax.gateway.dialects.base import Event, ParsedRequest, ReplyHead, Route
+from forgejax.chat.messages import ChatRequest, Tool, ToolCallPart
+from forgejax.chat.reply import (
+    Delta,
+    PartEnd,
+    ReasoningDelta,
+    Reply,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
+from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, Route, find_bearer
 from forgejax.gateway.dialects.chat_messages import read_messages, read_tools
 from forgejax.gateway.dialects.fields import (
+    CallChoice,
+    choose_calls,
+    list_ignored,
     read_array,
     read_boolean,
     read_integer,
+    read_law,
+    read_limit,
     read_mapping,
-    read_number,
+    read_stops,
     read_text,
 )
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError, refuse_field
-from forgejax.types import SamplingLaw
 
 _DONE: Event = (None, "[DONE]")
 
+SERVED = frozenset(
+    {
+        "messages",
+        "model",
+        "tools",
+        "functions",
+        "tool_choice",
+        "function_call",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "seed",
+        "logprobs",
+        "top_logprobs",
+        "n",
+        "stream",
+        "stream_options",
+        # these ask for nothing that has an effect on an answer
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+
 
 class ChatCompletions:
-    """Fields it does not know are ignored; those it cannot serve (``n`` above 1, say) are refused."""
+    """Fields it does not know are ignored and counted; those it cannot serve (``n`` above 1, say) are refused."""
 
     name = "chat_completions"
     routes = (Route(path="/v1/chat/completions"),)
+    pages: Sequence[Page] = ()
     credential_form = "Authorization: Bearer KEY"
+    streamed_failures: frozenset[str] = frozenset()
 
     def credential(self, headers: Mapping[str, str]) -> str | None:
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
-        return key.strip() if scheme.lower() == "bearer" and key.strip() else None
+        return find_bearer(headers)
 
     def reply_id(self, request_id: str) -> str:
         return f"chatcmpl-{request_id}"
 
     def parse(self, body: Mapping[str, Any], memory: ReplyMemory) -> ParsedRequest:
         _refuse_unserved(body)
-        tools = read_tools(body.get("tools"))
         _read_include_usage(body)
-        limit = read_integer(body, "max_tokens", least=1)
+        limit = read_limit(body, "max_completion_tokens")
+        tools = read_tools(body)
+        choice = _read_choice(body, tools)
         chat = ChatRequest(
             messages=read_messages(body.get("messages")),
-            tools=() if body.get("tool_choice") == "none" else tools,
-            law=SamplingLaw(
-                temperature=read_number(body, "temperature", least=0.0, most=2.0, default=1.0),
-                top_p=_read_top_p(body),
-                top_k=max(0, read_integer(body, "top_k", least=-1) or 0),
-            ),
-            max_tokens=read_integer(body, "max_completion_tokens", least=1, default=limit),
-            stop=_read_stop(body.get("stop")),
+            tools=tools,
+            calls=choice.rule,
+            allowed=choice.allowed,
+            law=read_law(body),
+            max_tokens=read_limit(body, "max_tokens") if limit is None else limit,
+            stop=read_stops(body, "stop"),
             seed=read_integer(body, "seed", least=-(2**63), most=2**63 - 1),
             logprobs=read_boolean(body, "logprobs"),
         )
-        return ParsedRequest(chat=chat, stream=read_boolean(body, "stream"), body=body)
+        return ParsedRequest(
+            chat=chat, stream=read_boolean(body, "stream"), body=body, ignored=list_ignored(body, SERVED)
+        )
 
     def response(self, head: ReplyHead, request: ParsedRequest, reply: Reply) -> Mapping[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
-        if reply.reasoning:
-            message["reasoning_content"] = reply.reasoning
-        if reply.tool_calls:
-            message["content"] = reply.content or None
-            message["tool_calls"] = [_word_call(call) for call in reply.tool_calls]
+        said = reply.message
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.reasoning:
+            message["reasoning_content"] = message["reasoning"] = said.reasoning
+        if said.tool_calls:
+            message["content"] = said.text or None
+            message["tool_calls"] = [_word_call(call) for call in said.tool_calls]
         choice = {"index": 0, "message": message, "logprobs": _word_logprobs(reply), "finish_reason": reply.finish}
         return _word_body(head, "chat.completion", [choice]) | {"usage": _word_usage(reply.usage)}
 
@@ -73,14 +119,7 @@ class ChatCompletions:
         return ChatCompletionsStream(head, include_usage=_read_include_usage(request.body))
 
     def error(self, refusal: RefusedError) -> Mapping[str, Any]:
-        return {
-            "error": {
-                "message": refusal.message,
-                "type": refusal.kind,
-                "param": refusal.param,
-                "code": refusal.code,
-            }
-        }
+        return word_openai_error(refusal)
 
 
 class ChatCompletionsStream:
@@ -98,9 +137,16 @@ class ChatCompletionsStream:
         if isinstance(delta, TextDelta):
             return [self._word_chunk({"content": delta.text})]
         if isinstance(delta, ReasoningDelta):
-            return [self._word_chunk({"reasoning_content": delta.text})]
-        index, self._calls = self._calls, self._calls + 1
-        return [self._word_chunk({"tool_calls": [{"index": index} | _word_call(delta.call)]})]
+            return [self._word_chunk({"reasoning_content": delta.text, "reasoning": delta.text})]
+        if isinstance(delta, PartEnd):
+            return []
+        if isinstance(delta, ToolCallDelta):
+            piece: dict[str, Any] = {"index": self._calls - 1, "function": {"arguments": delta.text}}
+        else:
+            piece = {"index": self._calls, "id": delta.id, "type": "function"}
+            piece["function"] = {"name": delta.name, "arguments": ""}
+            self._calls += 1
+        return [self._word_chunk({"tool_calls": [piece]})]
 
     def end(self, reply: Reply) -> Sequence[Event]:
         events = [self._word_chunk({}, finish=reply.finish, logprobs=_word_logprobs(reply))]
@@ -109,7 +155,7 @@ class ChatCompletionsStream:
         return [*events, _DONE]
 
     def error(self, refusal: RefusedError) -> Sequence[Event]:
-        return [(None, json.dumps(ChatCompletions().error(refusal))), _DONE]
+        return [(None, json.dumps(word_openai_error(refusal))), _DONE]
 
     def _word_chunk(self, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> Event:
         return self._word_event([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
@@ -121,13 +167,24 @@ class ChatCompletionsStream:
         return None, json.dumps(body, separators=(",", ":"))
 
 
+def word_openai_error(refusal: RefusedError) -> dict[str, Any]:
+    """An error in the shape of OpenAI's API."""
+    return {
+        "error": {
+            "message": refusal.message,
+            "type": refusal.kind,
+            "param": refusal.param,
+            "code": refusal.code,
+        }
+    }
+
+
 def _word_body(head: ReplyHead, kind: str, choices: list[Any]) -> dict[str, Any]:
     return {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}
 
 
 def _word_call(call: ToolCallPart) -> dict[str, Any]:
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.raw}}
 
 
 def _word_usage(usage: Usage) -> dict[str, Any]:
@@ -136,6 +193,7 @@ def _word_usage(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -144,7 +202,7 @@ def _word_logprobs(reply: Reply) -> dict[str, Any] | None:
         return None
     return {
         "content": [
-            {"token": item.text, "logprob": item.logprob, "bytes": list(item.text.encode()), "top_logprobs": []}
+            {"token": item.text, "logprob": item.logprob, "bytes": list(item.data), "top_logprobs": []}
             for item in reply.logprobs
         ],
         "refusal": None,
@@ -158,25 +216,29 @@ def _refuse_unserved(body: Mapping[str, Any]) -> None:
         raise refuse_field("top_logprobs", body["top_logprobs"], "0: only the drawn token's log-probability is known")
     if body.get("model") is not None:
         read_text(body["model"], "model")
-    choice = body.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise refuse_field("tool_choice", choice, "none or auto: the policy itself chooses what to call")
+
+
+def _read_choice(body: Mapping[str, Any], tools: Sequence[Tool]) -> CallChoice:
+    name = "tool_choice" if body.get("tool_choice") is not None else "function_call"
+    choice = body.get(name)
+    if choice is None or isinstance(choice, str):
+        return choose_calls(choice or "auto", None, tools, name)
+    fields = read_mapping(choice, name)
+    kind = fields.get("type", "function")
+    inside = fields.get(kind) if isinstance(kind, str) else None
+    if kind == "allowed_tools":
+        allowed = read_mapping(inside, f"{name}.allowed_tools")
+        named = [_read_name(item) for item in read_array(allowed.get("tools"), f"{name}.allowed_tools.tools")]
+        return choose_calls(allowed.get("mode"), named, tools, name)
+    return choose_calls("required", [_read_name(fields)], tools, name)
+
+
+def _read_name(item: Any) -> Any:
+    """The name in ``{"type": "function", "function": {"name"}}``, or in ``{"name"}`` as it once was."""
+    fields = item if isinstance(item, dict) else {}
+    inside = fields.get("function") or fields.get("custom") or fields
+    return inside.get("name") if isinstance(inside, dict) else None
 
 
 def _read_include_usage(body: Mapping[str, Any]) -> bool:
     return read_boolean(read_mapping(body.get("stream_options") or {}, "stream_options"), "include_usage")
-
-
-def _read_top_p(body: Mapping[str, Any]) -> float:
-    top_p = read_number(body, "top_p", least=0.0, most=1.0, default=1.0)
-    if top_p == 0.0:
-        raise refuse_field("top_p", body["top_p"], "a number above 0 and at most 1")
-    return top_p
-
-
-def _read_stop(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (read_text(value, "stop"),)
-    return tuple(read_text(item, f"stop[{index}]") for index, item in enumerate(read_array(value, "stop")))

@@ -13,10 +13,9 @@ from tests.chat.tool_calls.parsing import LLAMA, parse
     "text", [LLAMA, f" \n{LLAMA}\n", f"<|python_tag|>{LLAMA}", LLAMA.replace("{", '{"type": "function", ', 1)]
 )
 def test_a_llama_reply_that_is_one_object_is_a_call(text: str, run: int) -> None:
-    written = text.strip().removeprefix("<|python_tag|>")
     (call,) = parse("llama3", text, run)
     assert isinstance(call, CallSpan) and (call.name, call.arguments) == ("f", {"s": '}{"', "n": 3})
-    assert call.raw.strip() == written
+    assert (call.text, call.problem) == ('{"s": "}{\\"", "n": 3}', None)
 
 
 @pytest.mark.parametrize(
@@ -26,13 +25,16 @@ def test_a_llama_reply_that_is_one_object_is_a_call(text: str, run: int) -> None
         ("{", [TextSpan]),
         (f"So: {LLAMA}", [TextSpan]),
         (f"So:\n<|python_tag|>{LLAMA}", [TextSpan, CallSpan]),
-        (f"{LLAMA}; {LLAMA}", [MalformedSpan, TextSpan]),
+        (f"{LLAMA}; {LLAMA}", [CallSpan, TextSpan]),
         ("<|python_tag|>print(1)", [MalformedSpan, TextSpan]),
-        (LLAMA[:-1], [MalformedSpan]),
-        (LLAMA.replace('"f"', '"g"') + " Done.", [MalformedSpan, TextSpan]),
+        (LLAMA[:-1], [CallSpan]),
+        (LLAMA.replace('"f"', '"g"') + " Done.", [CallSpan, TextSpan]),
         (LLAMA.replace("parameters", "arguments"), [MalformedSpan]),
     ],
 )
 def test_what_only_looks_like_a_llama_call_is_text_or_malformed(text: str, kinds: list[type[Span]]) -> None:
     for run in (1, 1000):
-        assert {*map(type, parse("llama3", text, run))} == {*kinds}
+        spans = parse("llama3", text, run)
+        assert list(map(type, spans)) == kinds
+        calls = [span for span in spans if isinstance(span, CallSpan)]
+        assert all((call.problem is None) == text.startswith("So:") for call in calls)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from forgejax.chat.tool_calls import CallSpan, MalformedSpan
+from forgejax.chat.tool_calls import CallSpan, MalformedSpan, Span
 from tests.chat.tool_calls.parsing import parse
 
+BLOCK = "<minimax:tool_call>\n{}\n</minimax:tool_call>"
+GOOD = '<invoke name="bare"></invoke>'
 
-def test_one_minimax_block_holds_all_calls_or_none() -> None:
-    good = '<invoke name="bare"></invoke>'
-    block = "<minimax:tool_call>\n{}\n</minimax:tool_call>"
-    assert [type(span) for span in parse("minimax", block.format(good + "\n" + good))] == [CallSpan, CallSpan]
-    half = block.format(good + '<invoke name="g"></invoke>')
-    assert parse("minimax", half) == [MalformedSpan(text=half, problem="unknown tool 'g'")]
-    assert isinstance(parse("minimax", block.format(""))[0], MalformedSpan)
+
+def call(name: str, problem: str | None = None) -> CallSpan:
+    return CallSpan(name=name, text="{}", arguments={}, problem=problem)
+
+
+def test_one_minimax_block_holds_all_calls_and_each_is_judged_alone() -> None:
+    assert parse("minimax", BLOCK.format(GOOD + "\n" + GOOD)) == [call("bare"), call("bare")]
+    half = BLOCK.format(GOOD + '<invoke name="g"></invoke>')
+    assert parse("minimax", half) == [call("bare"), call("g", "unknown tool 'g'")]
+
+
+def test_what_is_no_call_in_a_block_is_malformed_and_kept() -> None:
+    empty = BLOCK.format("")
+    spans: list[Span] = [MalformedSpan(text=empty, problem='no <invoke name="NAME"> between the tags')]
+    assert parse("minimax", empty) == spans
+    first, rest = parse("minimax", BLOCK.format(GOOD + "hm"))
+    assert first == call("bare") and isinstance(rest, MalformedSpan) and rest.text == "hm\n</minimax:tool_call>"

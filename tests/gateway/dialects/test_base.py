@@ -11,9 +11,9 @@ import pytest
 
 from forgejax.chat import ChatFormat
 from forgejax.chat.messages import ChatRequest, Message
-from forgejax.chat.reply import Delta, Reply, TextDelta
+from forgejax.chat.reply import Delta, PartEnd, Reply, TextDelta
 from forgejax.gateway.dialects import DIALECTS
-from forgejax.gateway.dialects.base import Event, ParsedRequest, ReplyHead, Route
+from forgejax.gateway.dialects.base import AskingSession, Event, Page, ParsedRequest, ReplyHead, Route, find_bearer
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError, refuse_field
 from forgejax.types import SamplingLaw, Session
@@ -26,6 +26,11 @@ class Telegram:
     name = "telegram"
     routes = (Route(path="/telegram"), Route(method="PUT", path="/telegram/wire"))
     credential_form = "X-Stamp: KEY"
+    streamed_failures = frozenset({"context_length_exceeded"})
+
+    @property
+    def pages(self) -> Sequence[Page]:
+        return (Page(method="GET", path="/telegram/{id}/copy", answer=copy_telegram),)
 
     def credential(self, headers: Mapping[str, str]) -> str | None:
         return headers.get("X-Stamp")
@@ -34,20 +39,30 @@ class Telegram:
         return f"tg/{request_id}"
 
     def parse(self, body: Mapping[str, Any], memory: ReplyMemory) -> ParsedRequest:
-        before: Sequence[Message] | None = memory.recall(body["after"]) if "after" in body else ()
-        if before is None:
-            raise refuse_field("after", body["after"], "the id of a telegram of this session")
-        chat = ChatRequest(messages=(*before, {"role": "user", "content": body["say"]}), law=SamplingLaw())
+        before: tuple[Message, ...] = ()
+        if "after" in body:
+            stored = memory.recall(body["after"])
+            if stored is None:
+                raise refuse_field("after", body["after"], "the id of a telegram of this session")
+            before = stored.messages
+        chat = ChatRequest(messages=(*before, Message.of_text("user", body["say"])), law=SamplingLaw())
         return ParsedRequest(chat=chat, stream=body.get("live", False), keep=body.get("keep", True), body=body)
 
     def response(self, head: ReplyHead, request: ParsedRequest, reply: Reply) -> Mapping[str, Any]:
-        return {"telegram": head.id, "says": reply.content, "asked": request.body["say"], "stop": reply.finish}
+        return {"telegram": head.id, "says": reply.message.text, "asked": request.body["say"], "stop": reply.finish}
 
     def stream(self, head: ReplyHead, request: ParsedRequest) -> TelegramStream:
         return TelegramStream(head)
 
     def error(self, refusal: RefusedError) -> Mapping[str, Any]:
         return {"undelivered": refusal.code, "why": refusal.message}
+
+
+async def copy_telegram(session: AskingSession, body: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:
+    stored = session.memory.recall(names["id"].replace("-", "/", 1))
+    if stored is None:
+        raise RefusedError(404, f"there is no telegram {names['id']}", code="not_found")
+    return {"copy of": stored.body, "costs": await session.count_tokens(ChatRequest(messages=stored.messages))}
 
 
 class TelegramStream:
@@ -58,6 +73,8 @@ class TelegramStream:
         return [("begin", self._head.id)]
 
     def delta(self, delta: Delta) -> Sequence[Event]:
+        if isinstance(delta, PartEnd):
+            return []
         assert isinstance(delta, TextDelta)
         return [("word", json.dumps([delta.part, delta.text]))]
 
@@ -168,3 +185,25 @@ async def test_every_refusal_under_a_dialects_paths_is_in_its_own_shape_and_no_o
     assert (closed[0], closed[1]["undelivered"]) == (410, "session_closed")
     assert (elsewhere[0], elsewhere[1]["error"]["code"]) == (404, "not_served")
     assert (at_chat[0], at_chat[1]["error"]["code"]) == (405, "not_served")
+
+
+async def test_a_page_of_a_dialects_sees_the_session_it_was_asked_under_and_no_other(chat_format: ChatFormat) -> None:
+    gateway = await started(ScriptedSampler(chat_format, "five<|im_end|>"), dialects=(Telegram(),))
+    session, other = gateway.open(TRAINING), gateway.open(TRAINING)
+    _, sent = await send(host(session), session.api_key, {"say": "2+3?"})
+    path = f"/telegram/tg-{session.id}-0/copy"
+    seen = await send(host(session), session.api_key, b"", method="GET", path=path)
+    hidden = await send(host(session), other.api_key, b"", method="GET", path=path)
+    nobody = await send(host(session), None, b"", method="GET", path=path)
+    turns = await gateway.close(session.id)
+    await gateway.stop()
+    whole = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "five"}]
+    assert seen == (200, {"copy of": sent, "costs": len(chat_format.render(whole))})
+    assert (hidden[0], hidden[1]["undelivered"]) == (404, "not_found")
+    assert (nobody[0], nobody[1]["undelivered"]) == (401, "invalid_api_key") and len(turns) == 1
+
+
+def test_a_key_is_found_wherever_agents_put_it() -> None:
+    assert find_bearer({"Authorization": "Bearer  k "}) == "k"
+    assert find_bearer({"x-api-key": "k"}) == find_bearer({"api-key": "k"}) == "k"
+    assert find_bearer({"Authorization": "Basic k"}) is None and find_bearer({}) is None

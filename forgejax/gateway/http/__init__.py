@@ -1,0 +1,1 @@
+"""HTTP: bodies in, answers and streams out, and the paths agents try."""

@@ -1,0 +1,75 @@
+"""The table of fields in the docs is what the dialects do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forgejax.gateway.dialects import DIALECTS
+from forgejax.gateway.dialects.fields import IGNORED, list_ignored
+from forgejax.gateway.memory import ReplyMemory
+from forgejax.gateway.refusals import RefusedError
+from tests.chat.tokenizers import CALCULATOR
+
+PAGE = (Path(__file__).parents[3] / "docs" / "gateway.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \|$", PAGE, re.MULTILINE)
+ASKED = [{"role": "user", "content": "?"}]
+LEAST: dict[str, dict[str, Any]] = {
+    "chat_completions": {"messages": ASKED},
+    "responses": {"input": ASKED},
+    "messages": {"messages": ASKED},
+}
+SAMPLES: dict[str, Any] = {
+    "messages": ASKED,
+    "input": ASKED,
+    "model": "m",
+    "tools": [],
+    "functions": [CALCULATOR["function"]],
+    "function_call": "auto",
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 5,
+    "max_tokens": 9,
+    "max_completion_tokens": 9,
+    "max_output_tokens": 9,
+    "stop": ["x"],
+    "stop_sequences": ["x"],
+    "seed": 5,
+    "logprobs": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "system": "Be brief.",
+    "instructions": "Be brief.",
+    "store": False,
+    "n": 2,
+    "top_logprobs": 2,
+    "background": True,
+}
+
+
+@pytest.mark.parametrize("column", range(3), ids=[dialect.name for dialect in DIALECTS])
+def test_every_field_is_served_ignored_or_refused_as_the_docs_say(column: int) -> None:
+    dialect = DIALECTS[column]
+    assert len(ROWS) > 50 and {row[0] for row in ROWS} >= IGNORED
+    for row in ROWS:
+        field, said = row[0], row[1 + column]
+        sample = SAMPLES.get(field, {"type": "auto"})
+        if field == "tool_choice" and dialect.name != "messages":
+            sample = "auto"
+        if field == "previous_response_id" and said == "served":
+            continue  # needs a stored response; tested with one
+        try:
+            ignored = dialect.parse({**LEAST[dialect.name], field: sample}, ReplyMemory()).ignored
+        except RefusedError as refusal:
+            found = "refused" if refusal.param == field else str(refusal)
+        else:
+            found = "other" if "other" in ignored else "ignored" if field in ignored else "served"
+        assert found == said, field
+
+
+def test_null_asks_for_nothing_and_unknown_fields_are_one() -> None:
+    body = {"a": 1, "b": 2, "min_p": 0.1, "logit_bias": None, "stop": None}
+    assert list_ignored(body, frozenset({"stop"})) == ("min_p", "other")
