@@ -5,7 +5,7 @@
     python scripts/train.py --mesh=v5e-64 --run.steps 500    dotted options override its keys
     python scripts/train.py --resume                         goes on with the newest run; --resume=NAME with another
 
-Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
+Ctrl-C ends the run after the current step, with a checkpoint, and an evaluation at once; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class Stopper:
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._asked or self._trainer is None:
+            _show_cursor()
             os._exit(INTERRUPTED)  # the agents' guard ends them; nothing accepted is lost
         self._asked = True
         # A handler interrupts the very code whose locks it would need, so the work is done elsewhere.
@@ -124,6 +125,15 @@ class Stopper:
     def _stop(self, trainer: Trainer) -> None:
         self._progress.note("stopping after this step; Ctrl-C again ends at once")
         trainer.stop()
+
+
+def _show_cursor() -> None:
+    """Gives a terminal back the cursor that the panel has hidden. Never waits, nor on a terminal that is held."""
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.set_blocking(1, False)
+            os.write(1, b"\x1b[?25h\n")
+            os.set_blocking(1, True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class EpisodeRunner:
             answer=result.answer,
             error=result.error,
         )
-        return self._end(await _shield(self._conclude(task, workspace, trajectory)), baseline_s)
+        return self._end(await carry_through(self._conclude(task, workspace, trajectory)), baseline_s)
 
     async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
         """Closes the session, scores the episode and closes the workspace."""
@@ -223,7 +223,7 @@ async def _settle(work: Coroutine[Any, Any, _T], deadline_s: float) -> tuple[_T 
     return (None, problem) if problem is not None else (task.result(), None)
 
 
-async def _shield(work: Coroutine[Any, Any, _T]) -> _T:
+async def carry_through(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
     task = asyncio.ensure_future(work)
     while not task.done():

@@ -1,4 +1,4 @@
-"""Groups of episodes: as many in flight as the pool allows, each ending in one finish or one fail."""
+"""Groups of episodes: as many in flight as the pool allows, each ending in one finish, one fail or one give_back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from forgejax.agents.episode import EpisodeRunner
+from forgejax.agents.episode import EpisodeRunner, carry_through
 from forgejax.environments.base import Environment
 from forgejax.environments.rewards import SpeedBaseline
 from forgejax.errors import AgentError, ConfigError
@@ -21,7 +21,6 @@ from forgejax.types import (
     Trajectory,
 )
 
-IN_FLIGHT = "in_flight_at_end"
 FAILURES_IN_A_ROW = 16
 
 
@@ -78,8 +77,9 @@ class GroupRunner:
     async def run(self) -> None:
         """Runs until the sink has no further dispatch, or until it is cancelled; then ends the groups in flight.
 
-        Each dispatch is finished or failed exactly once before this returns. Raises what the sink and the tasks raise,
-        and AgentError once the agent cannot run at all.
+        Each dispatch is finished, failed or given back exactly once before this returns, however often it is cancelled:
+        those in flight at the end are given back. Raises what the sink and the tasks raise, and AgentError once the
+        agent cannot run at all.
         """
         groups: dict[asyncio.Task[None], Dispatch] = {}
         waiting = asyncio.create_task(self._sink.next_dispatch())
@@ -96,7 +96,7 @@ class GroupRunner:
                     groups[asyncio.create_task(self._run_group(dispatch))] = dispatch
                     waiting = asyncio.create_task(self._sink.next_dispatch())
         finally:
-            await self._end(waiting, groups)
+            await carry_through(self._end(waiting, groups))  # a stop that comes in the middle of it must wait
 
     async def _end(self, waiting: asyncio.Task[Dispatch | None], groups: dict[asyncio.Task[None], Dispatch]) -> None:
         """Cancels what is in flight and sees each dispatch reported, the ones that had not yet begun too."""
@@ -110,7 +110,7 @@ class GroupRunner:
             if last is not None and last not in groups.values():
                 unbegun.append(last)
         for dispatch in unbegun:
-            self._sink.fail(dispatch, IN_FLIGHT, 0)
+            self._sink.give_back(dispatch, 0)
         for group in groups:
             if not group.cancelled():
                 group.result()
@@ -133,7 +133,7 @@ class GroupRunner:
             await asyncio.wait(members)
         except asyncio.CancelledError:
             ended = await _cancel(members)
-            self._sink.fail(dispatch, IN_FLIGHT, _sampled(ended))
+            self._sink.give_back(dispatch, _sampled(ended))
             return
         self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
 
@@ -145,7 +145,7 @@ class GroupRunner:
                 self._streak.observe(trajectory)
             self._episodes.scaffold.check()
         except AgentError:
-            self._sink.fail(dispatch, StopReason.AGENT_FAILED.value, _sampled(trajectories))
+            self._sink.give_back(dispatch, _sampled(trajectories))  # once the agent is mended it can be played
             raise
         dropped = [
             trajectory.stop_reason.value
@@ -167,10 +167,12 @@ async def run_tasks(
     samples: int = 1,
     session: SessionSpec,
     concurrency: int = 16,
+    stop: asyncio.Event | None = None,
 ) -> list[Trajectory]:
     """Plays ``samples`` episodes of each task, at most ``concurrency`` at once; task by task, in order.
 
-    Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
+    Once ``stop`` is set the open episodes are cancelled, and what there is of them is in the result; those that had not
+    begun are not. Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
     """
     slots = asyncio.Semaphore(concurrency)
     streak = FailureStreak()
@@ -186,11 +188,25 @@ async def run_tasks(
     running = [asyncio.create_task(play(number, member)) for number in range(len(tasks)) for member in range(samples)]
     if not running:
         return []
+    played = asyncio.create_task(_await_all(running))
+    stopped = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
-        await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
-        return [task.result() for task in running if task.done()]
+        await asyncio.wait({played, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if played.done():
+            played.result()
+            return [task.result() for task in running]
     finally:
-        await _cancel(running)
+        for waiting in (played, stopped):
+            waiting.cancel()
+        ended = await carry_through(_cancel(running))
+    return ended
+
+
+async def _await_all(running: Sequence[asyncio.Task[Trajectory]]) -> None:
+    """Until the last has ended or the first has failed; raises what it failed of."""
+    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        task.result()
 
 
 async def _cancel(running: Sequence[asyncio.Task[Trajectory]]) -> list[Trajectory]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ from forgejax.errors import CheckpointError
 from forgejax.report.evaluation import EvaluationResult, sum_up_evaluation
 from forgejax.report.final.html import Example
 from forgejax.report.storage import write_atomic
-from forgejax.types import SamplingLaw, SessionSpec, Task, Trajectory, Turn
+from forgejax.types import SamplingLaw, SessionSpec, StopReason, Task, Trajectory, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, and the episodes it found it in."""
+    """What an evaluation found, and the episodes it found it in; ``complete``: every one of them was played."""
 
     result: EvaluationResult
     trajectories: tuple[Trajectory, ...]
+    complete: bool
 
     @property
     def turns(self) -> Iterator[Turn]:
@@ -41,11 +43,22 @@ async def evaluate(
     samples: int,
     concurrency: int,
     seed: int,
+    stop: asyncio.Event,
 ) -> Evaluation:
-    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request."""
+    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request.
+
+    Breaks off once ``stop`` is set, with what was played so far.
+    """
     session = SessionSpec(purpose="evaluation", law=law, seed=seed)
-    trajectories = await run_tasks(episodes, tasks, samples=samples, session=session, concurrency=concurrency)
-    return Evaluation(result=sum_up_evaluation(trajectories, tasks), trajectories=tuple(trajectories))
+    trajectories = await run_tasks(
+        episodes, tasks, samples=samples, session=session, concurrency=concurrency, stop=stop
+    )
+    cancelled = any(trajectory.stop_reason is StopReason.CANCELLED for trajectory in trajectories)
+    return Evaluation(
+        result=sum_up_evaluation(trajectories, tasks),
+        trajectories=tuple(trajectories),
+        complete=not cancelled and len(trajectories) == len(tasks) * samples,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,7 @@ class Trainer:
         self.service.stop_groups()
         self.pool.close()
         after = self.evaluate() if finished else None
+        finished = after is not None
         self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
         self.checkpoints.wait()
         self.engines.flush()
@@ -109,12 +110,17 @@ class Trainer:
         log()
         self.save()
 
-    def evaluate(self) -> Evaluated:
-        """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn."""
+    def evaluate(self) -> Evaluated | None:
+        """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn.
+
+        None where ``stop`` broke it off.
+        """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
             evaluation = self.service.evaluate(tasks)
             self.account.count_evaluation(evaluation.sampled_tokens)
+            if not evaluation.complete:
+                return None
             self.audit.measure_gap(evaluation.turns, self.step)
         self.rows.write_evaluation(evaluation.result, self.step)
         outcome = evaluation.result.overall.reward
@@ -134,9 +140,10 @@ class Trainer:
             self.pool.forget(oldest)
 
     def stop(self) -> None:
-        """Asks the loop to end after the step it is in. Any thread, or a signal handler, may call it."""
+        """Asks the loop to end after the step or in the evaluation it is in. Any thread may call it."""
         self.stopping = True
         self.pool.close()
+        self.service.interrupt()
 
     def _take(self) -> StepData | None:
         """The next step's data; None once the run is stopping."""
@@ -177,7 +184,8 @@ class Trainer:
         before = load_evaluated(file)
         if self.step == 0 and not self.stopping:
             before = self.evaluate()
-            save_evaluated(file, before)
+            if before is not None:
+                save_evaluated(file, before)
         return before
 
     def _outcome(self, before: Evaluated | None, after: Evaluated | None, *, finished: bool) -> Outcome:

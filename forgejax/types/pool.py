@@ -71,3 +71,8 @@ class GroupSink(Protocol):
     def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
         """Records that a group came to nothing; the window slides past it and its tokens are counted under reason."""
         ...
+
+    def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        """Returns the right to run a group that the end of the run cut off: whoever goes on with the run plays it again
+        under its index, with its next attempt. What was sampled for it is counted and not trained."""
+        ...

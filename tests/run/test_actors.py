@@ -160,3 +160,4 @@ def test_an_evaluation_of_no_tasks_is_empty_and_no_failure() -> None:
         evaluation = service.evaluate([])
 
     assert (evaluation.sampled_tokens, evaluation.result.overall.reward) == (0, None)
+    assert evaluation.complete

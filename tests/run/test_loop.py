@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,3 +267,34 @@ def test_an_agent_that_never_answers_is_cut_off_counted_and_waited_for_no_longer
 
     assert failed.count("deadline") >= 4
     assert tokens["deadline"] >= 4 * GROUP
+
+
+def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for_it_is_accounted_for(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(tmp_path, "--tasks.eval-tasks=60", "--agent.function=tests.run.tiny_agent:never")
+    place = tiny_place(config)
+
+    def stop_once_it_draws(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            threading.Thread(target=wait, args=(trainer.engines.account().sampled,), daemon=True).start()
+            return evaluate(tasks)
+
+        def wait(before: int) -> None:
+            while trainer.engines.account().sampled < before + 20:
+                time.sleep(0.01)
+            trainer.stop()
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), stop_once_it_draws)
+    not_trained = outcome.account.tokens_not_trained
+
+    assert (outcome.before, outcome.finished, outcome.steps) == (None, False, 0)
+    assert not_trained["evaluation"] + not_trained.get("cancelled", 0) >= 20
+    assert outcome.account.tokens_sampled == sum(not_trained.values())
+    assert outcome.sums.wall_s < 60, "no episode was waited for"
+    assert (rundir.checkpoints_of(place.path) / "0").is_dir(), "the supervised phase is not lost"
