@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from forgejax.agents.episode import EpisodeRunner, carry_through
+from forgejax.agents.episode import WORKER_DIED, EpisodeRunner, carry_through
 from forgejax.environments.base import Environment
 from forgejax.environments.rewards import SpeedBaseline
 from forgejax.errors import AgentError, ConfigError
@@ -28,7 +29,10 @@ NO_CALL = (StopReason.COMPLETED, StopReason.AGENT_FAILED, StopReason.ENVIRONMENT
 
 
 class FailureStreak:
-    """Stops a run whose episodes end, again and again, without one call to the model: it will not get better."""
+    """Stops a run whose episodes end, again and again, without one call to the model: it will not get better.
+
+    Those that a dying worker took along say nothing of the agent: its scaffold counts them as the one death they are.
+    """
 
     def __init__(self, limit: int = FAILURES_IN_A_ROW) -> None:
         self._limit = limit
@@ -36,6 +40,8 @@ class FailureStreak:
 
     def observe(self, trajectory: Trajectory) -> None:
         """Raises AgentError at the limit."""
+        if trajectory.masked == WORKER_DIED:
+            return
         no_call = not trajectory.turns and trajectory.stop_reason in NO_CALL
         self._count = self._count + 1 if no_call else 0
         if self._count >= self._limit:
@@ -125,6 +131,7 @@ class GroupRunner:
                     member=member,
                     session=_seeded(self._session, dispatch.index, dispatch.attempt, member),
                     baseline_s=baseline_s,
+                    on_cut_off=partial(self._sink.count_tokens, WORKER_DIED),
                 )
             )
             for member in range(self._group_size)
@@ -141,9 +148,9 @@ class GroupRunner:
         self, dispatch: Dispatch, task: Task, trajectories: tuple[Trajectory, ...], baseline_s: float | None
     ) -> None:
         try:
+            self._episodes.scaffold.check()
             for trajectory in trajectories:
                 self._streak.observe(trajectory)
-            self._episodes.scaffold.check()
         except AgentError:
             self._sink.give_back(dispatch, _sampled(trajectories))  # once the agent is mended it can be played
             raise
@@ -168,11 +175,14 @@ async def run_tasks(
     session: SessionSpec,
     concurrency: int = 16,
     stop: asyncio.Event | None = None,
+    on_cut_off: Callable[[int], None] = lambda tokens: None,
 ) -> list[Trajectory]:
     """Plays ``samples`` episodes of each task, at most ``concurrency`` at once; task by task, in order.
 
     Once ``stop`` is set the open episodes are cancelled, and what there is of them is in the result; those that had not
-    begun are not. Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
+    begun are not. ``on_cut_off`` is told the tokens of plays that were given up.
+
+    Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
     """
     slots = asyncio.Semaphore(concurrency)
     streak = FailureStreak()
@@ -180,9 +190,9 @@ async def run_tasks(
     async def play(number: int, member: int) -> Trajectory:
         async with slots:
             seeded = _seeded(session, number, 0, member)
-            trajectory = await episodes.run(tasks[number], member=member, session=seeded)
-        streak.observe(trajectory)
+            trajectory = await episodes.run(tasks[number], member=member, session=seeded, on_cut_off=on_cut_off)
         episodes.scaffold.check()
+        streak.observe(trajectory)
         return trajectory
 
     running = [asyncio.create_task(play(number, member)) for number in range(len(tasks)) for member in range(samples)]

@@ -18,6 +18,9 @@ from forgejax.pool.pool import Pool
 from forgejax.rollout import EngineAccount, Engines
 from forgejax.types import Completion
 
+_IDLE_S = 30.0
+_LOOK_S = 0.005
+
 
 @dataclasses.dataclass(kw_only=True)
 class RunSums:
@@ -136,11 +139,11 @@ class RunAccount:
         self.counted_at = now
 
     def close(self) -> Account:
-        """The account at the end, once: the pool is closed and rewound to the last step, and nothing is drawn.
+        """The account at the end, once: the pool is closed and rewound to the last step, and nobody asks for more.
 
         What the engines drew and gave nobody is known to them alone; whoever goes on with the run finds it in the pool.
         """
-        drawn = self.engines.account()
+        drawn = _await_idle(self.engines)
         self.pool.count_tokens("cancelled", drawn.cancelled)
         self.pool.count_tokens("request_failed", drawn.failed)
         return settle(
@@ -150,6 +153,14 @@ class RunAccount:
             self.sums,
             sampled_before=self.sampled_before,
         )
+
+
+def _await_idle(engines: Engines) -> EngineAccount:
+    """The engines' account once no request is open: those that were cancelled end with the engines' next step."""
+    until = time.monotonic() + _IDLE_S
+    while (drawn := engines.account()).active + drawn.waiting + drawn.open > 0 and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+    return drawn
 
 
 def settle(

@@ -70,6 +70,9 @@ class LoggedFirst:
     def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
         self.pool.give_back(dispatch, sampled_tokens)
 
+    def count_tokens(self, reason: str, tokens: int) -> None:
+        self.pool.count_tokens(reason, tokens)
+
 
 class RolloutService:
     """Use as a context manager: inside, the gateway listens and agents can be run."""
@@ -171,7 +174,7 @@ class RolloutService:
             stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
-        deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
+        deadline_s = waves * (self._parts.config.agent.longest_s + 30.0)
         return self._call(work, deadline_s, "the evaluation did not end")
 
     def warm_up(self) -> list[Completion]:

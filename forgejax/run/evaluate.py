@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,19 @@ from forgejax.errors import CheckpointError
 from forgejax.report.evaluation import EvaluationResult, sum_up_evaluation
 from forgejax.report.final.html import Example
 from forgejax.report.storage import write_atomic
-from forgejax.types import SamplingLaw, SessionSpec, StopReason, Task, Trajectory, Turn
+from forgejax.types import SamplingLaw, SessionSpec, Task, Trajectory, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, and the episodes it found it in; ``complete``: every one of them was played."""
+    """What an evaluation found, and the episodes it found it in; ``complete``: every one of them was played.
+
+    ``cut_off_tokens`` were sampled in plays that a dying worker took along, of episodes that were played again.
+    """
 
     result: EvaluationResult
     trajectories: tuple[Trajectory, ...]
+    cut_off_tokens: int
     complete: bool
 
     @property
@@ -32,7 +37,7 @@ class Evaluation:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(trajectory.sampled_tokens for trajectory in self.trajectories)
+        return self.cut_off_tokens + sum(trajectory.sampled_tokens for trajectory in self.trajectories)
 
 
 async def evaluate(
@@ -50,14 +55,31 @@ async def evaluate(
     Breaks off once ``stop`` is set, with what was played so far.
     """
     session = SessionSpec(purpose="evaluation", law=law, seed=seed)
+    cut_off: list[int] = []
     trajectories = await run_tasks(
-        episodes, tasks, samples=samples, session=session, concurrency=concurrency, stop=stop
+        episodes,
+        tasks,
+        samples=samples,
+        session=session,
+        concurrency=concurrency,
+        stop=stop,
+        on_cut_off=cut_off.append,
     )
-    cancelled = any(trajectory.stop_reason is StopReason.CANCELLED for trajectory in trajectories)
     return Evaluation(
         result=sum_up_evaluation(trajectories, tasks),
         trajectories=tuple(trajectories),
-        complete=not cancelled and len(trajectories) == len(tasks) * samples,
+        cut_off_tokens=sum(cut_off),
+        complete=not (tasks and stop.is_set()),
+    )
+
+
+def describe_masked(evaluation: Evaluation) -> str:
+    """Why episodes were not scored, with how many of each reason and the words of one, for people."""
+    masked = [trajectory for trajectory in evaluation.trajectories if trajectory.masked is not None]
+    counts = Counter(str(trajectory.masked) for trajectory in masked)
+    errors = {str(trajectory.masked): trajectory.error.splitlines()[0] for trajectory in masked if trajectory.error}
+    return "; ".join(
+        f"{count} {reason}" + (f" ({errors[reason]})" if reason in errors else "") for reason, count in counts.items()
     )
 
 

@@ -76,3 +76,7 @@ class GroupSink(Protocol):
         """Returns the right to run a group that the end of the run cut off: whoever goes on with the run plays it again
         under its index, with its next attempt. What was sampled for it is counted and not trained."""
         ...
+
+    def count_tokens(self, reason: str, tokens: int) -> None:
+        """Counts tokens that were sampled in an episode which is played anew, and are in no report of its group."""
+        ...

@@ -166,6 +166,20 @@ async def test_an_agent_that_answers_without_the_model_stops_the_run() -> None:
         await make_runner(FakeSink(total=1000), make_episodes(solve, FakeSessions(turns=()))).run()
 
 
+async def test_the_death_of_a_worker_is_no_streak_of_failures_and_its_tokens_are_counted() -> None:
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+
+    silent = FakeSink(total=3)
+    await make_runner(silent, make_episodes(unlucky, FakeSessions(turns=())), failures_in_a_row=2).run()
+    assert [{each.masked for each in group.trajectories} for group in silent.finished] == [{"worker_died"}] * 3
+
+    sink = FakeSink(total=1)
+    await make_runner(sink, make_episodes(unlucky)).run()
+    assert sink.counted == [("worker_died", 3)] * 6, "three plays of two episodes were given up"
+    assert sink.finished[0].sampled_tokens == 6
+
+
 async def test_failures_after_a_model_call_are_data() -> None:
     sink = FakeSink(total=20)
     await make_runner(sink, make_episodes(crash), failures_in_a_row=2).run()
@@ -237,6 +251,22 @@ async def test_an_evaluation_that_is_stopped_ends_at_once_with_what_was_played()
     assert [each.stop_reason.value for each in played] == ["completed"] * 2 + ["cancelled"] * 3
     assert sum(each.sampled_tokens for each in played) == 15
     assert asyncio.all_tasks() == before
+
+
+async def test_an_evaluation_plays_what_a_dying_worker_took_along_again_and_tells_its_tokens() -> None:
+    died: set[str] = set()
+
+    async def dies_once(episode: EpisodeSpec) -> AgentResult:
+        if episode.question in died:
+            return await solve(episode)
+        died.add(episode.question)
+        return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+
+    cut_off: list[int] = []
+    tasks = [make_task(index) for index in range(20)]
+    played = await run_tasks(make_episodes(dies_once), tasks, session=SessionSpec(), on_cut_off=cut_off.append)
+    assert [(each.outcome, each.masked) for each in played] == [(1.0, None)] * 20
+    assert cut_off == [3] * 20
 
 
 async def test_an_evaluation_whose_agent_cannot_run_stops() -> None:

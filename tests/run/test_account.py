@@ -97,10 +97,14 @@ def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
 
 
 class TwoEngines:
-    """An inference side that drew more for earlier attempts than the pool was told of."""
+    """An inference side that drew more for earlier attempts than the pool was told of; one request ends late."""
+
+    asked = 0
 
     def account(self) -> EngineAccount:
-        drawn = EngineAccount(sampled=34, cancelled=4, inherited=25)
+        self.asked += 1
+        ended = self.asked > 3  # the last request, which was cancelled
+        drawn = EngineAccount(sampled=34, cancelled=4 if ended else 1, open=0 if ended else 3, inherited=25)
         return drawn + EngineAccount(sampled=15, cancelled=1, failed=2, inherited=15)
 
 
@@ -122,7 +126,7 @@ class CountingPool:
         return snapshot()
 
 
-def test_what_only_the_engines_know_of_earlier_attempts_is_counted_as_lost() -> None:
+def test_what_only_the_engines_know_is_counted_as_lost_of_earlier_attempts_and_as_cancelled_of_this_one() -> None:
     pool = CountingPool()
     account = RunAccount.open(cast(Any, TwoEngines()), cast(Any, pool), RunSums(), counted_at=0.0)
     account.count_evaluation(42)

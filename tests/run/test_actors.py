@@ -73,7 +73,7 @@ class Engines(Part):
 
 def parts(pool: Any = None, **changed: Any) -> Any:
     run = SimpleNamespace(group_size=2, seed=0, eval_samples=1, eval_concurrency=4)
-    agent = SimpleNamespace(deadline_s=1.0, grace_s=1.0)
+    agent = SimpleNamespace(longest_s=3.0)
     config = SimpleNamespace(run=run, agent=agent, reward=None, stop_policy=None, sampling=None)
     values = {"config": config, "engines": Engines(), "gateway": Part(), "scaffold": Part(), "environment": None}
     values |= {"pool": pool or Recorder(), "baseline": None}

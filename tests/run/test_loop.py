@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from forgejax.run.build import play_run
 from forgejax.run.config import RunConfig
 from forgejax.run.loop import Trainer
 from forgejax.run.steps import StepData
-from tests.run.tiny_run import GROUP, Ended, Notes, go_on, play, saved_weights, tiny_config, tiny_place
+from tests.run.tiny_run import GROUP, REPOSITORY, Ended, Notes, go_on, play, saved_weights, tiny_config, tiny_place
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -108,6 +111,42 @@ def test_a_source_that_ends_is_an_error_unless_the_run_was_asked_to_stop() -> No
     trainer.stop()
     trainer.train()
     assert trainer.step == 1
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_run_that_its_agents_end_saves_its_last_step_first_if_that_is_sound(sound: bool) -> None:
+    calls: list[str] = []
+    trainer = trainer_of(9, calls, steps=5, checkpoint_every=0, probe_every=0, max_skipped=2)
+    trainer.progress, check = Notes(), trainer.service.check
+
+    def fail_at_the_third(*_: object) -> None:
+        check()
+        if trainer.step == 2:
+            trainer.account.sums.skipped_in_a_row = 0 if sound else 2
+            raise AgentError("the workers are gone")
+
+    trainer.service.__dict__["check"] = fail_at_the_third
+    with pytest.raises(AgentError, match="the workers are gone"):
+        trainer.train()
+
+    assert calls.count("audit.compare_ids") == 2, "both steps have their rows"
+    saved = ["account.count_time", "checkpoints.save", "checkpoints.wait"]
+    assert [call for call in calls if call in saved] == (saved if sound else [])
+    said = "is saved; go on from it with --resume once" if sound else "could not be saved: 2 steps in a row had a loss"
+    assert len(trainer.progress.lines) == 1 and trainer.progress.lines[0].startswith(f"step 2 {said}")
+
+
+def test_what_cannot_be_saved_at_the_end_is_told_and_hides_nothing() -> None:
+    trainer = trainer_of(0, [], steps=5)
+    trainer.progress = Notes()
+
+    def fail(*_: object) -> None:
+        raise StorageFullError("the disk is full")
+
+    trainer.checkpoints.__dict__["save"] = fail
+    with pytest.raises(TrainingError, match="the data pool was closed"):
+        trainer.train()
+    assert trainer.progress.lines == ["step 0 could not be saved: the disk is full"]
 
 
 def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_nothing_moves(tmp_path: Path) -> None:
@@ -298,3 +337,45 @@ def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for
     assert outcome.account.tokens_sampled == sum(not_trained.values())
     assert outcome.sums.wall_s < 60, "no episode was waited for"
     assert (rundir.checkpoints_of(place.path) / "0").is_dir(), "the supervised phase is not lost"
+
+
+def test_a_worker_that_is_killed_costs_no_task_of_an_evaluation_and_does_not_end_the_run(tmp_path: Path) -> None:
+    worker = [sys.executable, str(REPOSITORY / "tests" / "run" / "tiny_agent.py")]
+    config = tiny_config(tmp_path, "--agent.kind=worker", "--agent.command", *worker, "--tasks.eval-tasks=40")
+    place, killed = tiny_place(config), []
+
+    def kill_while_it_is_evaluated(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            threading.Thread(target=kill, args=(trainer.engines.account().sampled,), daemon=True).start()
+            return evaluate(tasks)
+
+        def kill(before: int) -> None:
+            while trainer.engines.account().sampled < before + 40:
+                time.sleep(0.005)
+            killed.extend(end_descendants("tiny_agent"))
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), kill_while_it_is_evaluated)
+    assert outcome.before is not None and outcome.after is not None and len(killed) >= 2
+    for evaluated in (outcome.before, outcome.after):
+        assert (evaluated.result.overall.tasks, evaluated.result.overall.masked) == (40, 0)
+    assert (outcome.finished, outcome.steps, outcome.eval_tasks) == (True, 2, 40)
+    assert outcome.account.tokens_sampled == outcome.account.tokens_trained + sum(
+        outcome.account.tokens_not_trained.values()
+    )
+
+
+def end_descendants(word: str) -> list[int]:
+    """Kills the processes below this one whose command line has this word, and gives their ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and word in (path / "cmdline").read_text():
+                os.kill(int(path.name), signal.SIGKILL)
+                found.append(int(path.name))
+    return found
