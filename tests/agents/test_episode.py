@@ -122,7 +122,8 @@ def cut_off(**fields: Any) -> AgentResult:
 
 
 async def test_an_episode_that_an_accident_cut_off_is_played_again_in_a_session_of_its_own() -> None:
-    deadlines, lost, sessions, environment = [], [], FakeSessions(), SumTasks()
+    lost: list[int] = []
+    deadlines, sessions, environment = [], FakeSessions(), SumTasks()
 
     async def second_time_lucky(episode: EpisodeSpec) -> AgentResult:
         deadlines.append(episode.deadline_s)

@@ -106,7 +106,8 @@ class Process:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 marked = f"{MARKER_NAME}=".encode() in (path / "environ").read_bytes()
-                if marked and "tiny_agent" in (path / "cmdline").read_text() and _parent(path) == self.id:
+                mine = _parent(Path(f"/proc/{_parent(path)}")) == self.id  # its parent is its keeper
+                if marked and "tiny_agent" in (path / "cmdline").read_text() and mine:
                     found.append(int(path.name))
         return found
 

@@ -2,8 +2,8 @@
 
 Run as ``python -I -S guard.py TRAINER_PID MARKER`` with a pipe from the trainer on stdin. When the trainer closes the
 pipe or dies, by whatever signal, every process whose environment carries the marker is killed, wherever it has moved:
-sessions and process groups of its own included. (A parent-death signal would not do: it fires when the *thread* that
-spawned the agent ends, and does not reach grandchildren.) Needs Linux's /proc; elsewhere it finds nothing to kill.
+sessions and process groups of its own included. This is for what a keeper (``keeper.py``) that was itself killed has
+left; the keepers end all else. Needs Linux's /proc; elsewhere it finds nothing to kill.
 """
 
 from __future__ import annotations
