@@ -48,7 +48,7 @@ def keepers_of(parent: int) -> list[int]:
 def kept(source: str, **options: object) -> "subprocess.Popen[bytes]":
     """A program behind a keeper of this process."""
     program = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), "MARK=1"]
-    return subprocess.Popen([*program, sys.executable, "-I", "-S", "-c", source], **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([*program, sys.executable, "-I", "-S", "-c", source], **options)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
