@@ -4,9 +4,10 @@
     python scripts/break_runs.py kills 100      kill -9 at any moment: starting, training, evaluating, saving
     python scripts/break_runs.py workers 20     kill -9 of the agent worker alone: the run must go on
 
-Seconds an end. One line for each, and at the last how many of them left something wrong; the exit status says whether
-any did. What is checked: no token and no group is unaccounted for, each step has its groups and its row once, nothing
-that was in flight has failed, and no process is left.
+Further options go to the run, for instance ``--agent.kind=process --agent.command python my_agent.py``. It prints a
+line for each end, and at last how many of them left something wrong; the exit status says whether any did. What is
+checked: no token and no group is unaccounted for, each step has its groups and its row once, nothing that was in flight
+has failed, and no process is left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,15 @@ OPTIONS = {
     "agent.kind": "worker",
     "tasks.eval-tasks": "24",
 }
+LISTS = ("--engine.prefill-buckets", "64", "--agent.command", sys.executable, "tests/run/tiny_agent.py")
 
 
 class Attempt:
     """One start of the run, in a process group of its own."""
 
-    def __init__(self, root: Path, *, steps: int) -> None:
+    def __init__(self, root: Path, options: Sequence[str], *, steps: int) -> None:
         self.run = root / NAME
-        arguments = ["--resume=" + NAME] if self.run.exists() else [f"--{key}={text}" for key, text in OPTIONS.items()]
-        if not self.run.exists():
-            arguments += [
-                "--engine.prefill-buckets",
-                "64",
-                "--agent.command",
-                sys.executable,
-                "tests/run/tiny_agent.py",
-            ]
+        arguments = ["--resume=" + NAME] if self.run.exists() else options
         self.log = root / "log"
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
@@ -186,11 +180,11 @@ def _trained_rows(run: Path) -> list[int]:
     return [row["step"] for row in rows if "learner/loss" in row]
 
 
-def end_in_order(root: Path, chance: random.Random) -> tuple[str, list[str]]:
+def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One ordinary end: how it came about, and what it left wrong."""
     kind = chance.choice(["finish", "SIGINT", "SIGINT", "SIGTERM"])
     trained = max(_trained_rows(root / NAME), default=0)
-    attempt = Attempt(root, steps=trained + chance.randint(1, 4) if kind == "finish" else MANY)
+    attempt = Attempt(root, options, steps=trained + chance.randint(1, 4) if kind == "finish" else MANY)
     where = "at its last step"
     if kind != "finish":
         attempt.until_said("training: ")
@@ -199,17 +193,19 @@ def end_in_order(root: Path, chance: random.Random) -> tuple[str, list[str]]:
             attempt.until_said("evaluating: ", again=True)
         time.sleep(chance.uniform(0.0, pause))
         attempt.send(signal.Signals[kind])
+    asked_at = time.monotonic()
     status = attempt.wait()
+    took = f"in {time.monotonic() - asked_at:.1f} s" if kind != "finish" else "by itself"
     wrong = list(audit(root, ended=True)) if status in (0, 130) else []
     if status != (0 if kind == "finish" else 130):
         wrong.append(f"exit status {status}: {attempt.output[-600:]}")
-    return f"{kind} {where}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
+    return f"{kind} {where}, ended {took}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
 
 
-def end_by_force(root: Path, chance: random.Random) -> tuple[str, list[str]]:
+def end_by_force(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One kill -9: where it fell, and what it left wrong."""
     trained = max(_trained_rows(root / NAME), default=0)
-    attempt = Attempt(root, steps=MANY)
+    attempt = Attempt(root, options, steps=MANY)
     where = chance.choice(["starting", "training", "training", "evaluating", "saving"])
     if where == "starting":
         time.sleep(chance.uniform(0.0, 12.0))
@@ -228,10 +224,10 @@ def end_by_force(root: Path, chance: random.Random) -> tuple[str, list[str]]:
     return f"{where}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
 
 
-def end_worker(root: Path, chance: random.Random) -> tuple[str, list[str]]:
+def end_worker(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One kill -9 of the agent worker: the run must come to its end all the same, and its account be closed."""
     trained = max(_trained_rows(root / NAME), default=0)
-    attempt = Attempt(root, steps=trained + 60)
+    attempt = Attempt(root, options, steps=trained + 60)
     attempt.until_said(chance.choice(["training: ", "evaluating: "]))
     time.sleep(chance.uniform(0.0, 2.0))
     mine = set(find_marked(root, "tiny_agent.py")) - set(find_marked(root, "train.py"))
@@ -258,19 +254,20 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/broken"), help="is emptied first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds after which no further one is begun")
-    given = parser.parse_args()
+    given, further = parser.parse_known_args()
     root, chance, bad, began = given.root.absolute(), random.Random(given.seed), 0, time.monotonic()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
+    options = [*(f"--{key}={text}" for key, text in OPTIONS.items()), *LISTS, *further]
     play = {"ends": end_in_order, "kills": end_by_force, "workers": end_worker}[given.what]
     number = 0
     while number < given.count and time.monotonic() - began < given.until:
         number += 1
-        how, wrong = play(root, chance)
+        how, wrong = play(root, options, chance)
         bad += bool(wrong)
         print(f"[{time.monotonic() - began:7.1f} s] {number}: {how}: {'; '.join(wrong) or 'all is well'}", flush=True)
     if given.what == "kills":
-        attempt = Attempt(root, steps=max(_trained_rows(root / NAME), default=0) + 5)
+        attempt = Attempt(root, options, steps=max(_trained_rows(root / NAME), default=0) + 5)
         wrong = [*([] if attempt.wait() == 0 else [attempt.output[-600:]]), *audit(root, ended=True)]
         bad += bool(wrong)
         print(f"[{time.monotonic() - began:7.1f} s] finished: {'; '.join(wrong) or 'all is well'}", flush=True)

@@ -116,7 +116,7 @@ class Stopper:
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._asked or self._trainer is None:
-            _show_cursor()
+            _show_cursor(1)
             os._exit(INTERRUPTED)  # the agents' guard ends them; nothing accepted is lost
         self._asked = True
         # A handler interrupts the very code whose locks it would need, so the work is done elsewhere.
@@ -127,13 +127,13 @@ class Stopper:
         trainer.stop()
 
 
-def _show_cursor() -> None:
+def _show_cursor(descriptor: int) -> None:
     """Gives a terminal back the cursor that the panel has hidden. Never waits, nor on a terminal that is held."""
     with contextlib.suppress(OSError):
-        if os.isatty(1):
-            os.set_blocking(1, False)
-            os.write(1, b"\x1b[?25h\n")
-            os.set_blocking(1, True)
+        if os.isatty(descriptor):
+            os.set_blocking(descriptor, False)
+            os.write(descriptor, b"\x1b[?25h\n")
+            os.set_blocking(descriptor, True)
 
 
 if __name__ == "__main__":

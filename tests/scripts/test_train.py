@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -178,6 +179,18 @@ def test_a_resumed_run_gets_the_devices_it_was_saved_with(train: Train, capsys: 
 
     assert train(f"--config={QUICKSTART}", "--resume", shrunk=False) == 1
     assert "mesh v5e-64 needs 64 v5e chips" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_its_cursor_back_and_what_is_none_gets_nothing() -> None:
+    terminal, end = pty.openpty()
+    file, write = os.pipe()
+    for descriptor in (end, write):
+        _program()._show_cursor(descriptor)
+    assert os.read(terminal, 100).startswith(b"\x1b[?25h")
+    for descriptor in (terminal, end, write):
+        os.close(descriptor)
+    assert os.read(file, 100) == b""
+    os.close(file)
 
 
 def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
