@@ -1,6 +1,6 @@
 """Ends a small run again and again, goes on with it each time, and checks what each end has left.
 
-    python scripts/break_runs.py ends 300       it finishes, or gets Ctrl-C or SIGTERM, in training and in evaluations
+    python scripts/break_runs.py ends 300       it finishes, or gets Ctrl-C or SIGTERM, alone or with all its processes
     python scripts/break_runs.py kills 100      kill -9 at any moment: starting, training, evaluating, saving
     python scripts/break_runs.py workers 20     kill -9 of the agent worker alone: the run must go on
 
@@ -182,7 +182,7 @@ def _trained_rows(run: Path) -> list[int]:
 
 def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One ordinary end: how it came about, and what it left wrong."""
-    kind = chance.choice(["finish", "SIGINT", "SIGINT", "SIGTERM"])
+    kind = chance.choice(["finish", "SIGINT", "SIGTERM", "SIGTERM to all"])
     trained = max(_trained_rows(root / NAME), default=0)
     attempt = Attempt(root, options, steps=trained + chance.randint(1, 4) if kind == "finish" else MANY)
     where = "at its last step"
@@ -192,7 +192,11 @@ def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> t
         if where == "evaluating":
             attempt.until_said("evaluating: ", again=True)
         time.sleep(chance.uniform(0.0, pause))
-        attempt.send(signal.Signals[kind])
+        if kind == "SIGTERM to all":  # as Slurm, systemd and others end a job
+            for process_id in find_marked(root):
+                _end(process_id, signal.SIGTERM)
+        else:
+            attempt.send(signal.Signals[kind])
     asked_at = time.monotonic()
     status = attempt.wait()
     took = f"in {time.monotonic() - asked_at:.1f} s" if kind != "finish" else "by itself"
@@ -232,7 +236,7 @@ def end_worker(root: Path, options: Sequence[str], chance: random.Random) -> tup
     time.sleep(chance.uniform(0.0, 2.0))
     mine = set(find_marked(root, "tiny_agent.py")) - set(find_marked(root, "train.py"))
     spared = set(find_marked(root, "keeper.py")) if chance.random() < 0.5 else set()
-    killed = [process_id for process_id in mine - spared if _end(process_id)]
+    killed = [process_id for process_id in mine - spared if _end(process_id, signal.SIGKILL)]
     status = attempt.wait()
     wrong = list(audit(root, ended=True)) if status == 0 else [f"exit status {status}: {attempt.output[-600:]}"]
     if "could not be scored" in attempt.output:
@@ -240,9 +244,9 @@ def end_worker(root: Path, options: Sequence[str], chance: random.Random) -> tup
     return f"killed {killed}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
 
 
-def _end(process_id: int) -> bool:
+def _end(process_id: int, number: signal.Signals) -> bool:
     with contextlib.suppress(OSError):
-        os.kill(process_id, signal.SIGKILL)
+        os.kill(process_id, number)
         return True
     return False
 

@@ -61,9 +61,9 @@ def quote_command(command: Sequence[str]) -> str:
     return repr(" ".join(command))
 
 
-def merge_environment(extra: Mapping[str, str]) -> dict[str, str]:
+def merge_environment(extra: Mapping[str, str], marker: str) -> dict[str, str]:
     """This process's environment with ``extra`` over it. A proxy must never stand between an agent and the gateway."""
-    merged = {**os.environ, **extra}
+    merged = {**os.environ, **extra, guard.MARKER_NAME: marker}
     for name in ("NO_PROXY", "no_proxy"):
         merged[name] = ",".join(filter(None, (merged.get(name), LOCAL_HOSTS)))
     return merged
@@ -145,8 +145,9 @@ class Child(asyncio.SubprocessProtocol):
         await asyncio.shield(self._ending)
 
     def kill(self) -> None:
-        """Kills it and all that it started at once."""
+        """Kills it and all that it started at once; a keeper that does not do so, a little later."""
         self._signal(signal.SIGUSR1)
+        asyncio.get_running_loop().call_later(KEEPER_S, self._signal, signal.SIGKILL)
 
     async def _end(self) -> None:
         try:
@@ -178,19 +179,17 @@ def describe_stderr(text: str) -> str:
 async def spawn(
     command: Sequence[str],
     env: Mapping[str, str],
-    marker: str,
     *,
     directory: Path | None = None,
     stdin: bool,
     on_output: Callable[[bytes], None],
 ) -> Child:
-    """Starts ``command`` behind a keeper, in ``directory`` or where this process is; ``marker`` is the guard's.
+    """Starts ``command`` behind a keeper, in ``directory`` or where this process is.
 
     It dies with the thread that calls this, which is the event loop's. Raises AgentError where the system refuses (too
     long an argument, no such directory). A program that is not there ends with a status and says why on its stderr.
     """
-    mark = f"{guard.MARKER_NAME}={marker}"
-    program = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(os.getpid()), mark, *command]
+    program = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(os.getpid()), *command]
     try:
         _, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: Child(on_output),

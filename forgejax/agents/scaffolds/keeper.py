@@ -1,11 +1,10 @@
 """A tiny program between the trainer and one agent process: with the agent ends all that the agent has started.
 
-Run as ``python -I -S keeper.py TRAINER_PID NAME=MARKER COMMAND...``, the marker being for the agent's environment and
-not in its own. It adopts what the agent leaves behind (Linux calls it a subreaper), so nothing escapes it into a
-session, a process group or an environment of its own. SIGTERM: the agent's group is asked to end, and everything is
-killed a moment later. SIGUSR1, or the trainer's death, however that comes about: everything is killed at once. It ends
-as the agent did, with its status or by its signal. If the keeper itself is killed, the agent dies with it, and the
-guard ends what carries the marker. Elsewhere than on Linux the agent's group is all that it ends.
+Run as ``python -I -S keeper.py TRAINER_PID COMMAND...``. It adopts what the agent leaves behind (Linux calls it a
+subreaper), so nothing escapes it into a session, a process group or an environment of its own. SIGTERM: the agent's
+group is asked to end, and everything is killed a moment later. SIGUSR1, or the trainer's death, however that comes
+about: everything is killed at once. It ends as the agent did, with its status or by its signal. If the keeper itself is
+killed, the agent dies with it, and the guard ends the rest. Elsewhere than on Linux the agent's group is all it ends.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _AT_ONCE = signal.SIGUSR1
 _WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _AT_ONCE)
 
 
-def keep(trainer: int, marker: str, command: list[str]) -> None:
+def keep(trainer: int, command: list[str]) -> None:
     """Runs the command to its end; does not return."""
     signals = Signals()
     set_process_option(_SUBREAPER, 1)
     set_process_option(_DEATH_SIGNAL, _AT_ONCE)
     if os.getppid() != trainer:
         os._exit(NOT_STARTED)
-    agent = start(command, marker)
+    agent = start(command)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # the pipes are the agent's alone
         os.dup2(nothing, descriptor)
@@ -67,7 +66,7 @@ def set_process_option(option: int, value: int) -> None:
         prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
 
-def start(command: list[str], marker: str) -> int:
+def start(command: list[str]) -> int:
     """The id of the agent, the leader of a session of its own, which dies with this process."""
     keeper = os.getpid()
     agent = os.fork()
@@ -80,8 +79,7 @@ def start(command: list[str], marker: str) -> int:
             os._exit(NOT_STARTED)
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored, signal.SIG_DFL)
-        name, _, value = marker.partition("=")
-        os.execvpe(command[0], command, {**os.environ, name: value})
+        os.execvp(command[0], command)
     except OSError as error:
         os.write(2, f"{command[0]} cannot be started: {error}\n".encode())
     finally:
@@ -167,4 +165,4 @@ def end_as(status: int | None) -> None:
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    keep(int(sys.argv[1]), sys.argv[2:])

@@ -54,8 +54,7 @@ class ProcessScaffold:
         try:
             process = await spawn(
                 command,
-                merge_environment(env),
-                self._guard.marker,
+                merge_environment(env, self._guard.marker),
                 directory=episode.workspace.directory,
                 stdin=via_stdin,
                 on_output=keep_end,

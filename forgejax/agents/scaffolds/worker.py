@@ -80,7 +80,7 @@ class _Worker:
 
     def __init__(self, config: AgentConfig, marker: str) -> None:
         self._config = config
-        self._env, self._marker = merge_environment(config.env), marker
+        self._env = merge_environment(config.env, marker)
         self._process: Child | None = None
         self._line = bytearray()  # the beginning of a line whose end has not come
         self._supervisor: asyncio.Task[None] | None = None
@@ -142,9 +142,7 @@ class _Worker:
         self._line.clear()
         self._mute = self._complaints = 0
         self._said_ready.clear()
-        process = self._process = await spawn(
-            self._config.command, self._env, self._marker, stdin=True, on_output=self._take_output
-        )
+        process = self._process = await spawn(self._config.command, self._env, stdin=True, on_output=self._take_output)
         waits = [asyncio.create_task(event.wait()) for event in (self._said_ready, process.exited)]
         try:
             await asyncio.wait(waits, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)

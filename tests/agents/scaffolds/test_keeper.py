@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forgejax.agents import ProcessScaffold
-from forgejax.agents.scaffolds import keeper
+from forgejax.agents import ProcessScaffold, WorkerScaffold
+from forgejax.agents.scaffolds import children, keeper
 from tests.agents.fakes import is_running, make_episode, python_agent
 
 ESCAPES = """
@@ -47,7 +47,7 @@ def keepers_of(parent: int) -> list[int]:
 
 def kept(source: str, **options: object) -> "subprocess.Popen[bytes]":
     """A program behind a keeper of this process."""
-    program = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), "MARK=1"]
+    program = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid())]
     return subprocess.Popen([*program, sys.executable, "-I", "-S", "-c", source], **options)  # type: ignore[call-overload]
 
 
@@ -59,18 +59,9 @@ def test_it_ends_as_its_program_has_ended(source: str, status: int) -> None:
 
 
 def test_a_program_that_cannot_be_started_says_why() -> None:
-    program = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), "MARK=1", "/no/such/program"]
+    program = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), "/no/such/program"]
     ended = subprocess.run(program, capture_output=True, timeout=20, check=False)
     assert (ended.returncode, b"/no/such/program cannot be started: " in ended.stderr) == (127, True)
-
-
-def test_the_marker_is_in_the_environment_of_the_program_and_not_of_its_keeper() -> None:
-    process = kept("import os, time; print(os.environ['MARK'], flush=True); time.sleep(60)", stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"1\n"
-    assert b"MARK=" not in Path(f"/proc/{process.pid}/environ").read_bytes()
-    process.kill()
-    process.wait()
-    process.stdout.close()
 
 
 async def test_what_an_agent_leaves_behind_dies_with_its_episode_wherever_it_went_and_others_live_on() -> None:
@@ -117,3 +108,16 @@ def test_the_program_of_a_keeper_that_is_killed_dies_too() -> None:
     process.wait()
     until(lambda: not is_running(program))
     process.stdout.close()
+
+
+async def test_a_keeper_that_is_stopped_keeps_nobody_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "KEEPER_S", 0.3)
+    scaffold = WorkerScaffold(python_agent("import time; print('{\"ready\": true}'); time.sleep(60)"))
+    await scaffold.start()
+    below = keeper.find_descendants(os.getpid())
+    (stopped,) = keepers_of(os.getpid())
+    (worker,) = keeper.find_descendants(stopped)
+    os.kill(stopped, signal.SIGSTOP)
+    await scaffold.close()
+    await asyncio.to_thread(until, lambda: not is_running(worker) and not is_running(stopped))
+    assert len(below) == 3 and keeper.find_descendants(os.getpid()) == []
