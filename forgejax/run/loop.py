@@ -68,6 +68,7 @@ class Trainer:
     rows: StepRows
     progress: Progress
     step: int = 0
+    missed_evaluation: bool = False  # of the step it goes on from
     stopping: bool = False
     _open_row: Callable[[], None] | None = field(default=None, init=False)  # ends what is to be said of the step before
 
@@ -79,6 +80,8 @@ class Trainer:
         with self.progress.phase("compiling", "the engine"):
             self.account.count_probes(self.service.warm_up())
         before = self._evaluate_before(before_file)
+        if self.missed_evaluation and not self.stopping:
+            self.evaluate()
         self.service.start_groups()
         with self.progress.phase("training", f"{self.config.steps - self.step} steps"):
             self.train()

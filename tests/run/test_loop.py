@@ -339,6 +339,31 @@ def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for
     assert (rundir.checkpoints_of(place.path) / "0").is_dir(), "the supervised phase is not lost"
 
 
+def test_an_evaluation_in_the_midst_of_training_that_was_broken_off_is_made_up_for_by_the_resume(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(tmp_path, "--run.steps=3", "--tasks.eval-tasks=4")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, eval_every=2))
+    place = tiny_place(config)
+
+    def stop_in_the_second(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            if trainer.step == 2:
+                trainer.stop()
+            return evaluate(tasks)
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), stop_in_the_second)
+    assert (outcome.finished, outcome.steps, outcome.eval_tasks) == (False, 2, 4)
+    assert [row["step"] for row in read_metrics(place.path) if "eval/outcome" in row] == [0]
+    go_on(config, rundir.reopen(tmp_path, ""))
+    assert [row["step"] for row in read_metrics(place.path) if "eval/outcome" in row] == [0, 2, 3]
+
+
 def test_a_worker_that_is_killed_costs_no_task_of_an_evaluation_and_does_not_end_the_run(tmp_path: Path) -> None:
     worker = [sys.executable, str(REPOSITORY / "tests" / "run" / "tiny_agent.py")]
     config = tiny_config(tmp_path, "--agent.kind=worker", "--agent.command", *worker, "--tasks.eval-tasks=40")
