@@ -259,7 +259,7 @@ def test_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, compiled_onc
     summary, lines = read_summary(run), (run / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "learner/loss" in row] == list(range(1, steps + 1))
     assert (summary.steps, summary.account_open_tokens, summary.groups_open, summary.drift_tokens) == (steps, 0, 0, 0)
-    assert summary.groups_not_trained.get("lost_attempt", 0) == 0, "every group that was running has run again"
+    assert set(summary.groups_not_trained) <= {"in_flight_at_end", "unused_at_end", "zero_advantage"}, "none has failed"
     with contextlib.closing(Journal.open(f"sqlite:///{run}/journal.sqlite")) as journal:
         taken = [(record.step, record.index) for record in journal.consumption() if record.kind == "taken"]
     trained = [index for step, index in taken if step < steps]
