@@ -28,6 +28,8 @@ from forgejax.types import (
 )
 
 Treatment = Literal["train", "mask", "drop_group"]
+WORKER_DIED = "worker_died"
+PLAYS = 4
 _CANCEL_S = 5.0
 _OPEN_S = 60.0
 _CLOSE_S = 15.0
@@ -71,18 +73,39 @@ class EpisodeRunner:
     tally: EpisodeTally = field(default_factory=EpisodeTally)
 
     async def run(
-        self, task: Task, *, member: int = 0, session: SessionSpec, baseline_s: float | None = None
+        self,
+        task: Task,
+        *,
+        member: int = 0,
+        session: SessionSpec,
+        baseline_s: float | None = None,
+        on_cut_off: Callable[[int], None] = lambda tokens: None,
     ) -> Trajectory:
         """Plays one episode and never raises: what goes wrong is told by ``stop_reason`` and ``error``.
 
-        It takes at most the agent's deadline and grace and half a minute. Cancelling it ends the agent and gives the
+        Where an accident cuts it off (``AgentResult.accident``), it is played again: from the start, in a session of
+        its own and with its whole deadline, PLAYS times in all, and never begun later than one deadline after its first
+        beginning. ``on_cut_off`` is told the tokens of each play that is given up so. Cut off once more, it is masked
+        as WORKER_DIED.
+
+        It takes at most the agent's ``longest_s`` and half a minute. Cancelling it ends the agent and gives the
         Trajectory so far, with StopReason.CANCELLED; an episode whose agent has already ended is concluded as usual.
         """
+        until = time.monotonic() + self.agent.deadline_s
+        for play in range(1, PLAYS + 1):
+            trajectory, accident = await self._play_once(task, member, session)
+            if not accident or play == PLAYS or time.monotonic() > until or _is_cancelled():
+                break
+            on_cut_off(trajectory.sampled_tokens)
+        return self._end(trajectory, session.purpose, baseline_s, accident=accident)
+
+    async def _play_once(self, task: Task, member: int, session: SessionSpec) -> tuple[Trajectory, bool]:
+        """What became of one play, but for its rewards; and whether an accident cut it off."""
         started_at = time.monotonic()
         try:
             opened = self.sessions.open(session)
         except ForgejaxError as error:
-            return self._end(_make_unopened(task, member, started_at, error), session.purpose, baseline_s)
+            return _make_unopened(task, member, started_at, error), False
         workspace, result = await self._play(task, opened)
         trajectory = Trajectory(
             task_id=task.id,
@@ -91,14 +114,13 @@ class EpisodeRunner:
             turns=(),
             rewards=(),
             outcome=0.0,
-            started_at=started_at,
+            started_at=started_at if result.began_at is None else result.began_at,
             finished_at=time.monotonic(),
             stop_reason=result.stop_reason,
             answer=result.answer,
             error=result.error,
         )
-        ended = await _shield(self._conclude(task, workspace, trajectory))
-        return self._end(ended, session.purpose, baseline_s)
+        return await carry_through(self._conclude(task, workspace, trajectory)), result.accident
 
     async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
         """Closes the session, scores the episode and closes the workspace."""
@@ -126,9 +148,11 @@ class EpisodeRunner:
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
-    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None) -> Trajectory:
+    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None, *, accident: bool) -> Trajectory:
         masked = None
-        if self.policy.of(trajectory.stop_reason) != "train":
+        if accident:
+            masked = WORKER_DIED
+        elif self.policy.of(trajectory.stop_reason) != "train":
             masked = trajectory.stop_reason.value
         elif not trajectory.turns:
             masked = "no_turns"  # the policy had no part in it
@@ -235,13 +259,19 @@ async def _settle(work: Coroutine[Any, Any, _T], deadline_s: float) -> tuple[_T 
     return (None, problem) if problem is not None else (task.result(), None)
 
 
-async def _shield(work: Coroutine[Any, Any, _T]) -> _T:
+async def carry_through(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
     task = asyncio.ensure_future(work)
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({task})
     return task.result()
+
+
+def _is_cancelled() -> bool:
+    """Whether the running task has been asked to end, also while something was carried through."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _call_in_thread(function: Callable[[], _T]) -> _T:

@@ -70,6 +70,12 @@ class LoggedFirst:
     async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
         await see_through(asyncio.to_thread(self.pool.fail, dispatch, reason, sampled_tokens))
 
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        await see_through(asyncio.to_thread(self.pool.give_back, dispatch, sampled_tokens))
+
+    async def count_tokens(self, reason: str, tokens: int) -> None:
+        await see_through(asyncio.to_thread(self.pool.count_tokens, reason, tokens))
+
     def _keep(self, group: Group) -> None:
         self.engines.flush()
         self.pool.finish(group)
@@ -94,6 +100,7 @@ class RolloutService:
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)
         self._groups: Future[None] | None = None
         self._running: asyncio.Task[None] | None = None
+        self._interrupted = asyncio.Event()  # of the loop
 
     def __enter__(self) -> RolloutService:
         self._switch_s = sys.getswitchinterval()
@@ -157,8 +164,16 @@ class RolloutService:
         if not self._parts.engines.healthy:
             raise TrainingError("the inference engine has stopped; the log above says why")
 
+    def interrupt(self) -> None:
+        """Breaks off the evaluation that is under way, and any later one. Any thread may call it."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: there is none
+            self._loop.call_soon_threadsafe(self._interrupted.set)
+
     def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
-        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile."""
+        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile.
+
+        After ``interrupt`` it gives what was played so far.
+        """
         run = self._parts.config.run
         work = evaluate(
             self._episodes,
@@ -167,9 +182,10 @@ class RolloutService:
             samples=run.eval_samples,
             concurrency=run.eval_concurrency,
             seed=run.seed,
+            stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
-        deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
+        deadline_s = waves * (self._parts.config.agent.longest_s + 30.0)
         return self._call(work, deadline_s, "the evaluation did not end")
 
     def warm_up(self) -> list[Completion]:

@@ -117,6 +117,76 @@ async def test_a_cancellation_after_the_agents_end_loses_nothing() -> None:
     assert (await task).outcome == 1.0
 
 
+def cut_off(**fields: Any) -> AgentResult:
+    return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True, **fields)
+
+
+async def test_an_episode_that_an_accident_cut_off_is_played_again_in_a_session_of_its_own() -> None:
+    lost: list[int] = []
+    deadlines, sessions, environment = [], FakeSessions(), SumTasks()
+
+    async def second_time_lucky(episode: EpisodeSpec) -> AgentResult:
+        deadlines.append(episode.deadline_s)
+        return await answer_one(episode) if len(deadlines) == 2 else cut_off()
+
+    runner = make_runner(second_time_lucky, sessions=sessions, environment=environment)
+    trajectory = await runner.run(make_task(), session=SessionSpec(seed=5), on_cut_off=lost.append)
+    assert (trajectory.session_id, trajectory.outcome, trajectory.masked) == ("s2", 1.0, None)
+    assert (deadlines, lost) == ([0.1, 0.1], [3]), "the whole deadline again, and no token uncounted"
+    assert sessions.opened == [SessionSpec(seed=5)] * 2 and sessions.closed == ["s1", "s2"]
+    assert (environment.opened, environment.closed) == (2, 2)
+
+
+@pytest.mark.parametrize(("takes_s", "plays"), [(0.0, 4), (0.06, 3), (0.2, 1)])
+async def test_an_episode_is_played_four_times_at_most_and_not_begun_later_than_its_first_deadline(
+    takes_s: float, plays: int
+) -> None:
+    lost: list[int] = []
+
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        await asyncio.sleep(takes_s)
+        return cut_off()
+
+    agent = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.2)
+    sessions = FakeSessions()
+    runner = make_runner(unlucky, sessions=sessions, agent=agent, policy=StopPolicy(environment_failed="train"))
+    trajectory = await runner.run(make_task(), session=SessionSpec(), on_cut_off=lost.append)
+    assert 1 <= len(sessions.opened) <= plays and (takes_s or len(sessions.opened) == plays)
+    assert lost == [3] * (len(sessions.opened) - 1)
+    assert (trajectory.stop_reason, trajectory.masked) == (StopReason.ENVIRONMENT_FAILED, "worker_died")
+    assert trajectory.sampled_tokens == 3
+
+
+async def test_an_episode_that_is_cancelled_after_an_accident_is_not_played_again() -> None:
+    closing, go_on = asyncio.Event(), asyncio.Event()
+
+    class SlowSessions(FakeSessions):
+        async def close(self, session_id: str) -> tuple[Turn, ...]:
+            closing.set()
+            await go_on.wait()
+            return await super().close(session_id)
+
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        return cut_off()
+
+    sessions = SlowSessions()
+    task = asyncio.create_task(run(make_runner(unlucky, sessions=sessions)))
+    await closing.wait()
+    task.cancel()
+    await asyncio.sleep(0.01)
+    go_on.set()
+    assert (await task).masked == "worker_died"
+    assert len(sessions.opened) == 1
+
+
+async def test_an_episode_that_waited_for_its_worker_is_timed_from_its_beginning() -> None:
+    async def late(episode: EpisodeSpec) -> AgentResult:
+        await asyncio.sleep(0.05)
+        return AgentResult(answer="1", began_at=time.monotonic())
+
+    assert (await run(make_runner(late))).active_s < 0.05
+
+
 async def test_a_session_that_cannot_be_opened_is_a_failed_environment() -> None:
     class Full(FakeSessions):
         def open(self, spec: SessionSpec) -> Session:

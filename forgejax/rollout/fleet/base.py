@@ -23,13 +23,14 @@ class EngineAccount:
     """Counts since the engines started; of several engines they add up.
 
     ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
-    nobody was given a completion of. ``inherited`` are the tokens that the engines' own records hold of earlier
-    attempts at the run. ``active`` and ``waiting`` are requests now.
+    nobody was given a completion of, and ``open`` for requests that have not ended. ``inherited`` are the tokens that
+    the engines' own records hold of earlier attempts at the run. ``active`` and ``waiting`` are requests now.
     """
 
     sampled: int = 0
     cancelled: int = 0
     failed: int = 0
+    open: int = 0
     inherited: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
