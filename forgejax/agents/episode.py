@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
 from forgejax.agents.tally import EpisodeTally
-from forgejax.environments.base import Environment, Workspace
+from forgejax.environments.base import Environment, Score, Workspace
 from forgejax.environments.rewards import RewardConfig, compute_rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
@@ -132,19 +133,22 @@ class EpisodeRunner:
             trajectory = _explain_truncation(replace(trajectory, turns=turns))
         if workspace is None:
             return trajectory
-        if trajectory.stop_reason is StopReason.COMPLETED:
-            trajectory = await self._score(task, workspace, trajectory)
-        _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
-        if problem is not None:
-            _log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
+        try:
+            if trajectory.stop_reason is StopReason.COMPLETED:
+                trajectory = await self._score(task, workspace, trajectory)
+        finally:
+            _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
+            if problem is not None:
+                _log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
         return trajectory
 
     async def _score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Trajectory:
         score, problem = await _settle(
             _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), _SCORE_S
         )
-        if score is None:
-            error = f"the scorer failed: {_describe(problem)}"
+        if problem is not None or not isinstance(score, Score):
+            how = f"it gave {score!r}; expected a Score" if problem is None else _describe(problem)
+            error = f"the scorer failed: {how}"
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
@@ -169,8 +173,9 @@ class EpisodeRunner:
         deadline_s = self.agent.deadline_s
         try:
             workspace, problem = await _settle(self.environment.open(task), _OPEN_S)
-            if workspace is None:
-                error = f"the workspace could not be opened: {_describe(problem)}"
+            if problem is not None or not isinstance(workspace, Workspace):
+                how = f"open gave {workspace!r}; expected a Workspace" if problem is None else _describe(problem)
+                error = f"the workspace could not be opened: {how}"
                 return None, AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED)
             episode = EpisodeSpec(
                 id=session.id,
@@ -279,23 +284,19 @@ async def _call_in_thread(function: Callable[[], _T]) -> _T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
-    def settle(value: _T | None, problem: BaseException | None) -> None:
-        if future.done():
-            return
-        if problem is not None:
-            future.set_exception(problem)
-        elif value is not None:
-            future.set_result(value)
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not future.done():
+            set_outcome()
 
     def work() -> None:
-        value: _T | None = None
-        problem: Exception | None = None
         try:
-            value = function()
+            set_outcome = partial(future.set_result, function())
+        except StopIteration as error:  # no future takes it
+            set_outcome = partial(future.set_exception, RuntimeError(f"StopIteration: {error}"))
         except Exception as error:  # noqa: BLE001 (a boundary: the scorer's exception is handed to the event loop)
-            problem = error
+            set_outcome = partial(future.set_exception, error)
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, value, problem)
+            loop.call_soon_threadsafe(settle, set_outcome)
 
     threading.Thread(target=work, name="scorer", daemon=True).start()
     return await future

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from forgejax.types.sampling import Completion, Purpose, SamplingLaw
 
@@ -66,6 +65,18 @@ class Reward:
     value: float
     at: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where value or time is no finite number."""
+        object.__setattr__(self, "value", require_finite(f"the {self.kind} reward", self.value))
+        object.__setattr__(self, "at", require_finite(f"the time of the {self.kind} reward", self.at))
+
+
+def require_finite(name: str, value: object) -> float:
+    """The number, numpy's too, as a float. Raises ValueError with ``name`` for what is none, and for nan and inf."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    return float(value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -91,8 +102,6 @@ class Trajectory:
     def __post_init__(self) -> None:
         if [turn.index for turn in self.turns] != list(range(len(self.turns))):
             raise ValueError(f"session {self.session_id}: turns are not numbered 0, 1, 2, ...")
-        if not np.isfinite([reward.value for reward in self.rewards]).all():
-            raise ValueError(f"session {self.session_id}: a reward is not finite")
 
     @property
     def queued_s(self) -> float:

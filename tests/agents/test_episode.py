@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +219,45 @@ class BadScorer(SumTasks):
             self._value.wait()
             return Score(outcome=1.0)
         return Score(outcome=self._value)
+
+
+class GivesAsScore(SumTasks):
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+        score: Score = self._make()
+        return score
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: None, "it gave None; expected a Score"),
+        (lambda: 0.5, "it gave 0.5; expected a Score"),
+        (lambda: Score(outcome=None), "the outcome is None; expected a finite number"),  # type: ignore[arg-type]
+        (lambda: Score(outcome="1"), "the outcome is '1'; expected a finite number"),  # type: ignore[arg-type]
+        (lambda: Score(outcome=1.0, rewards=(0.5,)), "a reward of the score is 0.5; expected a tuple of Reward"),
+        (lambda: Reward(kind="process", value=float("nan"), at=0.0), "the process reward is nan; expected a finite"),
+        (lambda: next(iter(())), "StopIteration"),
+    ],
+)
+async def test_what_is_no_score_is_a_failed_environment_at_once(make: Callable[[], Any], sentence: str) -> None:
+    environment = GivesAsScore(make)
+    trajectory = await asyncio.wait_for(run(make_runner(environment=environment)), 5.0)
+    assert (trajectory.stop_reason, trajectory.outcome) == (StopReason.ENVIRONMENT_FAILED, 0.0)
+    assert str(trajectory.error).startswith("the scorer failed: ") and sentence in str(trajectory.error)
+    assert (environment.opened, environment.closed, trajectory.masked) == (1, 1, "environment_failed")
+
+
+async def test_a_workspace_that_is_none_is_a_failed_environment() -> None:
+    class Odd(SumTasks):
+        async def open(self, task: Task) -> Any:
+            return None
+
+    trajectory = await run(make_runner(environment=Odd()))
+    assert trajectory.error == "the workspace could not be opened: open gave None; expected a Workspace"
 
 
 @pytest.mark.parametrize("value", [ValueError("what?"), float("nan"), float("inf"), -float("inf")])

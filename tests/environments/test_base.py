@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from forgejax.environments import Score
@@ -12,5 +13,9 @@ from forgejax.types import Reward
 def test_a_score_that_is_no_finite_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=rf"the outcome is {value}; expected a finite number"):
         Score(outcome=value)
-    with pytest.raises(ValueError, match=rf"the process reward is {value}; expected a finite number"):
-        Score(outcome=1.0, rewards=(Reward(kind="process", value=value, at=0.0),))
+
+
+def test_numbers_of_numpy_are_kept_as_floats() -> None:
+    score = Score(outcome=np.float32(0.5), rewards=[Reward(kind="process", value=np.int64(1), at=np.float64(2))])
+    assert (score.outcome, score.rewards) == (0.5, (Reward(kind="process", value=1.0, at=2.0),))
+    assert {type(each) for each in (score.outcome, score.rewards[0].value, score.rewards[0].at)} == {float}
