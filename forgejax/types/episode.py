@@ -11,9 +11,11 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from forgejax.types.sampling import Completion, Purpose, SamplingLaw
+
+RewardKind = Literal["outcome", "process", "speed"]
 
 
 class StopReason(enum.StrEnum):
@@ -61,12 +63,18 @@ class Turn:
 class Reward:
     """A weighted reward term and the time it was granted (its coefficient is already multiplied in)."""
 
-    kind: Literal["outcome", "process", "speed"]
+    kind: RewardKind
     value: float
     at: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError where value or time is no finite number."""
+        """Raises ValueError for a kind there is none of, and where value or time is no finite number."""
+        if self.kind not in get_args(RewardKind):
+            kinds = ", ".join(get_args(RewardKind))
+            raise ValueError(
+                f"the kind of a reward is {self.kind!r}; expected one of {kinds}: what an environment grants "
+                "along the way is process"
+            )
         object.__setattr__(self, "value", require_finite(f"the {self.kind} reward", self.value))
         object.__setattr__(self, "at", require_finite(f"the time of the {self.kind} reward", self.at))
 

@@ -240,6 +240,7 @@ class GivesAsScore(SumTasks):
         (lambda: Score(outcome="1"), "the outcome is '1'; expected a finite number"),  # type: ignore[arg-type]
         (lambda: Score(outcome=1.0, rewards=(0.5,)), "a reward of the score is 0.5; expected a tuple of Reward"),
         (lambda: Reward(kind="process", value=float("nan"), at=0.0), "the process reward is nan; expected a finite"),
+        (lambda: Reward(kind="style", value=1.0, at=0.0), "the kind of a reward is 'style'"),  # type: ignore[arg-type]
         (lambda: next(iter(())), "StopIteration"),
     ],
 )

@@ -52,6 +52,12 @@ def test_a_reward_whose_value_or_time_is_no_finite_number_is_refused(value: Any)
         Reward(kind="speed", value=0.0, at=value)
 
 
+@pytest.mark.parametrize("kind", ["style", "", None, ["process"]])
+def test_a_reward_of_an_unknown_kind_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"the kind of a reward is .*; expected one of outcome, process, speed"):
+        Reward(kind=kind, value=1.0, at=0.0)
+
+
 def test_turns_that_queue_side_by_side_are_left_out_of_the_clock_once() -> None:
     parallel = trajectory(turn(0, 0.0, 5.0), turn(1, 1.0, 3.0), turn(2, 4.0, 2.0), turn(3, 8.0, 1.0))
 
