@@ -73,6 +73,15 @@ class EpisodeRunner:
     policy: StopPolicy = field(default_factory=StopPolicy)
     tally: EpisodeTally = field(default_factory=EpisodeTally)
 
+    @property
+    def longest_s(self) -> float:
+        """The most seconds that ``run`` takes: the agent's, and the deadlines of all that opens, scores and closes.
+
+        It counts one play in full: plays that an accident cut off are over by the time that the agent's has in it.
+        """
+        steps = (_OPEN_S, 0.0, _CLOSE_S, _SCORE_S, _CLOSE_S)  # workspace, agent, session, score, workspace
+        return self.agent.longest_s + sum(steps) + len(steps) * _CANCEL_S
+
     async def run(
         self,
         task: Task,
@@ -89,7 +98,7 @@ class EpisodeRunner:
         beginning. ``on_cut_off`` is told the tokens of each play that is given up so. Cut off once more, it is masked
         as WORKER_DIED.
 
-        It takes at most the agent's ``longest_s`` and half a minute. Cancelling it ends the agent and gives the
+        It takes at most ``longest_s``. Cancelling it ends the agent and gives the
         Trajectory so far, with StopReason.CANCELLED; an episode whose agent has already ended is concluded as usual.
         """
         until = time.monotonic() + self.agent.deadline_s

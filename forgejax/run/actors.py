@@ -31,6 +31,7 @@ from forgejax.types import Completion, Dispatch, Group, SampleRequest, SessionSp
 _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
+_SLACK_S = 30.0
 _WARM_TOKENS = 8
 _T = TypeVar("_T")
 SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
@@ -185,7 +186,7 @@ class RolloutService:
             stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
-        deadline_s = waves * (self._parts.config.agent.longest_s + 30.0)
+        deadline_s = waves * self._episodes.longest_s + _SLACK_S
         return self._call(work, deadline_s, "the evaluation did not end")
 
     def warm_up(self) -> list[Completion]:

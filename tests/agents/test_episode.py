@@ -1,6 +1,7 @@
 """Every started episode ends in exactly one Trajectory."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +72,32 @@ async def test_a_scaffold_that_ignores_the_deadline_is_cut_off_after_the_grace()
     assert trajectory.stop_reason is StopReason.DEADLINE
     assert trajectory.masked is None  # trained by default
     assert 0.2 <= time.monotonic() - started < 2.0
+
+
+async def test_no_episode_takes_longer_than_it_says_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_runner().longest_s == pytest.approx(2 * 0.1 + 0.1 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0)
+    for name in ("_OPEN_S", "_CLOSE_S", "_SCORE_S", "_CANCEL_S"):
+        monkeypatch.setattr(episode_module, name, 0.1)
+    end = asyncio.Event()
+
+    async def ignore(*_: object) -> Any:
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+
+    class Slow(SumTasks):
+        async def open(self, task: Task) -> Workspace:
+            await asyncio.sleep(0.08)
+            return await super().open(task)
+
+    environment, sessions = Slow(), FakeSessions()
+    monkeypatch.setattr(environment, "close", ignore)
+    monkeypatch.setattr(sessions, "close", ignore)
+    runner = make_runner(ignore, environment=environment, sessions=sessions)
+    started = time.monotonic()
+    assert (await run(runner)).stop_reason is StopReason.ENVIRONMENT_FAILED
+    assert time.monotonic() - started < runner.longest_s
+    end.set()
 
 
 async def test_a_scaffold_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

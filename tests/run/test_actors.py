@@ -17,7 +17,7 @@ from forgejax.errors import AgentError, EngineError, StorageFullError, TrainingE
 from forgejax.pool.pool import Pool
 from forgejax.run.actors import LoggedFirst, Parts, RolloutService
 from forgejax.types import Dispatch, Group, StopReason
-from tests.agents.fakes import FakeSessions, SumTasks
+from tests.agents.fakes import FakeSessions, SumTasks, make_task
 from tests.pool.samples import open_pool
 
 ENDS = 20
@@ -189,6 +189,20 @@ def test_an_evaluation_of_no_tasks_is_empty_and_no_failure() -> None:
 
     assert (evaluation.sampled_tokens, evaluation.result.overall.reward) == (0, None)
     assert evaluation.complete
+
+
+def test_an_evaluation_may_take_all_that_its_episodes_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def call(work: Any, deadline_s: float, failure: str) -> None:
+        work.close()
+        asked.append(deadline_s)
+
+    with RolloutService(parts()) as service:
+        monkeypatch.setattr(service, "_call", call)
+        service.evaluate([make_task(index) for index in range(9)])
+        monkeypatch.undo()
+    assert asked == [pytest.approx(3 * (3.0 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0) + 30.0)]  # four at once
 
 
 class Gateway(FakeSessions):
