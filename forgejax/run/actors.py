@@ -111,7 +111,7 @@ class RolloutService:
             self._parts.engines.__enter__()
             self._call(self._start(), _START_S, "the gateway and the agents did not start")
         except BaseException:
-            self.__exit__()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -122,7 +122,7 @@ class RolloutService:
         with contextlib.suppress(ForgejaxError):
             self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
         with contextlib.suppress(EngineError):
-            self._parts.engines.__exit__()
+            self._parts.engines.__exit__(None, None, None)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_S)
         if not self._thread.is_alive():

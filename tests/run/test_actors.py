@@ -77,7 +77,7 @@ class Engines(Part):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.ended += 1
 
 

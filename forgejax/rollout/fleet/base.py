@@ -71,7 +71,9 @@ class Engines(Protocol):
         """
         ...
 
-    def account(self) -> EngineAccount: ...
+    def account(self) -> EngineAccount:
+        """The counts as they are now. It is also asked before the engines are entered, for ``inherited``."""
+        ...
 
     def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
         """What the engines themselves recorded of these requests; those they know nothing of are left out."""
