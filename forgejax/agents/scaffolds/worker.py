@@ -6,7 +6,9 @@ The contract of a worker program:
 - it reads lines ``{"id", "question", "base_url", "api_key"}`` from stdin until the end of it, then exits;
 - it prints ``{"id", "answer"}`` or ``{"id", "error"}`` for each, in any order. An error may come with a
   ``"stop_reason"``: ``"truncated"`` (the model ran out of context) or ``"environment_failed"`` (a tool or the server
-  failed); otherwise the agent counts as failed. Whatever it has to say to people goes to stderr.
+  failed); otherwise the agent counts as failed. Whatever it has to say to people goes to stderr;
+- a request for the model may fail with status 410: the episode's session is closed, its deadline has passed or the run
+  is ending, and nothing more will be answered under its key. Drop the episode; what is printed for it then is ignored.
 
 A worker that dies is started again; its open episodes are cut off by one accident, which is nobody's failure, and so
 is an episode that ran out of time while its worker was being started again.
