@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -265,7 +265,7 @@ class GivesAsScore(SumTasks):
         (lambda: 0.5, "it gave 0.5; expected a Score"),
         (lambda: Score(outcome=None), "the outcome is None; expected a finite number"),  # type: ignore[arg-type]
         (lambda: Score(outcome="1"), "the outcome is '1'; expected a finite number"),  # type: ignore[arg-type]
-        (lambda: Score(outcome=1.0, rewards=(0.5,)), "a reward of the score is 0.5; expected a tuple of Reward"),
+        (lambda: Score(outcome=1.0, rewards=cast(Any, (0.5,))), "a reward of the score is 0.5; expected a tuple"),
         (lambda: Reward(kind="process", value=float("nan"), at=0.0), "the process reward is nan; expected a finite"),
         (lambda: Reward(kind="style", value=1.0, at=0.0), "the kind of a reward is 'style'"),  # type: ignore[arg-type]
         (lambda: next(iter(())), "StopIteration"),

@@ -1,4 +1,5 @@
 import math
+from typing import Any, cast
 
 import pytest
 
@@ -32,6 +33,6 @@ def test_a_name_that_others_chose_is_shown_as_it_is(name: str) -> None:
     axes.plot([1.0, 2.0], [1.0, 2.0], label=quote_label(f"{name}, training"))
     (shown,) = axes.legend().get_texts()
     render_png(figure)
-    plain, math_mode = shown._preprocess_math(shown.get_text())
+    plain, math_mode = cast(Any, shown)._preprocess_math(shown.get_text())
     visible = name.replace("\n", "\N{REPLACEMENT CHARACTER}").replace("\ud800", "\N{REPLACEMENT CHARACTER}")
     assert (plain.lstrip("\N{ZERO WIDTH SPACE}"), math_mode) == (f"{visible}, training", False)
