@@ -16,14 +16,12 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
 from forgejax.environments import Environment, SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
 from forgejax.pool.pool import Pool, see_through
-from forgejax.rollout import Engines
+from forgejax.rollout import Engines, make_warm_ups
 from forgejax.run.config import TrainConfig
 from forgejax.run.evaluate import Evaluation, evaluate
 from forgejax.types import Completion, Dispatch, Group, SampleRequest, SessionSpec, Task
@@ -32,7 +30,6 @@ _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
 _SLACK_S = 30.0
-_WARM_TOKENS = 8
 _T = TypeVar("_T")
 SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
 
@@ -194,21 +191,8 @@ class RolloutService:
 
         The first episodes would else wait for it, and their times would say nothing of the policy.
         """
-        engine, drawn = self._parts.config.engine, []
-        for busy in engine.decode_rows:
-            lengths = [min(bucket + 1, engine.max_context - _WARM_TOKENS) for bucket in engine.prefill_buckets]
-            drawn += self.probe(
-                [
-                    SampleRequest(
-                        request_id=f"warm-up-{self._parts.pool.attempt}-{busy}-{number}",
-                        prompt_ids=np.zeros(max(1, lengths[number % len(lengths)]), np.int32),
-                        max_tokens=_WARM_TOKENS,
-                        purpose="probe",
-                    )
-                    for number in range(busy)
-                ]
-            )
-        return drawn
+        batches = make_warm_ups(self._parts.config.engine, str(self._parts.pool.attempt))
+        return [completion for batch in batches for completion in self.probe(batch)]
 
     def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Draws completions for prompts given as ids, past the gateway."""
