@@ -18,7 +18,7 @@ from forgejax.models import Params, abstract_policy, init_params, load_params
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool, read_groups
 from forgejax.report.live.progress import Progress
-from forgejax.report.names import EVAL_OUTCOME, STEP
+from forgejax.report.names import EVALUATION, STEP
 from forgejax.report.sinks import open_sinks
 from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
@@ -232,7 +232,8 @@ def _missed_evaluation(config: TrainConfig, place: RunDir, step: int) -> bool:
     every = config.run.eval_every
     if not 0 < step < config.run.steps or every == 0 or step % every:
         return False
-    return not any(row[STEP] == step and EVAL_OUTCOME in row for row in read_metrics(place.path))
+    rows = [row for row in read_metrics(place.path) if row[STEP] == step]
+    return not any(name.startswith(EVALUATION) for row in rows for name in row)  # one may have no outcome
 
 
 def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, sums: RunSums) -> Audit:
