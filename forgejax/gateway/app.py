@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from forgejax.chat.reply import Reply
+from forgejax.errors import GatewayError
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, ParsedRequest, ReplyHead
 from forgejax.gateway.memory import ReplyMemory
@@ -22,7 +23,11 @@ from forgejax.gateway.sessions import Service
 
 
 def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Dialect]) -> web.Application:
-    """An application that serves ``sessions`` in every one of ``dialects``."""
+    """An application that serves ``sessions`` in every one of ``dialects``.
+
+    Raises GatewayError where there is none, or two of them have a route in common.
+    """
+    _check_routes(dialects)
     app = web.Application(client_max_size=service.config.max_body_bytes, middlewares=[_word_errors(dialects)])
     for dialect in dialects:
         handler = ChatHandler(service, sessions, dialect)
@@ -45,6 +50,21 @@ def build_app(service: Service, sessions: SessionTable, dialects: Sequence[Diale
     app.router.add_get("/v1/models", models)
     app.router.add_get("/metrics", metrics)
     return app
+
+
+def _check_routes(dialects: Sequence[Dialect]) -> None:
+    if not dialects:
+        raise GatewayError("the gateway was given no dialect; give one at least, as those in DIALECTS")
+    speakers: dict[tuple[str, str], str] = {}
+    for dialect in dialects:
+        for route in dialect.routes:
+            key = (route.method, route.path)
+            if key in speakers:
+                raise GatewayError(
+                    f"{route.method} {route.path} is a route of the dialects {speakers[key]} and {dialect.name}; "
+                    "give each route to one of them"
+                )
+            speakers[key] = dialect.name
 
 
 class ChatHandler:
