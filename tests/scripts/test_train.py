@@ -149,7 +149,7 @@ def test_a_pod_that_is_not_there_is_told_at_once_and_nothing_is_left_behind(
 def test_a_missing_configuration_is_one_line_and_status_1(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--config", "gone.toml", shrunk=False) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "train.py: there is no configuration file gone.toml; TOML files in that folder: none"
+        "train.py: there is no configuration file gone.toml; there are: none in ., and none in configs"
     ]
 
 
