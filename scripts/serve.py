@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import jax
 import tyro
 from aiohttp import web
 
-from forgejax.errors import ConfigError, ForgejaxError
+from forgejax.errors import ConfigError, EngineError, ForgejaxError
 from forgejax.models import Params, PolicyConfig, abstract_policy, init_params, read_policy_config
 from forgejax.models import load_params as load_pretrained
-from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog
+from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog, make_warm_ups
 from forgejax.rollout.engine._jetstream import jetstream_pb2_grpc
 from forgejax.rollout.server.grpc_service import OrchestratorService
 from forgejax.rollout.server.http import Publishing, RolloutServer
@@ -31,6 +33,8 @@ from forgejax.run.config import load_saved
 from forgejax.run.preflight import check_engine_memory, find_memory
 from forgejax.types import SamplingLaw
 
+_WARM_UP_S = 1800.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -39,8 +43,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Address to listen on. The server has no authentication: keep it on a private network."""
     port: int = 8800
-    """HTTP port (POST /generate, GET /health, GET /metrics, POST /publish); 0 takes a free one."""
-    grpc_port: int = 8801
+    """HTTP port (POST /generate, of token ids, GET /health, GET /metrics, POST /publish); 0 takes a free one."""
+    grpc_port: int = 8802
     """Port of JetStream's Orchestrator service; 0 takes a free one."""
     run: Path | None = None
     """Folder of a run: its policy is served, from its checkpoint."""
@@ -136,18 +140,16 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
     service = OrchestratorService(driver, law=law, stop_ids=frozenset(config.grpc_stop_ids))
     publishing = None if config.publish_root is None else Publishing(root=config.publish_root, read=load_tree)
     runner = web.AppRunner(RolloutServer(driver, publishing).make_app(), handler_cancellation=True)
-    grpc_server = grpc.aio.server()
+    grpc_server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))  # a second one would share the port in silence
     jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, grpc_server)
     try:
-        await runner.setup()
-        site = web.TCPSite(runner, config.host, config.port)
-        await site.start()
-        grpc_port = grpc_server.add_insecure_port(f"{config.host}:{config.grpc_port}")
-        await grpc_server.start()
-        driver.start()
+        grpc_port = await _listen(config, runner, grpc_server)
         port = runner.addresses[0][1]
-        print(f"serving http://{config.host}:{port} and grpc {config.host}:{grpc_port}", flush=True)
-        await stop.wait()
+        driver.start()
+        print("compiling the engine's programs ...", flush=True)
+        if await _warm_up(driver, config.engine, stop):
+            print(f"serving http://{config.host}:{port} and grpc {config.host}:{grpc_port}", flush=True)
+            await stop.wait()
     finally:
         try:
             await asyncio.to_thread(driver.stop)
@@ -156,6 +158,47 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
             await runner.cleanup()
             if driver.request_log is not None:
                 driver.request_log.close()
+
+
+async def _listen(config: ServeConfig, runner: web.AppRunner, grpc_server: grpc.aio.Server) -> int:
+    """Opens both ports and gives the one of gRPC. Raises ConfigError with the option that names another."""
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, config.host, config.port).start()
+    except OSError as error:
+        raise ConfigError(_word_refusal("port", config.host, config.port, error)) from error
+    try:
+        grpc_port: int = grpc_server.add_insecure_port(f"{config.host}:{config.grpc_port}")
+    except RuntimeError as error:
+        raise ConfigError(_word_refusal("grpc-port", config.host, config.grpc_port, error)) from error
+    await grpc_server.start()
+    return grpc_port
+
+
+def _word_refusal(option: str, host: str, port: int, error: Exception) -> str:
+    return (
+        f"nothing can listen at {host}:{port}: {error}; where another program has it, give another port with "
+        f"--{option}, 0 for a free one, or another address of this machine with --host"
+    )
+
+
+async def _warm_up(driver: Driver, config: EngineConfig, stop: asyncio.Event) -> bool:
+    """Has every program compiled, so that no request waits for it; False where ``stop`` came first."""
+    stopped = asyncio.create_task(stop.wait())
+    for batch in make_warm_ups(config, uuid.uuid4().hex):
+        drawn = asyncio.gather(*(asyncio.wrap_future(driver.submit(request)) for request in batch))
+        waits: set[asyncio.Future[Any]] = {drawn, stopped}
+        await asyncio.wait(waits, timeout=_WARM_UP_S, return_when=asyncio.FIRST_COMPLETED)
+        if not drawn.done():
+            drawn.cancel()
+            if not stopped.done():
+                raise EngineError(
+                    f"the engine has not compiled its programs within {_WARM_UP_S:g} s; its log says more"
+                )
+            return False
+        await drawn
+    stopped.cancel()
+    return True
 
 
 async def _serve_until_signal(config: ServeConfig) -> None:

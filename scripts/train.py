@@ -21,7 +21,7 @@
 Sections: run, mesh, tokenizer, policy, warm_start, step, packing, credit, pool, engine, sampling, gateway, agent,
 tasks, reward, stop_policy.
 
-Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
+Ctrl-C ends the run after the current step, with a checkpoint, and an evaluation at once; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ class Stopper:
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._asked or self._trainer is None:
+            _show_cursor(1)
             os._exit(INTERRUPTED)  # the agents' guard ends them; nothing accepted is lost
         self._asked = True
         # A handler interrupts the very code whose locks it would need, so the work is done elsewhere.
@@ -195,6 +196,15 @@ class Stopper:
     def _stop(self, trainer: Trainer) -> None:
         self._progress.note("stopping after this step; Ctrl-C again ends at once")
         trainer.stop()
+
+
+def _show_cursor(descriptor: int) -> None:
+    """Gives a terminal back the cursor that the panel has hidden. Never waits, nor on a terminal that is held."""
+    with contextlib.suppress(OSError):
+        if os.isatty(descriptor):
+            os.set_blocking(descriptor, False)
+            os.write(descriptor, b"\x1b[?25h\n")
+            os.set_blocking(descriptor, True)
 
 
 if __name__ == "__main__":

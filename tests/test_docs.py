@@ -142,7 +142,8 @@ def test_every_mesh_the_readme_names_resolves() -> None:
 def rooms() -> dict[str, set[str]]:
     """Each room of the first table in docs/structure.md, and what it says the room imports."""
     rows = re.findall(r"^\| \[`forgejax/(\w+)/`\].*\| ([^|]+) \|$", STRUCTURE, re.MULTILINE)
-    return {name: set() if imports == "nothing" else set(imports.split(", ")) for name, imports in rows}
+    words = {name: imports.replace("`", "") for name, imports in rows}
+    return {name: set() if imports == "nothing" else set(imports.split(", ")) for name, imports in words.items()}
 
 
 def folders() -> dict[str, set[str]]:

@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec, Scaffold
 from forgejax.agents.tally import EpisodeTally
-from forgejax.environments.base import Environment, Workspace
+from forgejax.environments.base import Environment, Score, Workspace
 from forgejax.environments.rewards import RewardConfig, compute_rewards
 from forgejax.errors import ForgejaxError
 from forgejax.types import (
@@ -28,6 +29,8 @@ from forgejax.types import (
 )
 
 Treatment = Literal["train", "mask", "drop_group"]
+WORKER_DIED = "worker_died"
+PLAYS = 4
 _CANCEL_S = 5.0
 _OPEN_S = 60.0
 _CLOSE_S = 15.0
@@ -70,19 +73,49 @@ class EpisodeRunner:
     policy: StopPolicy = field(default_factory=StopPolicy)
     tally: EpisodeTally = field(default_factory=EpisodeTally)
 
+    @property
+    def longest_s(self) -> float:
+        """The most seconds that ``run`` takes: the agent's, and the deadlines of all that opens, scores and closes.
+
+        It counts one play in full: plays that an accident cut off are over by the time that the agent's has in it.
+        """
+        steps = (_OPEN_S, 0.0, _CLOSE_S, _SCORE_S, _CLOSE_S)  # workspace, agent, session, score, workspace
+        return self.agent.longest_s + sum(steps) + len(steps) * _CANCEL_S
+
     async def run(
-        self, task: Task, *, member: int = 0, session: SessionSpec, baseline_s: float | None = None
+        self,
+        task: Task,
+        *,
+        member: int = 0,
+        session: SessionSpec,
+        baseline_s: float | None = None,
+        on_cut_off: Callable[[int], None] = lambda tokens: None,
     ) -> Trajectory:
         """Plays one episode and never raises: what goes wrong is told by ``stop_reason`` and ``error``.
 
-        It takes at most the agent's deadline and grace and half a minute. Cancelling it ends the agent and gives the
+        Where an accident cuts it off (``AgentResult.accident``), it is played again: from the start, in a session of
+        its own and with its whole deadline, PLAYS times in all, and never begun later than one deadline after its first
+        beginning. ``on_cut_off`` is told the tokens of each play that is given up so. Cut off once more, it is masked
+        as WORKER_DIED.
+
+        It takes at most ``longest_s``. Cancelling it ends the agent and gives the
         Trajectory so far, with StopReason.CANCELLED; an episode whose agent has already ended is concluded as usual.
         """
+        until = time.monotonic() + self.agent.deadline_s
+        for play in range(1, PLAYS + 1):
+            trajectory, accident = await self._play_once(task, member, session)
+            if not accident or play == PLAYS or time.monotonic() > until or _is_cancelled():
+                break
+            on_cut_off(trajectory.sampled_tokens)
+        return self._end(trajectory, session.purpose, baseline_s, accident=accident)
+
+    async def _play_once(self, task: Task, member: int, session: SessionSpec) -> tuple[Trajectory, bool]:
+        """What became of one play, but for its rewards; and whether an accident cut it off."""
         started_at = time.monotonic()
         try:
             opened = self.sessions.open(session)
         except ForgejaxError as error:
-            return self._end(_make_unopened(task, member, started_at, error), session.purpose, baseline_s)
+            return _make_unopened(task, member, started_at, error), False
         workspace, result = await self._play(task, opened)
         trajectory = Trajectory(
             task_id=task.id,
@@ -91,14 +124,13 @@ class EpisodeRunner:
             turns=(),
             rewards=(),
             outcome=0.0,
-            started_at=started_at,
+            started_at=started_at if result.began_at is None else result.began_at,
             finished_at=time.monotonic(),
             stop_reason=result.stop_reason,
             answer=result.answer,
             error=result.error,
         )
-        ended = await _shield(self._conclude(task, workspace, trajectory))
-        return self._end(ended, session.purpose, baseline_s)
+        return await carry_through(self._conclude(task, workspace, trajectory)), result.accident
 
     async def _conclude(self, task: Task, workspace: Workspace | None, trajectory: Trajectory) -> Trajectory:
         """Closes the session, scores the episode and closes the workspace."""
@@ -110,25 +142,30 @@ class EpisodeRunner:
             trajectory = _explain_truncation(replace(trajectory, turns=turns))
         if workspace is None:
             return trajectory
-        if trajectory.stop_reason is StopReason.COMPLETED:
-            trajectory = await self._score(task, workspace, trajectory)
-        _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
-        if problem is not None:
-            _log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
+        try:
+            if trajectory.stop_reason is StopReason.COMPLETED:
+                trajectory = await self._score(task, workspace, trajectory)
+        finally:
+            _, problem = await _settle(self.environment.close(workspace), _CLOSE_S)
+            if problem is not None:
+                _log.warning("task %s: its workspace could not be closed: %s", task.id, _describe(problem))
         return trajectory
 
     async def _score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Trajectory:
         score, problem = await _settle(
             _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), _SCORE_S
         )
-        if score is None:
-            error = f"the scorer failed: {_describe(problem)}"
+        if problem is not None or not isinstance(score, Score):
+            how = f"it gave {score!r}; expected a Score" if problem is None else _describe(problem)
+            error = f"the scorer failed: {how}"
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
-    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None) -> Trajectory:
+    def _end(self, trajectory: Trajectory, purpose: Purpose, baseline_s: float | None, *, accident: bool) -> Trajectory:
         masked = None
-        if self.policy.of(trajectory.stop_reason) != "train":
+        if accident:
+            masked = WORKER_DIED
+        elif self.policy.of(trajectory.stop_reason) != "train":
             masked = trajectory.stop_reason.value
         elif not trajectory.turns:
             masked = "no_turns"  # the policy had no part in it
@@ -145,8 +182,9 @@ class EpisodeRunner:
         deadline_s = self.agent.deadline_s
         try:
             workspace, problem = await _settle(self.environment.open(task), _OPEN_S)
-            if workspace is None:
-                error = f"the workspace could not be opened: {_describe(problem)}"
+            if problem is not None or not isinstance(workspace, Workspace):
+                how = f"open gave {workspace!r}; expected a Workspace" if problem is None else _describe(problem)
+                error = f"the workspace could not be opened: {how}"
                 return None, AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED)
             episode = EpisodeSpec(
                 id=session.id,
@@ -235,7 +273,7 @@ async def _settle(work: Coroutine[Any, Any, _T], deadline_s: float) -> tuple[_T 
     return (None, problem) if problem is not None else (task.result(), None)
 
 
-async def _shield(work: Coroutine[Any, Any, _T]) -> _T:
+async def carry_through(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of ``work``, which has deadlines of its own, carried through whatever cancels the caller."""
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -244,28 +282,30 @@ async def _shield(work: Coroutine[Any, Any, _T]) -> _T:
     return task.result()
 
 
+def _is_cancelled() -> bool:
+    """Whether the running task has been asked to end, also while something was carried through."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def _call_in_thread(function: Callable[[], _T]) -> _T:
     """Runs a function that may be slow in a daemon thread, so that one that hangs cannot hold up the end of the run."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
-    def settle(value: _T | None, problem: BaseException | None) -> None:
-        if future.done():
-            return
-        if problem is not None:
-            future.set_exception(problem)
-        elif value is not None:
-            future.set_result(value)
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not future.done():
+            set_outcome()
 
     def work() -> None:
-        value: _T | None = None
-        problem: Exception | None = None
         try:
-            value = function()
+            set_outcome = partial(future.set_result, function())
+        except StopIteration as error:  # no future takes it
+            set_outcome = partial(future.set_exception, RuntimeError(f"StopIteration: {error}"))
         except Exception as error:  # noqa: BLE001 (a boundary: the scorer's exception is handed to the event loop)
-            problem = error
+            set_outcome = partial(future.set_exception, error)
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, value, problem)
+            loop.call_soon_threadsafe(settle, set_outcome)
 
     threading.Thread(target=work, name="scorer", daemon=True).start()
     return await future

@@ -1,13 +1,13 @@
-"""Groups of episodes: as many in flight as the pool allows, each ending in one finish or one fail."""
+"""Groups of episodes: as many in flight as the pool allows, each ending in one finish, one fail or one give_back."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from forgejax.agents.episode import EpisodeRunner
+from forgejax.agents.episode import WORKER_DIED, EpisodeRunner, carry_through
 from forgejax.environments.base import Environment
 from forgejax.environments.rewards import SpeedBaseline
 from forgejax.errors import AgentError, ConfigError
@@ -21,7 +21,6 @@ from forgejax.types import (
     Trajectory,
 )
 
-IN_FLIGHT = "in_flight_at_end"
 FAILURES_IN_A_ROW = 16
 
 
@@ -29,7 +28,10 @@ NO_CALL = (StopReason.COMPLETED, StopReason.AGENT_FAILED, StopReason.ENVIRONMENT
 
 
 class FailureStreak:
-    """Stops a run whose episodes end, again and again, without one call to the model: it will not get better."""
+    """Stops a run whose episodes end, again and again, without one call to the model: it will not get better.
+
+    Those that a dying worker took along say nothing of the agent: its scaffold counts them as the one death they are.
+    """
 
     def __init__(self, limit: int = FAILURES_IN_A_ROW) -> None:
         self._limit = limit
@@ -37,6 +39,8 @@ class FailureStreak:
 
     def observe(self, trajectory: Trajectory) -> None:
         """Raises AgentError at the limit."""
+        if trajectory.masked == WORKER_DIED:
+            return
         no_call = not trajectory.turns and trajectory.stop_reason in NO_CALL
         self._count = min(self._count + 1, self._limit) if no_call else 0  # others may end while one is reported
         if self._count >= self._limit:
@@ -78,8 +82,9 @@ class GroupRunner:
     async def run(self) -> None:
         """Runs until the sink has no further dispatch, or until it is cancelled; then ends the groups in flight.
 
-        Each dispatch is finished or failed exactly once before this returns. Raises what the sink and the tasks raise,
-        and AgentError once the agent cannot run at all.
+        Each dispatch is finished, failed or given back exactly once before this returns, however often it is cancelled:
+        those in flight at the end are given back. Raises what the sink and the tasks raise, and AgentError once the
+        agent cannot run at all.
         """
         groups: dict[asyncio.Task[None], Dispatch] = {}
         waiting = asyncio.create_task(self._sink.next_dispatch())
@@ -96,7 +101,7 @@ class GroupRunner:
                     groups[asyncio.create_task(self._run_group(dispatch))] = dispatch
                     waiting = asyncio.create_task(self._sink.next_dispatch())
         finally:
-            await self._end(waiting, groups)
+            await carry_through(self._end(waiting, groups))  # a stop that comes in the middle of it must wait
 
     async def _end(self, waiting: asyncio.Task[Dispatch | None], groups: dict[asyncio.Task[None], Dispatch]) -> None:
         """Cancels what is in flight and sees each dispatch reported, the ones that had not yet begun too."""
@@ -111,13 +116,14 @@ class GroupRunner:
                 unbegun.append(last)
         failures = [group.exception() for group in groups if not group.cancelled()]
         for dispatch in unbegun:
-            await self._sink.fail(dispatch, IN_FLIGHT, 0)
+            await self._sink.give_back(dispatch, 0)
         for failure in filter(None, failures):  # a full disk fails all of them alike; the first one speaks
             raise failure
 
     async def _run_group(self, dispatch: Dispatch) -> None:
         task = self._environment.task(dispatch.index)
         baseline_s = self._baseline.read(task.family)
+        cut_off: list[int] = []
         members = [
             asyncio.create_task(
                 self._episodes.run(
@@ -125,6 +131,7 @@ class GroupRunner:
                     member=member,
                     session=_seeded(self._session, dispatch.index, dispatch.attempt, member),
                     baseline_s=baseline_s,
+                    on_cut_off=cut_off.append,
                 )
             )
             for member in range(self._group_size)
@@ -133,19 +140,25 @@ class GroupRunner:
             await asyncio.wait(members)
         except asyncio.CancelledError:
             ended = await _cancel(members)
-            await self._sink.fail(dispatch, IN_FLIGHT, _sampled(ended))
+            await self._count_cut_off(cut_off)
+            await self._sink.give_back(dispatch, _sampled(ended))
             return
+        await self._count_cut_off(cut_off)
         await self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
+
+    async def _count_cut_off(self, tokens: Sequence[int]) -> None:
+        if tokens:
+            await self._sink.count_tokens(WORKER_DIED, sum(tokens))
 
     async def _report(
         self, dispatch: Dispatch, task: Task, trajectories: tuple[Trajectory, ...], baseline_s: float | None
     ) -> None:
         try:
+            self._episodes.scaffold.check()
             for trajectory in trajectories:
                 self._streak.observe(trajectory)
-            self._episodes.scaffold.check()
         except AgentError:
-            await self._sink.fail(dispatch, StopReason.AGENT_FAILED.value, _sampled(trajectories))
+            await self._sink.give_back(dispatch, _sampled(trajectories))  # once the agent is mended it can be played
             raise
         dropped = [
             trajectory.stop_reason.value
@@ -167,8 +180,13 @@ async def run_tasks(
     samples: int = 1,
     session: SessionSpec,
     concurrency: int = 16,
+    stop: asyncio.Event | None = None,
+    on_cut_off: Callable[[int], None] = lambda tokens: None,
 ) -> list[Trajectory]:
     """Plays ``samples`` episodes of each task, at most ``concurrency`` at once; task by task, in order.
+
+    Once ``stop`` is set the open episodes are cancelled, and what there is of them is in the result; those that had not
+    begun are not. ``on_cut_off`` is told the tokens of plays that were given up.
 
     Raises AgentError once the agent cannot run at all. Cancelling it ends every episode.
     """
@@ -178,19 +196,33 @@ async def run_tasks(
     async def play(number: int, member: int) -> Trajectory:
         async with slots:
             seeded = _seeded(session, number, 0, member)
-            trajectory = await episodes.run(tasks[number], member=member, session=seeded)
-        streak.observe(trajectory)
+            trajectory = await episodes.run(tasks[number], member=member, session=seeded, on_cut_off=on_cut_off)
         episodes.scaffold.check()
+        streak.observe(trajectory)
         return trajectory
 
     running = [asyncio.create_task(play(number, member)) for number in range(len(tasks)) for member in range(samples)]
     if not running:
         return []
+    played = asyncio.create_task(_await_all(running))
+    stopped = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
-        await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
-        return [task.result() for task in running if task.done()]
+        await asyncio.wait({played, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if played.done():
+            played.result()
+            return [task.result() for task in running]
     finally:
-        await _cancel(running)
+        for waiting in (played, stopped):
+            waiting.cancel()
+        ended = await carry_through(_cancel(running))
+    return ended
+
+
+async def _await_all(running: Sequence[asyncio.Task[Trajectory]]) -> None:
+    """Until the last has ended or the first has failed; raises what it failed of."""
+    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        task.result()
 
 
 async def _cancel(running: Sequence[asyncio.Task[Trajectory]]) -> list[Trajectory]:

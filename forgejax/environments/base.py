@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from forgejax.types import Reward, Task, Trajectory
+from forgejax.types.episode import require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +28,18 @@ class Score:
     """What an episode earned: its outcome in [0, 1], which evaluations report, and rewards granted along the way.
 
     The rewards count as they are, at the times they carry; that of the outcome is added by ``compute_rewards``. Raises
-    ValueError where one of them is no finite number: it says nothing of the episode.
+    ValueError where the outcome is no finite number, for it says nothing of the episode, or a reward is no ``Reward``.
     """
 
     outcome: float
     rewards: tuple[Reward, ...] = ()
 
     def __post_init__(self) -> None:
-        granted = [(f"{reward.kind} reward", reward.value) for reward in self.rewards]
-        for name, value in [("outcome", self.outcome), *granted]:
-            if not math.isfinite(value):
-                raise ValueError(f"the {name} is {value}; expected a finite number")
+        object.__setattr__(self, "outcome", require_finite("the outcome", self.outcome))
+        rewards = self.rewards if isinstance(self.rewards, tuple | list) else (self.rewards,)
+        if odd := [reward for reward in rewards if not isinstance(reward, Reward)]:
+            raise ValueError(f"a reward of the score is {odd[0]!r}; expected a tuple of Reward(kind=, value=, at=)")
+        object.__setattr__(self, "rewards", tuple(rewards))
 
 
 class Environment(Protocol):

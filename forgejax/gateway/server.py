@@ -65,7 +65,7 @@ class Gateway:
     async def start(self, host: str | None = None, port: int | None = None) -> str:
         """Listens on ``host:port`` (the configuration's by default), or on a free port if that one is taken.
 
-        Returns ``url``. Raises GatewayError where it cannot listen at all.
+        Returns ``url``. Raises GatewayError where it cannot listen at all, or its dialects do not go together.
         """
         if self._runner is not None:
             raise GatewayError(f"the gateway already runs at {self.url}; stop it first")

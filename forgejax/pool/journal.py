@@ -125,7 +125,12 @@ class Journal:
 
     def fail(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Acceptance:
         """Records that a group came to nothing and counts its tokens under ``reason``. Outcomes as in ``finish``."""
-        return self._end(dispatch, {"state": "failed", "reason": reason}, sampled_tokens)
+        return self._end(dispatch, {"state": "failed", "reason": reason}, sampled_tokens, reason)
+
+    def give_back(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Acceptance:
+        """Has a group that was cut off wait for its next attempt, as ``resume`` does after a crash, and counts its
+        tokens under ``reason``. Outcomes as in ``finish``."""
+        return self._end(dispatch, {"state": "waiting", "attempt": dispatch.attempt + 1}, sampled_tokens, reason)
 
     def consume(self, consumption: Consumption) -> None:
         """Records that a group entered a batch or was dropped. Raises PoolError if it already has in this lineage."""
@@ -223,7 +228,10 @@ class Journal:
                 )
             yield connection
 
-    def _end(self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int) -> Acceptance:
+    def _end(
+        self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int, reason: str | None = None
+    ) -> Acceptance:
+        """``reason``: what the tokens are counted under where no payload holds them."""
         with self._write() as connection:
             row = _row(connection, dispatch.index)
             if row is None or dispatch.attempt > row.attempt:
@@ -244,8 +252,8 @@ class Journal:
             if row.state != "dispatched":
                 raise PoolError(f"group {dispatch.index} is reported as {values['state']}, but it is {row.state}")
             connection.execute(sa.update(schema.groups).where(schema.groups.c.index == dispatch.index).values(**values))
-            if values["state"] == "failed":
-                _count(connection, self.attempt, values["reason"], sampled_tokens, dispatch)
+            if reason is not None:
+                _count(connection, self.attempt, reason, sampled_tokens, dispatch)
             return "accepted"
 
     def _check_step(self, connection: Connection, step: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from forgejax.pool.journal import Consumption, GroupRow
 
 UNUSED_AT_END = "unused_at_end"
+IN_FLIGHT_AT_END = "in_flight_at_end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class TokenAccount:
 class PoolSnapshot:
     """The pool at one moment. Counts and maxima are those of the surviving lineage, over all run attempts.
 
-    ``waiting`` groups were running in an attempt that died, and have not been dispatched again.
+    ``waiting`` groups were running when an attempt ended, and have not been dispatched again.
     """
 
     version: int

@@ -1,9 +1,9 @@
 """The data pool: the window and its journal behind one lock.
 
-The rollout side asks for work (``next_dispatch``) and reports it (``finish``, ``fail``). The training side
-(any thread) takes groups, accepts them into numbered batches or drops them, and after each step calls ``publish`` and
-then ``retire``, so that refills start on the weights just published. Policy version n is the parameters after n steps;
-batch n is trained by the step that starts on version n.
+The rollout side asks for work (``next_dispatch``) and reports it (``finish``, ``fail``, ``give_back``). The training
+side (any thread) takes groups, accepts them into numbered batches or drops them, and after each step calls ``publish``
+and then ``retire``, so that refills start on the weights just published. Policy version n is the parameters after n
+steps; batch n is trained by the step that starts on version n.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 from forgejax.errors import ConfigError, DamagedGroupError, DamagedJournalError, PoolError, TrainingError
 from forgejax.pool.codec import decode_group, encode_group
 from forgejax.pool.journal import LOST_ATTEMPT, Consumption, Journal, Kind
-from forgejax.pool.ledger import Ledger, PoolSnapshot, TokenAccount
+from forgejax.pool.ledger import IN_FLIGHT_AT_END, Ledger, PoolSnapshot, TokenAccount
 from forgejax.pool.window import Live, State, Taken, Window, WindowConfig
 from forgejax.types import Dispatch, Group
 
@@ -140,6 +140,20 @@ class Pool:
                 self._ledger.count_tokens(LOST_ATTEMPT, sampled_tokens)
             self._wake()
 
+    def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        """Leaves a group that was cut off as a crash would: it waits for its next attempt. Its tokens count as
+        in_flight_at_end."""
+        _require_count(IN_FLIGHT_AT_END, sampled_tokens)
+        with self._changed:
+            outcome = self._journal.give_back(dispatch, reason=IN_FLIGHT_AT_END, sampled_tokens=sampled_tokens)
+            if outcome == "accepted":
+                self._window.give_back(dispatch.index)
+                self._ledger.count_tokens(IN_FLIGHT_AT_END, sampled_tokens)
+                self._started_at.pop(dispatch.index, None)
+            elif outcome == "lost":
+                self._ledger.count_tokens(LOST_ATTEMPT, sampled_tokens)
+            self._wake()
+
     # The training side.
 
     def take(self, timeout_s: float) -> Group | None:
@@ -226,7 +240,7 @@ class Pool:
     # The account.
 
     def count_tokens(self, reason: str, tokens: int) -> None:
-        """Counts, durably, tokens that were sampled outside any group (evaluation, probe, in_flight_at_end, ...)."""
+        """Counts, durably, tokens that were sampled outside any group (evaluation, probe, cancelled, ...)."""
         _require_count(reason, tokens)
         with self._changed:
             self._journal.count_tokens(reason, tokens)

@@ -1,6 +1,6 @@
 """The windowed FIFO as a pure state machine: no I/O, no threads, no clocks.
 
-Indices 0, 1, 2, ... are dispatched in order. A live group is WAITING (dispatched by a run that died, to be dispatched
+Indices 0, 1, 2, ... are dispatched in order. A live group is WAITING (dispatched by a run that ended, to be dispatched
 again), RUNNING, FINISHED or TAKEN; dropped, failed and retired groups are gone. The head is the oldest index not yet
 taken, dropped or failed. With N = ``in_flight``, P = ``groups_per_step``, W = ``width``:
 
@@ -143,6 +143,10 @@ class Window:
     def fail(self, index: int) -> None:
         self._require(index, State.RUNNING, "failed")
         del self._live[index]
+
+    def give_back(self, index: int) -> None:
+        """A running group that was cut off: it is to be dispatched again."""
+        self._move(index, State.RUNNING, State.WAITING, "given back")
 
     def takeable(self) -> int | None:
         """The oldest finished group inside the window, or None."""

@@ -3,6 +3,7 @@
 from forgejax.rollout.driver.counters import DriverMetrics
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.request_log import LoggedRequest, RequestLog
+from forgejax.rollout.driver.warm_up import make_warm_ups
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.rollout.engine.engine import PolicyEngine
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount, Engines
@@ -22,4 +23,5 @@ __all__ = [
     "PolicyEngine",
     "RemoteSampler",
     "RequestLog",
+    "make_warm_ups",
 ]

@@ -14,10 +14,13 @@ import numpy as np
 from forgejax.learner import PackStats
 from forgejax.learner.gap import GapFigures, count_by_depth
 from forgejax.pool.journal import LOST_ATTEMPT
-from forgejax.pool.ledger import UNUSED_AT_END, PoolSnapshot, TokenAccount
+from forgejax.pool.ledger import IN_FLIGHT_AT_END, UNUSED_AT_END, PoolSnapshot, TokenAccount
 from forgejax.pool.pool import Pool
 from forgejax.rollout import EngineAccount, Engines
 from forgejax.types import Completion
+
+_IDLE_S = 30.0
+_LOOK_S = 0.005
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -151,9 +154,15 @@ class RunAccount:
         self.counted_at = now
 
     def close(self) -> Account:
-        """The account at the end: once the pool is closed and rewound to the last step, and nothing is drawn."""
+        """The account at the end, once: the pool is closed and rewound to the last step, and nobody asks for more.
+
+        What the engines drew and gave nobody is known to them alone; whoever goes on with the run finds it in the pool.
+        """
+        drawn = _await_idle(self.engines)
+        self.pool.count_tokens("cancelled", drawn.cancelled)
+        self.pool.count_tokens("request_failed", drawn.failed)
         return settle(
-            self.engines.account(),
+            drawn,
             self.pool.tokens(),
             self.pool.snapshot(),
             self.sums,
@@ -161,21 +170,27 @@ class RunAccount:
         )
 
 
+def _await_idle(engines: Engines) -> EngineAccount:
+    """The engines' account once no request is open: those that were cancelled end with the engines' next step."""
+    until = time.monotonic() + _IDLE_S
+    while (drawn := engines.account()).active + drawn.waiting + drawn.open > 0 and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+    return drawn
+
+
 def settle(
     engines: EngineAccount, tokens: TokenAccount, groups: PoolSnapshot, sums: RunSums, *, sampled_before: int
 ) -> Account:
     """The account of a run that has ended, from what each part of it counted for itself.
 
-    What the engines drew and gave nobody is known to them alone, and what a skipped step would have trained to the
-    trainer alone. Groups that still wait are unused; those that a crash cut off, and that were not begun again, lost.
+    What a skipped step would have trained is known to the trainer alone. Finished groups that still wait are unused;
+    those that the end of an attempt cut off, and that were not begun again, were in flight at the end.
     """
     not_trained = Counter(tokens.not_trained)
-    not_trained["cancelled"] += engines.cancelled
-    not_trained["request_failed"] += engines.failed
     not_trained["skipped_step"] += sums.skipped_tokens
     groups_not_trained = Counter(groups.groups_not_trained)
     groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
-    groups_not_trained[LOST_ATTEMPT] += groups.waiting
+    groups_not_trained[IN_FLIGHT_AT_END] += groups.waiting
     return Account(
         tokens_sampled=sampled_before + engines.sampled,
         tokens_trained=sums.trained_tokens,

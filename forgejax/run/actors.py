@@ -16,14 +16,12 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
 from forgejax.environments import Environment, SpeedBaseline
 from forgejax.errors import EngineError, ForgejaxError, TrainingError
 from forgejax.gateway import Gateway
 from forgejax.pool.pool import Pool, see_through
-from forgejax.rollout import Engines
+from forgejax.rollout import Engines, make_warm_ups
 from forgejax.run.config import TrainConfig
 from forgejax.run.evaluate import Evaluation, evaluate
 from forgejax.types import Completion, Dispatch, Group, SampleRequest, SessionSpec, Task
@@ -31,7 +29,7 @@ from forgejax.types import Completion, Dispatch, Group, SampleRequest, SessionSp
 _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
-_WARM_TOKENS = 8
+_SLACK_S = 30.0
 _T = TypeVar("_T")
 SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
 
@@ -70,6 +68,12 @@ class LoggedFirst:
     async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
         await see_through(asyncio.to_thread(self.pool.fail, dispatch, reason, sampled_tokens))
 
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        await see_through(asyncio.to_thread(self.pool.give_back, dispatch, sampled_tokens))
+
+    async def count_tokens(self, reason: str, tokens: int) -> None:
+        await see_through(asyncio.to_thread(self.pool.count_tokens, reason, tokens))
+
     def _keep(self, group: Group) -> None:
         self.engines.flush()
         self.pool.finish(group)
@@ -94,6 +98,7 @@ class RolloutService:
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)
         self._groups: Future[None] | None = None
         self._running: asyncio.Task[None] | None = None
+        self._interrupted = asyncio.Event()  # of the loop
 
     def __enter__(self) -> RolloutService:
         self._switch_s = sys.getswitchinterval()
@@ -103,7 +108,7 @@ class RolloutService:
             self._parts.engines.__enter__()
             self._call(self._start(), _START_S, "the gateway and the agents did not start")
         except BaseException:
-            self.__exit__()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -114,7 +119,7 @@ class RolloutService:
         with contextlib.suppress(ForgejaxError):
             self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
         with contextlib.suppress(EngineError):
-            self._parts.engines.__exit__()
+            self._parts.engines.__exit__(None, None, None)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_S)
         if not self._thread.is_alive():
@@ -157,8 +162,16 @@ class RolloutService:
         if not self._parts.engines.healthy:
             raise TrainingError("the inference engine has stopped; the log above says why")
 
+    def interrupt(self) -> None:
+        """Breaks off the evaluation that is under way, and any later one. Any thread may call it."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: there is none
+            self._loop.call_soon_threadsafe(self._interrupted.set)
+
     def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
-        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile."""
+        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile.
+
+        After ``interrupt`` it gives what was played so far.
+        """
         run = self._parts.config.run
         work = evaluate(
             self._episodes,
@@ -167,9 +180,10 @@ class RolloutService:
             samples=run.eval_samples,
             concurrency=run.eval_concurrency,
             seed=run.seed,
+            stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
-        deadline_s = waves * (self._parts.config.agent.deadline_s + self._parts.config.agent.grace_s + 30.0)
+        deadline_s = waves * self._episodes.longest_s + _SLACK_S
         return self._call(work, deadline_s, "the evaluation did not end")
 
     def warm_up(self) -> list[Completion]:
@@ -177,21 +191,8 @@ class RolloutService:
 
         The first episodes would else wait for it, and their times would say nothing of the policy.
         """
-        engine, drawn = self._parts.config.engine, []
-        for busy in engine.decode_rows:
-            lengths = [min(bucket + 1, engine.max_context - _WARM_TOKENS) for bucket in engine.prefill_buckets]
-            drawn += self.probe(
-                [
-                    SampleRequest(
-                        request_id=f"warm-up-{self._parts.pool.attempt}-{busy}-{number}",
-                        prompt_ids=np.zeros(max(1, lengths[number % len(lengths)]), np.int32),
-                        max_tokens=_WARM_TOKENS,
-                        purpose="probe",
-                    )
-                    for number in range(busy)
-                ]
-            )
-        return drawn
+        batches = make_warm_ups(self._parts.config.engine, str(self._parts.pool.attempt))
+        return [completion for batch in batches for completion in self.probe(batch)]
 
     def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Draws completions for prompts given as ids, past the gateway."""

@@ -18,7 +18,7 @@ from forgejax.models import Params, abstract_policy, init_params, load_params
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool, read_groups
 from forgejax.report.live.progress import Progress
-from forgejax.report.names import STEP
+from forgejax.report.names import EVALUATION, STEP
 from forgejax.report.sinks import open_sinks
 from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
 from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
@@ -114,6 +114,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         ),
         progress=progress,
         step=step,
+        missed_evaluation=_missed_evaluation(config, place, step) and bool(environment.held_out),
     )
 
 
@@ -224,6 +225,15 @@ def _service(
             tally=tally,
         )
     )
+
+
+def _missed_evaluation(config: TrainConfig, place: RunDir, step: int) -> bool:
+    """Whether the step that a run goes on from was to be evaluated, and an end came first."""
+    every = config.run.eval_every
+    if not 0 < step < config.run.steps or every == 0 or step % every:
+        return False
+    rows = [row for row in read_metrics(place.path) if row[STEP] == step]
+    return not any(name.startswith(EVALUATION) for row in rows for name in row)  # one may have no outcome
 
 
 def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, sums: RunSums) -> Audit:

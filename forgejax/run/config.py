@@ -212,7 +212,7 @@ def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:
     try:
         return msgspec.convert(given, cls, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: {_explain_mismatch(cls, given, str(error))}") from error
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -225,8 +225,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        there = ", ".join(sorted(str(file) for file in path.parent.glob("*.toml"))) or "none"
-        raise ConfigError(f"there is no configuration file {path}; TOML files in that folder: {there}") from error
+        found = {*path.parent.glob("*.toml"), *Path("configs").glob("*.toml")} - {Path("pyproject.toml")}
+        there = ", ".join(sorted(map(str, found))) or f"none in {path.parent}, and none in configs"
+        raise ConfigError(f"there is no configuration file {path}; there are: {there}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
 
@@ -255,6 +256,39 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[st
 def _suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+
+
+def _explain_mismatch(cls: Any, given: Any, problem: str) -> str:
+    """What msgspec says of a value, as that value and what to write in its place."""
+    said, _, place = problem.partition(" - at `$")
+    where, kind, value = place.rstrip("`").lstrip("."), cls, given
+    if not where or "..." in where:  # of a table of free keys msgspec does not tell the key
+        return f"a value in {where.partition('[...]')[0]}: {said}" if where else said
+    for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place):
+        kinds = [kind, *typing.get_args(kind)]
+        if name:
+            kind = typing.get_type_hints(next(filter(dataclasses.is_dataclass, kinds)))[name]
+            value = value[name]
+        else:
+            kind = typing.get_args(next(each for each in kinds if typing.get_origin(each) in (tuple, list)))[0]
+            value = value[int(number)]
+    form = _describe_kind(kind)
+    return f"{where} is {value!r}; expected {form}" if form else f"{where} is {value!r}: {said}"
+
+
+def _describe_kind(kind: Any) -> str:
+    """What a value of this type looks like in a TOML file; "" where it has no simple form."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of: {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(filter(None, map(_describe_kind, arguments)))
+    if origin is tuple or origin is list:
+        return f"a list in brackets, each of them {_describe_kind(arguments[0])}"
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return "a section, with keys of its own"
+    forms = {int: "a whole number, without quotes", float: "a number, without quotes", str: "text in quotes"}
+    return (forms | {bool: "true or false, without quotes"}).get(kind, "")
 
 
 def _refuse_unknown(cls: Any, given: Any, source: str, place: str) -> None:

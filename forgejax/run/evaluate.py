@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,15 @@ from forgejax.types import SamplingLaw, SessionSpec, Task, Trajectory, Turn
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, and the episodes it found it in."""
+    """What an evaluation found, and the episodes it found it in; ``complete``: every one of them was played.
+
+    ``cut_off_tokens`` were sampled in plays that a dying worker took along, of episodes that were played again.
+    """
 
     result: EvaluationResult
     trajectories: tuple[Trajectory, ...]
+    cut_off_tokens: int
+    complete: bool
 
     @property
     def turns(self) -> Iterator[Turn]:
@@ -30,7 +37,7 @@ class Evaluation:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(trajectory.sampled_tokens for trajectory in self.trajectories)
+        return self.cut_off_tokens + sum(trajectory.sampled_tokens for trajectory in self.trajectories)
 
 
 async def evaluate(
@@ -41,11 +48,39 @@ async def evaluate(
     samples: int,
     concurrency: int,
     seed: int,
+    stop: asyncio.Event,
 ) -> Evaluation:
-    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request."""
+    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request.
+
+    Breaks off once ``stop`` is set, with what was played so far.
+    """
     session = SessionSpec(purpose="evaluation", law=law, seed=seed)
-    trajectories = await run_tasks(episodes, tasks, samples=samples, session=session, concurrency=concurrency)
-    return Evaluation(result=sum_up_evaluation(trajectories, tasks), trajectories=tuple(trajectories))
+    cut_off: list[int] = []
+    trajectories = await run_tasks(
+        episodes,
+        tasks,
+        samples=samples,
+        session=session,
+        concurrency=concurrency,
+        stop=stop,
+        on_cut_off=cut_off.append,
+    )
+    return Evaluation(
+        result=sum_up_evaluation(trajectories, tasks),
+        trajectories=tuple(trajectories),
+        cut_off_tokens=sum(cut_off),
+        complete=not (tasks and stop.is_set()),
+    )
+
+
+def describe_masked(evaluation: Evaluation) -> str:
+    """Why episodes were not scored, with how many of each reason and the words of one, for people."""
+    masked = [trajectory for trajectory in evaluation.trajectories if trajectory.masked is not None]
+    counts = Counter(str(trajectory.masked) for trajectory in masked)
+    errors = {str(trajectory.masked): trajectory.error.splitlines()[0] for trajectory in masked if trajectory.error}
+    return "; ".join(
+        f"{count} {reason}" + (f" ({errors[reason]})" if reason in errors else "") for reason, count in counts.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

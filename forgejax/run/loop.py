@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment
-from forgejax.errors import EngineError, StorageFullError, TrainingError
+from forgejax.errors import CheckpointError, EngineError, ForgejaxError, StorageFullError, TrainingError
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
@@ -24,7 +24,7 @@ from forgejax.run.actors import RolloutService
 from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import RunConfig
-from forgejax.run.evaluate import Evaluated, load_evaluated, pick_examples, save_evaluated
+from forgejax.run.evaluate import Evaluated, describe_masked, load_evaluated, pick_examples, save_evaluated
 from forgejax.run.rows import StepRows
 from forgejax.run.steps import StepData, StepSource
 from forgejax.types import Failure
@@ -34,6 +34,7 @@ from forgejax.types import Failure
 class Outcome:
     """What a run leaves to be reported, as plain data. ``finished`` is False for a run that was interrupted.
 
+    ``eval_tasks``: held-out tasks that the evaluations scored; of two evaluations, the one that scored fewer.
     ``failures``: the last episode that failed, of each kind.
     """
 
@@ -70,7 +71,9 @@ class Trainer:
     rows: StepRows
     progress: Progress
     step: int = 0
+    missed_evaluation: bool = False  # of the step it goes on from
     stopping: bool = False
+    _open_row: Callable[[], None] | None = field(default=None, init=False)  # ends what is to be said of the step before
 
     def run(self, before_file: Path) -> Outcome:
         """Evaluates, trains, evaluates again, and closes the account.
@@ -80,6 +83,8 @@ class Trainer:
         with self.progress.phase("compiling", "the engine"):
             self.account.count_probes(self.service.warm_up())
         before = self._evaluate_before(before_file)
+        if self.missed_evaluation and not self.stopping:
+            self.evaluate()
         self.service.start_groups()
         with self.progress.phase("training", f"{self.config.steps - self.step} steps"):
             try:
@@ -90,6 +95,7 @@ class Trainer:
         self.service.stop_groups()
         self.pool.close()
         after = self.evaluate() if finished else None
+        finished = after is not None
         self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
         self.checkpoints.wait()
         self.engines.flush()
@@ -97,42 +103,59 @@ class Trainer:
         return self._outcome(before, after, finished=finished)
 
     def train(self) -> None:
-        """Trains until ``run.steps`` steps are done, or until ``stop`` is called; ends with a checkpoint."""
-        log = _nothing
+        """Trains until ``run.steps`` steps are done, or until ``stop`` is called; ends with a checkpoint.
+
+        It also does where agents, engines or the pool end it, which concerns no step that is done.
+        """
         self.rows.mark()
-        while self.step < self.config.steps and (data := self._take()) is not None:
-            metrics = self.learner.update(data.training.packed, version=self.step)
-            self.step += 1
-            self._publish()
-            log()
-            log = partial(self._log, data, self.rows.open(data, self.step, metrics))
-            if self._due(self.config.probe_every):
-                self._probe(data.training.packed)
-            if self._due(self.config.checkpoint_every):
-                log = _done(log)
-                self.save()
-            if self._due(self.config.eval_every) and self.step < self.config.steps:
-                log = _done(log)
-                self.evaluate()
-        log()
+        try:
+            while self.step < self.config.steps and (data := self._take()) is not None:
+                metrics = self.learner.update(data.training.packed, version=self.step)
+                self.step += 1
+                self._publish()
+                self._close_row()
+                self._open_row = partial(self._log, data, self.rows.open(data, self.step, metrics))
+                if self._due(self.config.probe_every):
+                    self._probe(data.training.packed)
+                if self._due(self.config.checkpoint_every):
+                    self.save()
+                if self._due(self.config.eval_every) and self.step < self.config.steps:
+                    self._close_row()
+                    self.evaluate()
+        except CheckpointError:
+            raise  # it has said what cannot be saved
+        except ForgejaxError:
+            self._rescue()
+            raise
         self.save()
 
-    def evaluate(self) -> Evaluated:
-        """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn."""
+    def evaluate(self) -> Evaluated | None:
+        """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn.
+
+        None where ``stop`` broke it off.
+        """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
             evaluation = self.service.evaluate(tasks)
             self.account.count_evaluation(evaluation.sampled_tokens)
+            if not evaluation.complete:
+                return None
             self.audit.measure_gap(evaluation.turns, self.step)
         self.rows.write_evaluation(evaluation.result, self.step)
-        outcome = evaluation.result.overall.reward
-        if outcome is not None:
-            self.progress.note(f"held-out outcome after step {self.step}: {outcome:.3f}")
+        overall = evaluation.result.overall
+        if overall.reward is not None:
+            self.progress.note(f"held-out outcome after step {self.step}: {overall.reward:.3f}")
+        if overall.masked:
+            self.progress.note(
+                f"{overall.masked} of the {overall.masked + overall.episodes} episodes could not be scored, so this "
+                f"evaluation is one of {overall.tasks} of the {len(tasks)} tasks: {describe_masked(evaluation)}"
+            )
         self.rows.mark()
         return Evaluated(result=evaluation.result, examples=pick_examples(evaluation, tasks, self.chat))
 
     def save(self) -> None:
-        """A checkpoint of this step, unless it has one."""
+        """A checkpoint of this step, unless it has one, once its row is written."""
+        self._close_row()
         if self.checkpoints.latest == self.step:
             return
         oldest = self.checkpoints.oldest  # until the new one is on the disk, a crash goes back to one of these
@@ -142,9 +165,10 @@ class Trainer:
             self.engines.trim(self.pool.forget(oldest))
 
     def stop(self) -> None:
-        """Asks the loop to end after the step it is in. Any thread, or a signal handler, may call it."""
+        """Asks the loop to end after the step or in the evaluation it is in. Any thread may call it."""
         self.stopping = True
         self.pool.close()
+        self.service.interrupt()
 
     def _take(self) -> StepData | None:
         """The next step's data; None once the run is stopping."""
@@ -176,6 +200,22 @@ class Trainer:
                 "step.optimizer.learning_rate, or resume from the last checkpoint with --resume"
             )
 
+    def _close_row(self) -> None:
+        if self._open_row is not None:
+            close, self._open_row = self._open_row, None
+            close()
+
+    def _rescue(self) -> None:
+        """Saves the last step of a run that something else has ended, unless the steps themselves became unsound."""
+        try:
+            self._close_row()
+            if self.account.sums.skipped_in_a_row < self.config.max_skipped:
+                self.save()
+                self.checkpoints.wait()
+                self.progress.note(f"step {self.step} is saved; go on from it with --resume once the cause is mended")
+        except (ForgejaxError, OSError, ValueError) as error:
+            self.progress.note(f"step {self.step} could not be saved: {error}")
+
     def _probe(self, packed: PackedStep) -> None:
         completions = self.service.probe(self.audit.probes(packed, self.step))
         self.account.count_probes(completions)
@@ -186,17 +226,19 @@ class Trainer:
         before = load_evaluated(file)
         if self.step == 0 and not self.stopping:
             before = self.evaluate()
-            save_evaluated(file, before)
+            if before is not None:
+                save_evaluated(file, before)
         return before
 
     def _outcome(self, before: Evaluated | None, after: Evaluated | None, *, finished: bool) -> Outcome:
         groups = self.pool.snapshot()
+        scored = [each.result.overall.tasks for each in (before, after) if each is not None]
         return Outcome(
             before=before,
             after=after,
             finished=finished,
             steps=self.step,
-            eval_tasks=len(self.environment.held_out),
+            eval_tasks=min(scored, default=0),
             sums=dataclasses.replace(self.account.sums),
             account=self.account.close(),
             staleness_max=groups.staleness_max,
@@ -209,12 +251,3 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-
-def _nothing() -> None:
-    pass
-
-
-def _done(log: Callable[[], None]) -> Callable[[], None]:
-    log()
-    return _nothing

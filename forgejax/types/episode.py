@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal, Protocol, get_args
 
 from forgejax.types.sampling import Completion, Purpose, SamplingLaw
+
+RewardKind = Literal["outcome", "process", "speed"]
 
 
 class StopReason(enum.StrEnum):
@@ -62,9 +63,27 @@ class Turn:
 class Reward:
     """A weighted reward term and the time it was granted (its coefficient is already multiplied in)."""
 
-    kind: Literal["outcome", "process", "speed"]
+    kind: RewardKind
     value: float
     at: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a kind there is none of, and where value or time is no finite number."""
+        if self.kind not in get_args(RewardKind):
+            kinds = ", ".join(get_args(RewardKind))
+            raise ValueError(
+                f"the kind of a reward is {self.kind!r}; expected one of {kinds}: what an environment grants "
+                "along the way is process"
+            )
+        object.__setattr__(self, "value", require_finite(f"the {self.kind} reward", self.value))
+        object.__setattr__(self, "at", require_finite(f"the time of the {self.kind} reward", self.at))
+
+
+def require_finite(name: str, value: object) -> float:
+    """The number, numpy's too, as a float. Raises ValueError with ``name`` for what is none, and for nan and inf."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +110,6 @@ class Trajectory:
     def __post_init__(self) -> None:
         if [turn.index for turn in self.turns] != list(range(len(self.turns))):
             raise ValueError(f"session {self.session_id}: turns are not numbered 0, 1, 2, ...")
-        if not np.isfinite([reward.value for reward in self.rewards]).all():
-            raise ValueError(f"session {self.session_id}: a reward is not finite")
 
     @property
     def queued_s(self) -> float:

@@ -77,3 +77,15 @@ class GroupSink(Protocol):
         A report that has begun ends, as with ``finish``.
         """
         ...
+
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        """Returns the right to run a group that the end of the run cut off: whoever goes on with the run plays it again
+        under its index, with its next attempt. What was sampled for it is counted and not trained.
+
+        A report that has begun ends, as with ``finish``.
+        """
+        ...
+
+    async def count_tokens(self, reason: str, tokens: int) -> None:
+        """Counts tokens that were sampled in an episode which is played anew, and are in no report of its group."""
+        ...

@@ -148,6 +148,8 @@ class FakeSink:
     dispatched: list[Dispatch] = field(default_factory=list)
     finished: list[Group] = field(default_factory=list)
     failed: list[tuple[Dispatch, str, int]] = field(default_factory=list)
+    given_back: list[tuple[Dispatch, int]] = field(default_factory=list)
+    counted: list[tuple[str, int]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def next_dispatch(self) -> Dispatch | None:
@@ -168,6 +170,13 @@ class FakeSink:
     async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
         self.failed.append((dispatch, reason, sampled_tokens))
         self._changed.set()
+
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+        self.given_back.append((dispatch, sampled_tokens))
+        self._changed.set()
+
+    async def count_tokens(self, reason: str, tokens: int) -> None:
+        self.counted.append((reason, tokens))
 
     async def reported(self, count: int) -> None:
         """Waits until so many groups are finished."""

@@ -1,9 +1,11 @@
 """Every started episode ends in exactly one Trajectory."""
 
 import asyncio
+import contextlib
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
@@ -72,6 +74,32 @@ async def test_a_scaffold_that_ignores_the_deadline_is_cut_off_after_the_grace()
     assert 0.2 <= time.monotonic() - started < 2.0
 
 
+async def test_no_episode_takes_longer_than_it_says_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_runner().longest_s == pytest.approx(2 * 0.1 + 0.1 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0)
+    for name in ("_OPEN_S", "_CLOSE_S", "_SCORE_S", "_CANCEL_S"):
+        monkeypatch.setattr(episode_module, name, 0.1)
+    end = asyncio.Event()
+
+    async def ignore(*_: object) -> Any:
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+
+    class Slow(SumTasks):
+        async def open(self, task: Task) -> Workspace:
+            await asyncio.sleep(0.08)
+            return await super().open(task)
+
+    environment, sessions = Slow(), FakeSessions()
+    monkeypatch.setattr(environment, "close", ignore)
+    monkeypatch.setattr(sessions, "close", ignore)
+    runner = make_runner(ignore, environment=environment, sessions=sessions)
+    started = time.monotonic()
+    assert (await run(runner)).stop_reason is StopReason.ENVIRONMENT_FAILED
+    assert time.monotonic() - started < runner.longest_s
+    end.set()
+
+
 async def test_a_scaffold_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(episode_module, "_CANCEL_S", 0.1)
     let_go = asyncio.Event()
@@ -117,6 +145,76 @@ async def test_a_cancellation_after_the_agents_end_loses_nothing() -> None:
     assert (await task).outcome == 1.0
 
 
+def cut_off(**fields: Any) -> AgentResult:
+    return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True, **fields)
+
+
+async def test_an_episode_that_an_accident_cut_off_is_played_again_in_a_session_of_its_own() -> None:
+    lost: list[int] = []
+    deadlines, sessions, environment = [], FakeSessions(), SumTasks()
+
+    async def second_time_lucky(episode: EpisodeSpec) -> AgentResult:
+        deadlines.append(episode.deadline_s)
+        return await answer_one(episode) if len(deadlines) == 2 else cut_off()
+
+    runner = make_runner(second_time_lucky, sessions=sessions, environment=environment)
+    trajectory = await runner.run(make_task(), session=SessionSpec(seed=5), on_cut_off=lost.append)
+    assert (trajectory.session_id, trajectory.outcome, trajectory.masked) == ("s2", 1.0, None)
+    assert (deadlines, lost) == ([0.1, 0.1], [3]), "the whole deadline again, and no token uncounted"
+    assert sessions.opened == [SessionSpec(seed=5)] * 2 and sessions.closed == ["s1", "s2"]
+    assert (environment.opened, environment.closed) == (2, 2)
+
+
+@pytest.mark.parametrize(("takes_s", "plays"), [(0.0, 4), (0.06, 3), (0.2, 1)])
+async def test_an_episode_is_played_four_times_at_most_and_not_begun_later_than_its_first_deadline(
+    takes_s: float, plays: int
+) -> None:
+    lost: list[int] = []
+
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        await asyncio.sleep(takes_s)
+        return cut_off()
+
+    agent = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.2)
+    sessions = FakeSessions()
+    runner = make_runner(unlucky, sessions=sessions, agent=agent, policy=StopPolicy(environment_failed="train"))
+    trajectory = await runner.run(make_task(), session=SessionSpec(), on_cut_off=lost.append)
+    assert 1 <= len(sessions.opened) <= plays and (takes_s or len(sessions.opened) == plays)
+    assert lost == [3] * (len(sessions.opened) - 1)
+    assert (trajectory.stop_reason, trajectory.masked) == (StopReason.ENVIRONMENT_FAILED, "worker_died")
+    assert trajectory.sampled_tokens == 3
+
+
+async def test_an_episode_that_is_cancelled_after_an_accident_is_not_played_again() -> None:
+    closing, go_on = asyncio.Event(), asyncio.Event()
+
+    class SlowSessions(FakeSessions):
+        async def close(self, session_id: str) -> tuple[Turn, ...]:
+            closing.set()
+            await go_on.wait()
+            return await super().close(session_id)
+
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        return cut_off()
+
+    sessions = SlowSessions()
+    task = asyncio.create_task(run(make_runner(unlucky, sessions=sessions)))
+    await closing.wait()
+    task.cancel()
+    await asyncio.sleep(0.01)
+    go_on.set()
+    assert (await task).masked == "worker_died"
+    assert len(sessions.opened) == 1
+
+
+async def test_an_episode_that_waited_for_its_worker_is_timed_from_its_beginning() -> None:
+    async def late(episode: EpisodeSpec) -> AgentResult:
+        await asyncio.sleep(0.05)
+        return AgentResult(answer="1", began_at=time.monotonic())
+
+    assert (await run(make_runner(late))).active_s < 0.05
+
+
 async def test_a_session_that_cannot_be_opened_is_a_failed_environment() -> None:
     class Full(FakeSessions):
         def open(self, spec: SessionSpec) -> Session:
@@ -148,6 +246,46 @@ class BadScorer(SumTasks):
             self._value.wait()
             return Score(outcome=1.0)
         return Score(outcome=self._value)
+
+
+class GivesAsScore(SumTasks):
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
+        score: Score = self._make()
+        return score
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: None, "it gave None; expected a Score"),
+        (lambda: 0.5, "it gave 0.5; expected a Score"),
+        (lambda: Score(outcome=None), "the outcome is None; expected a finite number"),  # type: ignore[arg-type]
+        (lambda: Score(outcome="1"), "the outcome is '1'; expected a finite number"),  # type: ignore[arg-type]
+        (lambda: Score(outcome=1.0, rewards=cast(Any, (0.5,))), "a reward of the score is 0.5; expected a tuple"),
+        (lambda: Reward(kind="process", value=float("nan"), at=0.0), "the process reward is nan; expected a finite"),
+        (lambda: Reward(kind="style", value=1.0, at=0.0), "the kind of a reward is 'style'"),  # type: ignore[arg-type]
+        (lambda: next(iter(())), "StopIteration"),
+    ],
+)
+async def test_what_is_no_score_is_a_failed_environment_at_once(make: Callable[[], Any], sentence: str) -> None:
+    environment = GivesAsScore(make)
+    trajectory = await asyncio.wait_for(run(make_runner(environment=environment)), 5.0)
+    assert (trajectory.stop_reason, trajectory.outcome) == (StopReason.ENVIRONMENT_FAILED, 0.0)
+    assert str(trajectory.error).startswith("the scorer failed: ") and sentence in str(trajectory.error)
+    assert (environment.opened, environment.closed, trajectory.masked) == (1, 1, "environment_failed")
+
+
+async def test_a_workspace_that_is_none_is_a_failed_environment() -> None:
+    class Odd(SumTasks):
+        async def open(self, task: Task) -> Any:
+            return None
+
+    trajectory = await run(make_runner(environment=Odd()))
+    assert trajectory.error == "the workspace could not be opened: open gave None; expected a Workspace"
 
 
 @pytest.mark.parametrize("value", [ValueError("what?"), float("nan"), float("inf"), -float("inf")])

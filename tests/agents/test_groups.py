@@ -1,4 +1,4 @@
-"""Groups: each dispatch is finished or failed exactly once."""
+"""Groups: each dispatch is finished, failed or given back exactly once."""
 
 import asyncio
 from typing import Any
@@ -91,7 +91,7 @@ async def test_every_episode_has_a_seed_of_its_own_that_a_rerun_repeats() -> Non
     assert len(set(seeds[0])) == 8
 
 
-async def test_what_is_in_flight_at_the_end_is_cancelled_and_its_tokens_counted() -> None:
+async def test_what_is_in_flight_at_the_end_is_cancelled_and_given_back_with_its_tokens() -> None:
     sink = FakeSink(total=3)
     sessions = FakeSessions()
     running = asyncio.create_task(make_runner(sink, make_episodes(hang, sessions)).run())
@@ -99,10 +99,8 @@ async def test_what_is_in_flight_at_the_end_is_cancelled_and_its_tokens_counted(
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert [(dispatch.index, reason, tokens) for dispatch, reason, tokens in sink.failed] == [
-        (index, "in_flight_at_end", 6) for index in range(3)
-    ]
-    assert len(sessions.closed) == 6
+    assert [(dispatch.index, tokens) for dispatch, tokens in sink.given_back] == [(0, 6), (1, 6), (2, 6)]
+    assert len(sessions.closed) == 6 and not sink.failed
 
 
 async def test_a_dispatch_cancelled_before_it_began_is_reported_too() -> None:
@@ -114,17 +112,36 @@ async def test_a_dispatch_cancelled_before_it_began_is_reported_too() -> None:
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert [dispatch for dispatch, _, _ in sink.failed] == sink.dispatched
+    assert sink.given_back == [(dispatch, 0) for dispatch in sink.dispatched]
+
+
+class Ends(FakeSink):
+    """Ends the run once everything is dispatched, whatever has become of it."""
+
+    async def next_dispatch(self) -> Any:
+        return await super().next_dispatch() if len(self.dispatched) < self.total else None
 
 
 async def test_the_end_of_the_run_ends_what_is_in_flight() -> None:
-    class Ends(FakeSink):
-        async def next_dispatch(self) -> Any:
-            return await super().next_dispatch() if len(self.dispatched) < self.total else None
-
     sink = Ends(total=2)
     await make_runner(sink, make_episodes(hang)).run()
-    assert [reason for _, reason, _ in sink.failed] == ["in_flight_at_end"] * 2
+    assert [tokens for _, tokens in sink.given_back] == [6, 6]
+
+
+async def test_a_runner_that_is_cancelled_while_it_ends_gives_every_group_back_before_it_returns() -> None:
+    async def tidies_up(episode: EpisodeSpec) -> AgentResult:
+        try:
+            return await hang(episode)
+        finally:
+            await asyncio.sleep(0.2)
+
+    sink = Ends(total=6, in_flight=6)
+    running = asyncio.create_task(make_runner(sink, make_episodes(tidies_up)).run())
+    for _ in range(3):
+        await asyncio.sleep(0.05)
+        running.cancel()  # the first in the midst of the clean-up, as when a stop closes the pool and then the service
+    await asyncio.wait({running})
+    assert [(dispatch.index, tokens) for dispatch, tokens in sink.given_back] == [(index, 6) for index in range(6)]
 
 
 async def test_a_policy_may_drop_the_whole_group() -> None:
@@ -141,12 +158,26 @@ async def test_an_agent_that_always_fails_before_its_first_call_stops_the_run() 
     with pytest.raises(AgentError, match=r"4 episodes in a row.*\n?.*no openai module"):
         await make_runner(sink, make_episodes(crash, FakeSessions(turns=())), failures_in_a_row=4).run()
     assert len(sink.finished) == 1
-    assert len(sink.dispatched) == len(sink.finished) + len(sink.failed) <= 3
+    assert len(sink.dispatched) == len(sink.finished) + len(sink.given_back) <= 3
 
 
 async def test_an_agent_that_answers_without_the_model_stops_the_run() -> None:
     with pytest.raises(AgentError, match="without asking the model"):
         await make_runner(FakeSink(total=1000), make_episodes(solve, FakeSessions(turns=()))).run()
+
+
+async def test_the_death_of_a_worker_is_no_streak_of_failures_and_its_tokens_are_counted() -> None:
+    async def unlucky(episode: EpisodeSpec) -> AgentResult:
+        return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+
+    silent = FakeSink(total=3)
+    await make_runner(silent, make_episodes(unlucky, FakeSessions(turns=())), failures_in_a_row=2).run()
+    assert [{each.masked for each in group.trajectories} for group in silent.finished] == [{"worker_died"}] * 3
+
+    sink = FakeSink(total=1)
+    await make_runner(sink, make_episodes(unlucky)).run()
+    assert sink.counted == [("worker_died", 18)], "three plays of two episodes were given up"
+    assert sink.finished[0].sampled_tokens == 6
 
 
 async def test_failures_after_a_model_call_are_data() -> None:
@@ -162,7 +193,7 @@ async def test_a_broken_scaffold_stops_the_run() -> None:
     sink = FakeSink(total=1)
     with pytest.raises(AgentError, match="worker died"):
         await make_runner(sink, episodes).run()
-    assert [reason for _, reason, _ in sink.failed] == ["agent_failed"]
+    assert sink.given_back == [(sink.dispatched[0], 6)] and not sink.failed, "a mended agent plays it"
 
 
 async def test_a_full_disk_ends_the_run_with_its_error_and_leaves_nothing_running() -> None:
@@ -177,7 +208,7 @@ async def test_a_full_disk_ends_the_run_with_its_error_and_leaves_nothing_runnin
     before = asyncio.all_tasks()
     with pytest.raises(StorageFullError):
         await make_runner(sink, make_episodes(rest_hangs)).run()
-    assert sorted(dispatch.index for dispatch, _, _ in sink.failed) == [1, 2]
+    assert sorted(dispatch.index for dispatch, _ in sink.given_back) == [1, 2]
     assert asyncio.all_tasks() == before
 
 
@@ -206,6 +237,36 @@ async def test_evaluation_keeps_the_order_and_the_bound() -> None:
     assert most == 4
     assert {spec.purpose for spec in sessions.opened} == {"evaluation"}
     assert len({spec.seed for spec in sessions.opened}) == 12
+
+
+async def test_an_evaluation_that_is_stopped_ends_at_once_with_what_was_played() -> None:
+    async def third_hangs(episode: EpisodeSpec) -> AgentResult:
+        return await (solve(episode) if int(episode.question.split()[0]) < 2 else hang(episode))
+
+    stop, before = asyncio.Event(), asyncio.all_tasks()
+    asyncio.get_running_loop().call_later(0.1, stop.set)
+    tasks = [make_task(index) for index in range(50)]
+    played = await run_tasks(make_episodes(third_hangs), tasks, session=SessionSpec(), concurrency=3, stop=stop)
+    assert [each.task_id for each in played] == [f"task-{index}" for index in range(5)]
+    assert [each.stop_reason.value for each in played] == ["completed"] * 2 + ["cancelled"] * 3
+    assert sum(each.sampled_tokens for each in played) == 15
+    assert asyncio.all_tasks() == before
+
+
+async def test_an_evaluation_plays_what_a_dying_worker_took_along_again_and_tells_its_tokens() -> None:
+    died: set[str] = set()
+
+    async def dies_once(episode: EpisodeSpec) -> AgentResult:
+        if episode.question in died:
+            return await solve(episode)
+        died.add(episode.question)
+        return AgentResult(error="the worker died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+
+    cut_off: list[int] = []
+    tasks = [make_task(index) for index in range(20)]
+    played = await run_tasks(make_episodes(dies_once), tasks, session=SessionSpec(), on_cut_off=cut_off.append)
+    assert [(each.outcome, each.masked) for each in played] == [(1.0, None)] * 20
+    assert cut_off == [3] * 20
 
 
 async def test_an_evaluation_whose_agent_cannot_run_stops() -> None:

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from forgejax.errors import PoolError
 from forgejax.pool.codec import decode_group, encode_group
-from forgejax.types import Dispatch, Group, StopReason
+from forgejax.types import Dispatch, Group, Reward, StopReason
+from forgejax.types.episode import RewardKind
 from tests.pool.samples import group_of, tree_group
 
 DISPATCH = Dispatch(index=7, attempt=2, version=5)
@@ -94,6 +95,12 @@ def test_an_answer_that_no_utf8_can_hold_does_not_end_the_run() -> None:
     assert decoded.trajectories[0].answer == "7\\ud800 \N{SNOWMAN}"
     assert decoded.trajectories[0].error == "\\udcff"
     assert_same(decoded.trajectories[0].turns, group.trajectories[0].turns)
+
+
+def test_rewards_of_every_kind_come_back() -> None:
+    group, rewards = group_of(DISPATCH), tuple(Reward(kind=kind, value=-0.5, at=2.0) for kind in get_args(RewardKind))
+    group = dataclasses.replace(group, trajectories=(dataclasses.replace(group.trajectories[0], rewards=rewards),))
+    assert_same(decode_group(encode_group(group), index=7), group)
 
 
 def test_any_damaged_byte_is_noticed_and_the_group_named() -> None:

@@ -35,6 +35,7 @@ def test_a_zombie_cannot_write_and_the_newest_can(tmp_path: Path) -> None:
     writes = [
         lambda: finish(zombie, dispatch),
         lambda: zombie.fail(dispatch, reason="deadline", sampled_tokens=1),
+        lambda: zombie.give_back(dispatch, reason="in_flight_at_end", sampled_tokens=1),
         lambda: zombie.dispatch(1, version=0, taken_before=0),
         lambda: zombie.consume(consumption(0, 0)),
         lambda: zombie.count_tokens("evaluation", 3),
@@ -108,6 +109,17 @@ def test_a_finish_of_a_given_up_attempt_counts_its_tokens_once_and_is_not_kept(t
     assert finish(journal, new, b"kept") == "accepted"
     assert journal.untrained_tokens() == {"lost_attempt": 11}
     assert journal.payload(0) == b"kept"
+
+
+def test_a_group_that_is_given_back_waits_for_its_next_attempt_and_its_tokens_are_counted_once(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    first = journal.dispatch(0, version=0, taken_before=0)
+    for outcome in ("accepted", "repeated"):
+        assert journal.give_back(first, reason="in_flight_at_end", sampled_tokens=11) == outcome
+    assert finish(journal, first, tokens=11) == "repeated"
+    assert [(row.state, row.attempt, row.sampled_tokens) for row in journal.groups()] == [("waiting", 1, 0)]
+    assert journal.dispatch(0, version=4, taken_before=2) == Dispatch(index=0, attempt=1, version=4)
+    assert journal.untrained_tokens() == {"in_flight_at_end": 11}
 
 
 def test_a_report_that_contradicts_the_journal_is_refused(tmp_path: Path) -> None:

@@ -235,6 +235,31 @@ async def test_a_resume_returns_unconsumed_groups_oldest_first_and_redispatches_
     pool.check_integrity()
 
 
+async def test_a_stop_leaves_the_groups_it_cut_off_as_a_crash_does_and_counts_their_tokens(tmp_path: Path) -> None:
+    again: dict[str, list[Dispatch]] = {}
+    for end in ("crash", "stop"):
+        folder = tmp_path / end
+        folder.mkdir()
+        pool = open_pool(folder, n=4, p=2, w=4)
+        dispatches = await dispatch_all(pool)
+        pool.finish(group_of(dispatches[1], tokens=5))
+        if end == "stop":
+            pool.close()
+            for dispatch in (dispatches[3], dispatches[0], dispatches[2], dispatches[2]):
+                pool.give_back(dispatch, 7)
+            pool.rewind(0)
+            assert pool.tokens().not_trained == {"in_flight_at_end": 21, "unused_at_end": 5}
+            assert (pool.snapshot().waiting, pool.snapshot().groups_not_trained) == (3, {})
+        pool = open_pool(folder, n=4, p=2, w=4, resume_step=0)
+        assert pool.inherited_tokens == (5 if end == "crash" else 26)
+        again[end] = await dispatch_all(pool)
+        for dispatch in again[end]:
+            pool.finish(group_of(dispatch))
+        assert train(pool, 0) + train(pool, 1) == [0, 1, 2, 3]
+        pool.check_integrity()
+    assert again["stop"] == again["crash"] == [Dispatch(index=index, attempt=1, version=0) for index in (0, 2, 3)]
+
+
 async def test_a_rewind_in_the_same_process_leaves_the_running_alone(tmp_path: Path) -> None:
     pool = open_pool(tmp_path, n=4, p=2, w=4)
     dispatches = await dispatch_all(pool)

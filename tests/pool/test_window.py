@@ -251,6 +251,17 @@ def test_a_taken_group_holds_its_slot_until_it_retires_and_a_dropped_one_does_no
     assert window.dispatchable() == 4
 
 
+def test_a_group_that_is_given_back_is_the_next_to_be_dispatched() -> None:
+    window = window_of(4, 2, 4)
+    dispatch_all(window)
+    window.finish(0)
+    window.give_back(2)
+    assert (window.dispatchable(), window.count(State.WAITING), window.head) == (2, 1, 0)
+    window.dispatch(2)
+    assert window.dispatchable() is None
+    window.check_integrity()
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -258,6 +269,7 @@ def test_a_taken_group_holds_its_slot_until_it_retires_and_a_dropped_one_does_no
         lambda window: window.finish(3),
         lambda window: window.finish(9),
         lambda window: window.fail(3),
+        lambda window: window.give_back(3),
         lambda window: window.drop(0),
         lambda window: window.retire(3),
         lambda window: (window.take(), window.take()),

@@ -95,7 +95,7 @@ def snapshot(**changed: Any) -> PoolSnapshot:
 def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
     account = settle(
         EngineAccount(sampled=100, cancelled=7, failed=2, inherited=999),
-        TokenAccount(trained=1, waiting=0, not_trained={"probe": 11, "cancelled": 3, "deadline": 0}),
+        TokenAccount(trained=1, waiting=0, not_trained={"probe": 11, "cancelled": 10, "deadline": 0}),
         snapshot(
             groups_dispatched=12,
             groups_trained=4,
@@ -111,19 +111,24 @@ def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
     assert account == Account(
         tokens_sampled=150,
         tokens_trained=120,
-        tokens_not_trained={"cancelled": 10, "probe": 11, "request_failed": 2, "skipped_step": 7},
+        tokens_not_trained={"cancelled": 10, "probe": 11, "skipped_step": 7},
         groups_dispatched=12,
         groups_trained=4,
-        groups_not_trained={"deadline": 1, "lost_attempt": 1, "unused_at_end": 3, "zero_advantage": 3},
+        groups_not_trained={"deadline": 1, "in_flight_at_end": 1, "unused_at_end": 3, "zero_advantage": 3},
     )
     assert list(account.tokens_not_trained) == sorted(account.tokens_not_trained)
 
 
 class TwoEngines:
-    """An inference side that drew more for earlier attempts than the pool was told of."""
+    """An inference side that drew more for earlier attempts than the pool was told of; one request ends late."""
+
+    asked = 0
 
     def account(self) -> EngineAccount:
-        return EngineAccount(sampled=30, inherited=25) + EngineAccount(sampled=12, inherited=15)
+        self.asked += 1
+        ended = self.asked > 3  # the last request, which was cancelled
+        drawn = EngineAccount(sampled=34, cancelled=4 if ended else 1, open=0 if ended else 3, inherited=25)
+        return drawn + EngineAccount(sampled=15, cancelled=1, failed=2, inherited=15)
 
 
 class CountingPool:
@@ -144,14 +149,17 @@ class CountingPool:
         return snapshot()
 
 
-def test_what_only_the_engines_know_of_earlier_attempts_is_counted_as_lost() -> None:
+def test_what_only_the_engines_know_is_counted_as_lost_of_earlier_attempts_and_as_cancelled_of_this_one() -> None:
     pool = CountingPool()
     account = RunAccount.open(cast(Any, TwoEngines()), cast(Any, pool), RunSums(), counted_at=0.0)
     account.count_evaluation(42)
     closed = account.close()
 
-    assert pool.counted == {"deadline": 28, "lost_attempt": 12, "evaluation": 42}
-    assert closed.tokens_sampled == 25 + 15 + 30 + 12
+    assert pool.counted == {
+        **{"deadline": 28, "lost_attempt": 12, "evaluation": 42},
+        **{"cancelled": 5, "request_failed": 2},
+    }
+    assert closed.tokens_sampled == 25 + 15 + 34 + 15
     assert closed.tokens_sampled == closed.tokens_trained + sum(closed.tokens_not_trained.values())
 
 
@@ -231,7 +239,7 @@ def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
 
     with monkeypatch.context() as patched, contextlib.closing(place):
         patched.setattr(Pool, "finish", finish_but_those_of_the_last_version)
-        patched.setattr(Pool, "fail", lambda *_: None)
+        patched.setattr(Pool, "give_back", lambda *_: None)
         with pytest.raises(PowerCutError):
             play_run(config, place, Notes(), cut_after_the_last_step)
     dispatched = group_states(place.path).count("dispatched")
@@ -239,6 +247,6 @@ def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
     ended = go_on(config, rundir.reopen(tmp_path, ""))
 
     assert ended.summary.steps == config.run.steps == 2
-    assert ended.summary.groups_not_trained["lost_attempt"] == dispatched >= 1
+    assert ended.summary.groups_not_trained["in_flight_at_end"] == dispatched >= 1
     assert (ended.summary.account_open_tokens, ended.summary.groups_open) == (0, 0)
     assert ended.summary.wall_s > 0.5

@@ -1,18 +1,26 @@
 """What holds between the engines' records, the pool and the trainer, seen without any of them."""
 
 import asyncio
+import random
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self, cast
 
 import pytest
 
-from forgejax.agents import EpisodeTally
+from forgejax.agents import AgentConfig, AgentResult, EpisodeSpec, EpisodeTally, StopPolicy
+from forgejax.environments import RewardConfig, SpeedBaseline
 from forgejax.errors import AgentError, EngineError, StorageFullError, TrainingError
+from forgejax.pool.pool import Pool
 from forgejax.run.actors import LoggedFirst, Parts, RolloutService
-from forgejax.types import Dispatch, Group
+from forgejax.types import Dispatch, Group, StopReason
+from tests.agents.fakes import FakeSessions, SumTasks, make_task
+from tests.pool.samples import open_pool
 
+ENDS = 20
 DISPATCH = Dispatch(index=0, attempt=0, version=0)
 
 
@@ -69,13 +77,13 @@ class Engines(Part):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.ended += 1
 
 
 def parts(pool: Any = None, **changed: Any) -> Any:
     run = SimpleNamespace(group_size=2, seed=0, eval_samples=1, eval_concurrency=4)
-    agent = SimpleNamespace(deadline_s=1.0, grace_s=1.0)
+    agent = SimpleNamespace(longest_s=3.0)
     config = SimpleNamespace(run=run, agent=agent, reward=None, stop_policy=None, sampling=None)
     values = {"config": config, "engines": Engines(), "gateway": Part(), "scaffold": Part(), "environment": None}
     values |= {"pool": pool or Recorder(), "baseline": None, "tally": EpisodeTally()}
@@ -180,3 +188,89 @@ def test_an_evaluation_of_no_tasks_is_empty_and_no_failure() -> None:
         evaluation = service.evaluate([])
 
     assert (evaluation.sampled_tokens, evaluation.result.overall.reward) == (0, None)
+    assert evaluation.complete
+
+
+def test_an_evaluation_may_take_all_that_its_episodes_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def call(work: Any, deadline_s: float, failure: str) -> None:
+        work.close()
+        asked.append(deadline_s)
+
+    with RolloutService(parts()) as service:
+        monkeypatch.setattr(service, "_call", call)
+        service.evaluate([make_task(index) for index in range(9)])
+        monkeypatch.undo()
+    assert asked == [pytest.approx(3 * (3.0 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0) + 30.0)]  # four at once
+
+
+class Gateway(FakeSessions):
+    """Sessions of three tokens each."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class Chance(Part):
+    """An agent that answers, dies with its worker, or tidies up for a while when it is cancelled, as chance has it."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def check(self) -> None: ...
+
+    async def run(self, episode: EpisodeSpec) -> AgentResult:
+        try:
+            await asyncio.sleep(self.chance.expovariate(200.0))
+        except asyncio.CancelledError:
+            await asyncio.sleep(self.chance.uniform(0.0, 0.02))
+            raise
+        if self.chance.random() < 0.1:
+            return AgentResult(error="it died", stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+        return AgentResult(answer="1")
+
+
+def take_some(pool: Pool, number: int) -> None:
+    """Trains batches of two until the pool is closed, as the training thread does."""
+    while (group := pool.take(10.0)) is not None:
+        pool.accept(group.dispatch.index, step=number, untrained={})
+        if (other := pool.take(10.0)) is None:
+            return
+        pool.accept(other.dispatch.index, step=number, untrained={})
+        pool.seal(number)
+        number += 1
+        pool.publish(number)
+        pool.retire(number - 1)
+
+
+def test_a_stop_at_any_moment_reports_every_group_and_every_token_and_the_next_attempt_plays_what_it_cut_off(
+    tmp_path: Path,
+) -> None:
+    chance, sessions, cut_off = random.Random(5), Gateway(), 0
+    agent = AgentConfig(command=("agent",), deadline_s=5.0)
+    run = SimpleNamespace(group_size=3, seed=0)
+    config = SimpleNamespace(run=run, agent=agent, reward=RewardConfig(), stop_policy=StopPolicy(), sampling=None)
+    for end in range(ENDS):
+        pool = open_pool(tmp_path, n=6, p=2, w=6)
+        values = {"config": config, "gateway": sessions, "scaffold": Chance(chance), "environment": SumTasks()}
+        engines = Engines()
+        engines.flush = lambda: None  # type: ignore[attr-defined]
+        before = pool.snapshot()
+        with RolloutService(parts(pool, **values, engines=engines, baseline=SpeedBaseline())) as service:
+            service.start_groups()
+            trainer = threading.Thread(target=take_some, args=(pool, 0))
+            trainer.start()
+            time.sleep(chance.uniform(0.0, 0.1))
+            pool.close()
+            time.sleep(chance.choice([0.0, chance.uniform(0.0, 0.03)]))
+            service.stop_groups()
+            trainer.join()
+        assert (pool.snapshot().running, pool.snapshot().groups_failed) == (0, {}), f"end {end}"
+        assert pool.tokens().total == 3 * len(sessions.closed) == 3 * len(sessions.opened), f"end {end}"
+        assert pool.snapshot().groups_dispatched >= before.groups_dispatched
+        cut_off += pool.snapshot().waiting
+        pool.check_integrity()
+    assert cut_off > ENDS

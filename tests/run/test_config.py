@@ -65,25 +65,40 @@ def test_a_key_near_nothing_is_answered_with_all_there_are(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "sentence"),
     [
-        ('[run]\nsteps = "three"\n', "$.run.steps"),
-        ("[engine]\nprefill_buckets = [16, 1.5]\n", "$.engine.prefill_buckets[1]"),
-        ('[[tasks.datasets]]\nname = "a"\nweight = "much"\n', "$.tasks.datasets[0].weight"),
-        ("run = 3\n", "$.run"),
-        ('[credit]\nbaseline = "median"\n', "$.credit.baseline"),
+        ('[run]\nsteps = "three"\n', "run.steps is 'three'; expected a whole number, without quotes"),
+        ("[engine]\nprefill_buckets = [16, 1.5]\n", "engine.prefill_buckets[1] is 1.5; expected a whole number"),
+        (
+            '[[tasks.datasets]]\nname = "a"\nweight = "much"\n',
+            "tasks.datasets[0].weight is 'much'; expected a number, without quotes",
+        ),
+        ("run = 3\n", "run is 3; expected a section, with keys of its own"),
+        ('[credit]\nbaseline = "median"\n', "credit.baseline is 'median'; expected one of: loo, loo_step, group"),
+        ('[agent]\nkind = "proces"\n', "agent.kind is 'proces'; expected one of: process, worker, coroutine"),
+        ('[agent]\ncommand = "python a.py"\n', "agent.command is 'python a.py'; expected a list in brackets, each"),
+        ("[agent.env]\nA = 3\n", "a value in agent.env: Expected `str`, got `int`"),
+        ("[warm_start.options]\ntool_rate = [1]\n", "a value in warm_start.options: Expected"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named_with_its_place(tmp_path: Path, text: str, place: str) -> None:
-    assert place in refusal(tmp_path / "a.toml", text)
+def test_a_value_of_the_wrong_type_is_named_with_its_place_and_what_to_write(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    assert sentence in refusal(tmp_path / "a.toml", text)
 
 
-def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here.toml").touch()
     with pytest.raises(ConfigError, match=r"there is no configuration file .*gone\.toml.*here\.toml"):
         load_config(tmp_path / "gone.toml")
-    with pytest.raises(ConfigError, match="TOML files in that folder: none"):
-        load_config(tmp_path / "no-such-folder" / "gone.toml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"there are: none in no-such-folder, and none in configs"):
+        load_config(Path("no-such-folder") / "gone.toml")
+    (tmp_path / "configs").mkdir()
+    for name in ("configs/shipped.toml", "pyproject.toml"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"there are: configs/shipped\.toml, here\.toml$"):
+        load_config(Path("gone.toml"))
 
 
 def test_a_file_that_is_no_toml_is_an_error_with_the_line(tmp_path: Path) -> None:

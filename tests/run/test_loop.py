@@ -2,6 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +28,7 @@ from forgejax.run.build import play_run
 from forgejax.run.config import RunConfig
 from forgejax.run.loop import Trainer
 from forgejax.run.steps import StepData
-from tests.run.tiny_run import GROUP, Ended, Notes, go_on, play, saved_weights, tiny_config, tiny_place
+from tests.run.tiny_run import GROUP, REPOSITORY, Ended, Notes, go_on, play, saved_weights, tiny_config, tiny_place
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -107,6 +112,42 @@ def test_a_source_that_ends_is_an_error_unless_the_run_was_asked_to_stop() -> No
     trainer.stop()
     trainer.train()
     assert trainer.step == 1
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_run_that_its_agents_end_saves_its_last_step_first_if_that_is_sound(sound: bool) -> None:
+    calls: list[str] = []
+    trainer = trainer_of(9, calls, steps=5, checkpoint_every=0, probe_every=0, max_skipped=2)
+    trainer.progress, check = Notes(), trainer.service.check
+
+    def fail_at_the_third(*_: object) -> None:
+        check()
+        if trainer.step == 2:
+            trainer.account.sums.skipped_in_a_row = 0 if sound else 2
+            raise AgentError("the workers are gone")
+
+    trainer.service.__dict__["check"] = fail_at_the_third
+    with pytest.raises(AgentError, match="the workers are gone"):
+        trainer.train()
+
+    assert calls.count("audit.compare_ids") == 2, "both steps have their rows"
+    saved = ["account.count_time", "checkpoints.save", "checkpoints.wait"]
+    assert [call for call in calls if call in saved] == (saved if sound else [])
+    said = "is saved; go on from it with --resume once" if sound else "could not be saved: 2 steps in a row had a loss"
+    assert len(trainer.progress.lines) == 1 and trainer.progress.lines[0].startswith(f"step 2 {said}")
+
+
+def test_what_cannot_be_saved_at_the_end_is_told_and_hides_nothing() -> None:
+    trainer = trainer_of(0, [], steps=5)
+    trainer.progress = Notes()
+
+    def fail(*_: object) -> None:
+        raise StorageFullError("the disk is full")
+
+    trainer.checkpoints.__dict__["save"] = fail
+    with pytest.raises(TrainingError, match="the data pool was closed"):
+        trainer.train()
+    assert trainer.progress.lines == ["step 0 could not be saved: the disk is full"]
 
 
 def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_nothing_moves(tmp_path: Path) -> None:
@@ -282,3 +323,101 @@ def test_an_agent_that_fails_after_its_first_call_ends_the_run_by_its_own_words(
     assert "agent function crash raised RuntimeError: the calculator is gone" in said and "tiny_agent.py" in said
     (alarm,) = [line for line in notes.lines if line.startswith("ALARM")]
     assert "16 episodes 16 failed" in alarm and "the calculator is gone" in alarm
+
+
+def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for_it_is_accounted_for(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(tmp_path, "--tasks.eval-tasks=60", "--agent.function=tests.run.tiny_agent:never")
+    place = tiny_place(config)
+
+    def stop_once_it_draws(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            threading.Thread(target=wait, args=(trainer.engines.account().sampled,), daemon=True).start()
+            return evaluate(tasks)
+
+        def wait(before: int) -> None:
+            while trainer.engines.account().sampled < before + 20:
+                time.sleep(0.01)
+            trainer.stop()
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), stop_once_it_draws)
+    not_trained = outcome.account.tokens_not_trained
+
+    assert (outcome.before, outcome.finished, outcome.steps) == (None, False, 0)
+    assert not_trained["evaluation"] + not_trained.get("cancelled", 0) >= 20
+    assert outcome.account.tokens_sampled == sum(not_trained.values())
+    assert outcome.sums.wall_s < 60, "no episode was waited for"
+    assert (rundir.checkpoints_of(place.path) / "0").is_dir(), "the supervised phase is not lost"
+
+
+def test_an_evaluation_in_the_midst_of_training_that_was_broken_off_is_made_up_for_by_the_resume(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(tmp_path, "--run.steps=3", "--tasks.eval-tasks=4")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, eval_every=2))
+    place = tiny_place(config)
+
+    def stop_in_the_second(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            if trainer.step == 2:
+                trainer.stop()
+            return evaluate(tasks)
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), stop_in_the_second)
+    assert (outcome.finished, outcome.steps, outcome.eval_tasks) == (False, 2, 4)
+    assert [row["step"] for row in read_metrics(place.path) if "eval/outcome" in row] == [0]
+    go_on(config, rundir.reopen(tmp_path, ""))
+    assert [row["step"] for row in read_metrics(place.path) if "eval/outcome" in row] == [0, 2, 3]
+
+
+def test_a_worker_that_is_killed_costs_no_task_of_an_evaluation_and_does_not_end_the_run(tmp_path: Path) -> None:
+    worker = [sys.executable, str(REPOSITORY / "tests" / "run" / "tiny_agent.py")]
+    config = tiny_config(tmp_path, "--agent.kind=worker", "--agent.command", *worker, "--tasks.eval-tasks=40")
+    place, killed = tiny_place(config), []
+
+    def kill_while_it_is_evaluated(trainer: Trainer) -> None:
+        evaluate = trainer.service.evaluate
+
+        def watched(tasks: Any) -> Any:
+            threading.Thread(target=kill, args=(trainer.engines.account().sampled,), daemon=True).start()
+            return evaluate(tasks)
+
+        def kill(before: int) -> None:
+            while trainer.engines.account().sampled < before + 40:
+                time.sleep(0.005)
+            killed.extend(end_descendants("tiny_agent"))
+
+        trainer.service.evaluate = watched  # type: ignore[method-assign]
+
+    with contextlib.closing(place):
+        outcome = play_run(config, place, Notes(), kill_while_it_is_evaluated)
+    assert outcome.before is not None and outcome.after is not None and len(killed) >= 2
+    for evaluated in (outcome.before, outcome.after):
+        assert (evaluated.result.overall.tasks, evaluated.result.overall.masked) == (40, 0)
+    assert (outcome.finished, outcome.steps, outcome.eval_tasks) == (True, 2, 40)
+    assert outcome.account.tokens_sampled == outcome.account.tokens_trained + sum(
+        outcome.account.tokens_not_trained.values()
+    )
+
+
+def end_descendants(word: str) -> list[int]:
+    """Kills the processes below this one whose command line has this word, and gives their ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and word in (path / "cmdline").read_text():
+                os.kill(int(path.name), signal.SIGKILL)
+                found.append(int(path.name))
+    return found

@@ -1,6 +1,8 @@
 """The rows of a run: one a step, waits told apart, programs counted and not calls."""
 
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +175,15 @@ def test_waits_for_data_and_compiled_shapes_are_told_step_by_step_and_in_all(end
     assert 1 <= shapes[0] <= shapes[-1] <= 4 < compiles[0] <= compiles[-1]
     assert shapes[-1] <= (figures["batch_shapes"] or 0) <= 8
     assert compiles[-1] <= (figures["compiles"] or 0)
+
+
+def test_every_figure_of_a_row_is_told_in_the_table_of_the_docs(ended: Ended) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    cells = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    told = [re.sub(r"[A-Z]+", "[a-z0-9_-]+", name) for name in re.findall(r"`([^`]+)`", cells)]
+    names = {name for row in read_metrics(ended.path) for name in row}
+
+    assert len(names) > 50 and sorted(name for name in names if not re.fullmatch("|".join(told), name)) == []
 
 
 def test_each_step_has_its_row_and_the_rows_of_evaluations_join_them(ended: Ended) -> None:

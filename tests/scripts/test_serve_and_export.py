@@ -1,5 +1,7 @@
 """Weights on their way out of a run: what serve.py serves and export.py writes is what the run has trained."""
 
+import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import serve
 
 from forgejax.errors import CheckpointError, ConfigError
 from forgejax.models import PolicyConfig, init_params, load_params, read_policy_config
-from forgejax.rollout import EngineConfig
+from forgejax.rollout import Driver, EngineConfig
 from forgejax.run import rundir
 from forgejax.run.checkpoint import Checkpoints, save_tree
 from forgejax.run.config import TrainConfig, to_mapping
 from tests.models.folders import SETTINGS, tensors_of, write_folder
+from tests.rollout import tiny
 from tests.run.tiny_run import tiny_config
 
 
@@ -110,3 +113,45 @@ def test_an_exported_run_is_read_again_bit_for_bit_with_its_tokenizer(tmp_path: 
     assert_same(load_params(again), weights[4])
     tokenizer = Path(config.tokenizer_folder) / "tokenizer.json"
     assert (out / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+
+
+@pytest.mark.parametrize("option", ["port", "grpc_port"])
+async def test_a_port_that_is_taken_is_told_with_the_option_for_another(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "make_driver", lambda config: tiny_driver())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {"port": 0, "grpc_port": 0, option: taken.getsockname()[1]}
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{ports[option]}: .*--{option.replace('_', '-')}, 0 for"):
+            await serve.serve(serve.ServeConfig(**ports), asyncio.Event())
+
+
+async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_before_that_ends_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drivers, stop = [], asyncio.Event()
+
+    def make_driver(config: serve.ServeConfig) -> Driver:
+        drivers.append(tiny_driver())
+        return drivers[-1]
+
+    monkeypatch.setattr(serve, "make_driver", make_driver)
+    config = serve.ServeConfig(port=0, grpc_port=0, engine=tiny.engine().config)
+    serving = asyncio.create_task(serve.serve(config, stop))
+    said = ""
+    async with asyncio.timeout(120):
+        while "\nserving http://127.0.0.1:" not in said:
+            await asyncio.sleep(0.02)
+            said += capsys.readouterr().out
+    assert said.startswith("compiling the engine's programs ...\n")
+    assert sum(drivers[0].metrics().tokens_returned.values()) == 8 * sum(config.engine.decode_rows)
+    stop.set()
+    await asyncio.wait_for(serving, 60)
+    await asyncio.wait_for(serve.serve(config, stop), 60)  # stopped already: it never serves
+    assert "serving" not in capsys.readouterr().out
+
+
+def tiny_driver() -> Driver:
+    return Driver(tiny.engine(), tiny.params(), 0)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -110,7 +111,8 @@ class Process:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 marked = f"{MARKER_NAME}=".encode() in (path / "environ").read_bytes()
-                if marked and "tiny_agent" in (path / "cmdline").read_text() and _parent(path) == self.id:
+                mine = _parent(Path(f"/proc/{_parent(path)}")) == self.id  # its parent is its keeper
+                if marked and "tiny_agent" in (path / "cmdline").read_text() and mine:
                     found.append(int(path.name))
         return found
 
@@ -147,7 +149,7 @@ def test_a_pod_that_is_not_there_is_told_at_once_and_nothing_is_left_behind(
 def test_a_missing_configuration_is_one_line_and_status_1(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--config", "gone.toml", shrunk=False) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "train.py: there is no configuration file gone.toml; TOML files in that folder: none"
+        "train.py: there is no configuration file gone.toml; there are: none in ., and none in configs"
     ]
 
 
@@ -299,6 +301,18 @@ def test_a_resume_takes_its_relative_paths_from_where_the_run_was_started(
         assert f"there is no file agent.py in {tmp_path};" in capsys.readouterr().err
 
 
+def test_a_terminal_gets_its_cursor_back_and_what_is_none_gets_nothing() -> None:
+    terminal, end = pty.openpty()
+    file, write = os.pipe()
+    for descriptor in (end, write):
+        _program()._show_cursor(descriptor)
+    assert os.read(terminal, 100).startswith(b"\x1b[?25h")
+    for descriptor in (terminal, end, write):
+        os.close(descriptor)
+    assert os.read(file, 100) == b""
+    os.close(file)
+
+
 def test_ctrl_c_ends_the_run_after_its_step_and_resume_finishes_it(
     train: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -375,7 +389,7 @@ def test_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, compiled_onc
     summary, lines = read_summary(run), (run / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "learner/loss" in row] == list(range(1, steps + 1))
     assert (summary.steps, summary.account_open_tokens, summary.groups_open, summary.drift_tokens) == (steps, 0, 0, 0)
-    assert summary.groups_not_trained.get("lost_attempt", 0) == 0, "every group that was running has run again"
+    assert set(summary.groups_not_trained) <= {"in_flight_at_end", "unused_at_end", "zero_advantage"}, "none has failed"
     with contextlib.closing(Journal.open(f"sqlite:///{run}/journal.sqlite")) as journal:
         taken = [(record.step, record.index) for record in journal.consumption() if record.kind == "taken"]
     trained = [index for step, index in taken if step < steps]

@@ -1,9 +1,11 @@
 """The nouns: what they refuse, and the figures they derive."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from forgejax.types import Completion, FinishReason, SamplingLaw, StopReason, Trajectory, Turn
+from forgejax.types import Completion, FinishReason, Reward, SamplingLaw, StopReason, Trajectory, Turn
 
 
 def turn(index: int, requested_at: float, queued_s: float) -> Turn:
@@ -40,6 +42,20 @@ def trajectory(*turns: Turn) -> Trajectory:
         finished_at=10.0,
         stop_reason=StopReason.COMPLETED,
     )
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, None, "1", np.ones(2)])
+def test_a_reward_whose_value_or_time_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"the process reward is .*; expected a finite number"):
+        Reward(kind="process", value=value, at=0.0)
+    with pytest.raises(ValueError, match=r"the time of the speed reward is .*; expected a finite number"):
+        Reward(kind="speed", value=0.0, at=value)
+
+
+@pytest.mark.parametrize("kind", ["style", "", None, ["process"]])
+def test_a_reward_of_an_unknown_kind_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"the kind of a reward is .*; expected one of outcome, process, speed"):
+        Reward(kind=kind, value=1.0, at=0.0)
 
 
 def test_turns_that_queue_side_by_side_are_left_out_of_the_clock_once() -> None:

@@ -26,11 +26,17 @@ class EpisodeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AgentResult:
-    """What became of the agent. ``answer`` is None where it gave none; ``error`` says why, for people."""
+    """What became of the agent. ``answer`` is None where it gave none; ``error`` says why, for people.
+
+    ``accident``: it was cut off by something that concerns many episodes at once, the death of a worker, and may be
+    played again. ``began_at`` (``time.monotonic()``): when it could begin, where it had to wait for a worker.
+    """
 
     answer: str | None = None
     error: str | None = None
     stop_reason: StopReason = StopReason.COMPLETED
+    accident: bool = False
+    began_at: float | None = None
 
 
 class Scaffold(Protocol):
@@ -73,6 +79,11 @@ class AgentConfig:
     start_timeout_s: float = 60.0  # for a worker to say that it is ready
     max_restarts: int = 3  # deaths of one worker in a row, without a result in between
     env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def longest_s(self) -> float:
+        """What the plays of one episode may take together: the last of them begins within the first's deadline."""
+        return 2 * self.deadline_s + self.grace_s
 
     def __post_init__(self) -> None:
         if self.kind == "coroutine":

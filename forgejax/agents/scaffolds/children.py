@@ -1,4 +1,4 @@
-"""Agent processes: started in a group of their own, watched by a guard, ended without leftovers."""
+"""Agent processes: each behind a keeper, all of them watched by a guard, ended without leftovers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from forgejax.agents.scaffolds import guard
+from forgejax.agents.scaffolds import guard, keeper
 from forgejax.errors import AgentError
 
-TERMINATE_S = 1.0
+KEEPER_S = keeper.TERMINATE_S + keeper.SWEEP_S + 1.0  # what a keeper needs at most to end everything
 DRAIN_S = 1.0
 STDERR_SHOWN = 2000
 LOCAL_HOSTS = "127.0.0.1,localhost"
@@ -70,10 +70,10 @@ def merge_environment(extra: Mapping[str, str], marker: str) -> dict[str, str]:
 
 
 class Child(asyncio.SubprocessProtocol):
-    """A running agent process: the leader of a session and process group of its own.
+    """A running agent process, the leader of a session of its own, as its keeper shows it.
 
     ``on_output`` is called with each piece of its stdout. The end of its stderr is kept. ``exited`` is set when the
-    process itself has ended: not, as asyncio's own ``wait``, when the last grandchild has let go of its pipes.
+    process itself has ended, and all that it started: not, as asyncio's own ``wait``, when nobody holds its pipes.
     """
 
     def __init__(self, on_output: Callable[[bytes], None]) -> None:
@@ -83,6 +83,7 @@ class Child(asyncio.SubprocessProtocol):
         self._drained = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._ending: asyncio.Task[None] | None = None
         self.exited = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -136,33 +137,31 @@ class Child(asyncio.SubprocessProtocol):
         pipe.close()
 
     async def stop(self) -> None:
-        """Ends the process and its group: TERM, a moment to tidy up, then KILL; then reads what it had still written.
-
-        Takes at most a few seconds, also where a grandchild that left the group holds the pipes open; none where
-        it is cancelled, which ends the process all the same. Idempotent.
+        """Ends the process and all that it started: TERM, a moment to tidy up, then KILL; then reads what it had still
+        written. Takes at most a few seconds, and goes on by itself where it is cancelled. Idempotent.
         """
-        if self._transport.is_closing():
-            return  # its process id may belong to someone else by now
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        await asyncio.shield(self._ending)
+
+    def kill(self) -> None:
+        """Kills it and all that it started at once; a keeper that does not do so, a little later."""
+        self._signal(signal.SIGUSR1)
+        asyncio.get_running_loop().call_later(KEEPER_S, self._signal, signal.SIGKILL)
+
+    async def _end(self) -> None:
         try:
-            if not self.exited.is_set():
-                self._signal_group(signal.SIGTERM)
-                await _within(TERMINATE_S, self.exited)
-            self._signal_group(signal.SIGKILL)
-            await _within(TERMINATE_S, self.exited)
+            self._signal(signal.SIGTERM)
+            await _within(KEEPER_S, self.exited)
+            self._signal(signal.SIGKILL)  # a keeper that cannot do its work
+            await _within(DRAIN_S, self.exited)
             await _within(DRAIN_S, self._drained)
-        except asyncio.CancelledError:
-            self._signal_group(signal.SIGKILL)
-            raise
         finally:
             self._transport.close()
 
-    def kill(self) -> None:
-        """Kills the whole group at once."""
-        self._signal_group(signal.SIGKILL)
-
-    def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._transport.get_pid(), number)
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            self._transport.send_signal(number)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:
@@ -185,14 +184,16 @@ async def spawn(
     stdin: bool,
     on_output: Callable[[bytes], None],
 ) -> Child:
-    """Starts ``command``, in ``directory`` or where this process is.
+    """Starts ``command`` behind a keeper, in ``directory`` or where this process is.
 
-    Raises AgentError where the system refuses (no such program, too long an argument).
+    It dies with the thread that calls this, which is the event loop's. Raises AgentError where the system refuses (too
+    long an argument, no such directory). A program that is not there ends with a status and says why on its stderr.
     """
+    program = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(os.getpid()), *command]
     try:
         _, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: Child(on_output),
-            *command,
+            *program,
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -2,8 +2,8 @@
 
 Run as ``python -I -S guard.py TRAINER_PID MARKER`` with a pipe from the trainer on stdin. When the trainer closes the
 pipe or dies, by whatever signal, every process whose environment carries the marker is killed, wherever it has moved:
-sessions and process groups of its own included. (A parent-death signal would not do: it fires when the *thread* that
-spawned the agent ends, and does not reach grandchildren.) Needs Linux's /proc; elsewhere it finds nothing to kill.
+sessions and process groups of its own included. The keepers (``keeper.py``), which know more, go first: what is left to
+kill is what a keeper has left that was itself killed, or stopped. Needs Linux's /proc; elsewhere it finds nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 
 MARKER_NAME = "FORGEJAX_AGENTS"
 POLL_S = 0.5
+KEEPERS_S = 2.0
 SWEEPS = 50
 SWEEP_PAUSE_S = 0.02
 
@@ -35,6 +36,21 @@ def marked_processes(marker: str) -> list[int]:
         except OSError:
             continue  # it ended meanwhile, or belongs to someone else
     return found
+
+
+def await_keepers(marker: str) -> None:
+    """Until no keeper of this marker is left, or has shown that it does not do its work."""
+    until = time.monotonic() + KEEPERS_S
+    while time.monotonic() < until and any(map(is_keeper, marked_processes(marker))):
+        time.sleep(SWEEP_PAUSE_S)
+
+
+def is_keeper(process_id: int) -> bool:
+    try:
+        with open(f"/proc/{process_id}/cmdline", "rb") as command:  # noqa: PTH123
+            return b"keeper.py\0" in command.read()
+    except OSError:
+        return False  # it ended meanwhile
 
 
 def sweep(marker: str) -> None:
@@ -59,6 +75,7 @@ def main(trainer: int, marker: str) -> None:
         readable, _, _ = select.select([0], [], [], POLL_S)
         if readable and not os.read(0, 1):
             break
+    await_keepers(marker)
     sweep(marker)
 
 

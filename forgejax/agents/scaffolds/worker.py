@@ -6,7 +6,12 @@ The contract of a worker program:
 - it reads lines ``{"id", "question", "base_url", "api_key"}`` from stdin until the end of it, then exits;
 - it prints ``{"id", "answer"}`` or ``{"id", "error"}`` for each, in any order. An error may come with a
   ``"stop_reason"``: ``"truncated"`` (the model ran out of context) or ``"environment_failed"`` (a tool or the server
-  failed); otherwise the agent counts as failed. Whatever it has to say to people goes to stderr.
+  failed); otherwise the agent counts as failed. Whatever it has to say to people goes to stderr;
+- a request for the model may fail with status 410: the episode's session is closed, its deadline has passed or the run
+  is ending, and nothing more will be answered under its key. Drop the episode; what is printed for it then is ignored.
+
+A worker that dies is started again; its open episodes are cut off by one accident, which is nobody's failure, and so
+is an episode that ran out of time while its worker was being started again.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections import deque
+from dataclasses import replace
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
 from forgejax.agents.scaffolds.children import (
@@ -107,12 +114,16 @@ class _Worker:
         if episode.id in self.open:
             return _failed(f"episode id {episode.id} is already open in this worker; ids must be unique")
         result = self.open[episode.id] = asyncio.get_running_loop().create_future()
+        waited = not self.ready.is_set()
         try:
             async with asyncio.timeout(episode.deadline_s):
                 await self._send(episode)
-                return await result
+                began_at = time.monotonic() if waited else None
+                return replace(await result, began_at=began_at)
         except TimeoutError:
             error = f"agent worker {quote_command(self._config.command)} gave no answer within {episode.deadline_s:g} s"
+            if waited:
+                return _cut_off(f"{error}, in which it waited for its worker to be started again")
             if self._process is not None:
                 error = f"{error}; {self._process.stderr_note}"
             self._note_deadline()
@@ -129,7 +140,7 @@ class _Worker:
         if self._process is not None:
             await self._process.stop()
             self._process = None
-        self._fail_open("the agent scaffold was closed")
+        self._end_open(_failed("the agent scaffold was closed"))
 
     async def _send(self, episode: EpisodeSpec) -> None:
         await self.ready.wait()
@@ -172,7 +183,7 @@ class _Worker:
             restarted = None
             while restarted is None:
                 self._deaths += 1
-                self._fail_open(error)
+                self._end_open(_cut_off(error))
                 if self._deaths > self._config.max_restarts:
                     self._break(error)
                     return
@@ -230,13 +241,13 @@ class _Worker:
     def _break(self, error: str) -> None:
         self.broken = AgentError(f"{error}\nIt ended {self._deaths} times in a row without giving a result.")
         _log.error("%s; it is not started again", self.broken)
-        self._fail_open(str(self.broken))
+        self._end_open(_failed(str(self.broken)))
         self.ready.set()  # lets waiting episodes see that it is broken
 
-    def _fail_open(self, error: str) -> None:
+    def _end_open(self, ended: AgentResult) -> None:
         for result in self.open.values():
             if not result.done():
-                result.set_result(_failed(error))
+                result.set_result(ended)
 
     def _complain(self, what: str) -> None:
         self._complaints += 1
@@ -264,6 +275,10 @@ def _result(message: dict[str, object], command: str) -> AgentResult:
         printed = str(message)[:LINE_SHOWN]
         return _failed(f'agent worker {command} printed {printed}; expected "answer" with a string or null, or "error"')
     return AgentResult(answer=answer)
+
+
+def _cut_off(error: str) -> AgentResult:
+    return AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
 
 
 def _failed(error: str) -> AgentResult:

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from forgejax.chat.reply import Delta, Reply, list_deltas
+from forgejax.errors import GatewayError
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream
 from forgejax.gateway.http.bodies import read_body
@@ -31,7 +32,11 @@ _STATUS_S = 0.05  # a stream waits so long for its first token before it answers
 def build_app(
     service: Service, sessions: SessionTable, dialects: Sequence[Dialect], deliveries: Deliveries
 ) -> web.Application:
-    """An application that serves ``sessions`` in every one of ``dialects``."""
+    """An application that serves ``sessions`` in every one of ``dialects``.
+
+    Raises GatewayError where there is none, or two of them have a route in common.
+    """
+    _check_routes(dialects)
     config, metrics = service.config, service.metrics
     app = web.Application(client_max_size=config.max_body_bytes, middlewares=[word_errors(dialects, metrics)])
     app.on_response_prepare.append(allow_origin)
@@ -78,6 +83,21 @@ def build_app(
     for path in list_paths("/v1/models/{name:.+}"):
         app.router.add_get(path, show_model)
     return app
+
+
+def _check_routes(dialects: Sequence[Dialect]) -> None:
+    if not dialects:
+        raise GatewayError("the gateway was given no dialect; give one at least, as those in DIALECTS")
+    speakers: dict[tuple[str, str], str] = {}
+    for dialect in dialects:
+        for route in (*dialect.routes, *dialect.pages):
+            key = (route.method, route.path)
+            if key in speakers:
+                raise GatewayError(
+                    f"{route.method} {route.path} is a route of the dialects {speakers[key]} and {dialect.name}; "
+                    "give each route to one of them"
+                )
+            speakers[key] = dialect.name
 
 
 class ChatHandler:

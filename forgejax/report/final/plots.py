@@ -20,6 +20,7 @@ from forgejax.report.final.series import (
     finish_axes,
     label_steps,
     make_figure,
+    quote_label,
     read_series,
     render_png,
     smooth_values,
@@ -112,13 +113,12 @@ def _draw_tools(axes: "Axes", rows: MetricRows) -> None:
                 smooth_values(shares, choose_window(steps)),
                 color=color,
                 linewidth=1.8,
-                label=f"{level}, training",
+                label=quote_label(f"{level}, training"),
             )
         steps, shares = read_series(rows, f"{EVAL_TOOLS}{level}")
         if steps:
-            axes.plot(
-                steps, shares, color=color, linestyle="--", marker=marker, markersize=7, label=f"{level}, evaluation"
-            )
+            label = quote_label(f"{level}, evaluation")
+            axes.plot(steps, shares, color=color, linestyle="--", marker=marker, markersize=7, label=label)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("episodes using a tool")
     axes.set_title("Tool use", loc="left", fontsize=11, fontweight="bold")

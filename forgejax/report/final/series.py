@@ -53,6 +53,16 @@ def draw_course(axes: Axes, rows: MetricRows, name: str, *, color: str, label: s
     axes.plot(steps, smooth_values(values, window), color=color, linewidth=2.2, label=label)
 
 
+def quote_label(text: str) -> str:
+    """A name that others chose, as a plot's label that shows it as it is.
+
+    matplotlib reads what stands between two dollars as mathematics, and fails where it is none; it leaves out of a
+    legend what begins with an underscore, and cannot draw control characters and lone surrogates.
+    """
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return ("\N{ZERO WIDTH SPACE}" if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
 def make_figure(width: float, height: float, *, dpi: int) -> Figure:
     """An empty figure of so many inches, without a display or any state shared between threads."""
     with _quiet_matplotlib():

@@ -23,13 +23,14 @@ class EngineAccount:
     """Counts since the engines started; of several engines they add up.
 
     ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
-    nobody was given a completion of. ``inherited`` are the tokens that the engines' own records hold of earlier
-    attempts at the run. ``active`` and ``waiting`` are requests now.
+    nobody was given a completion of, and ``open`` for requests that have not ended. ``inherited`` are the tokens that
+    the engines' own records hold of earlier attempts at the run. ``active`` and ``waiting`` are requests now.
     """
 
     sampled: int = 0
     cancelled: int = 0
     failed: int = 0
+    open: int = 0
     inherited: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -70,7 +71,9 @@ class Engines(Protocol):
         """
         ...
 
-    def account(self) -> EngineAccount: ...
+    def account(self) -> EngineAccount:
+        """The counts as they are now. It is also asked before the engines are entered, for ``inherited``."""
+        ...
 
     def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
         """What the engines themselves recorded of these requests; those they know nothing of are left out."""

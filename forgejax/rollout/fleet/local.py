@@ -20,8 +20,17 @@ class LocalSampler:
         self._driver = driver
 
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
-        """See ``types.Sampler``. ``on_tokens`` is called in the driver's thread."""
-        return await asyncio.wrap_future(self._driver.submit(request, _adapt(on_tokens)))
+        """See ``types.Sampler``. ``on_tokens`` is called in the driver's thread.
+
+        Cancelled while the driver is ending the request, it gives the completion all the same: it counts as given.
+        """
+        drawn = self._driver.submit(request, _adapt(on_tokens))
+        try:
+            return await asyncio.wrap_future(drawn)
+        except asyncio.CancelledError:
+            if drawn.cancelled():
+                raise
+            return await asyncio.wrap_future(drawn)
 
 
 class LocalEngines(LocalSampler):
@@ -46,10 +55,13 @@ class LocalEngines(LocalSampler):
 
     def account(self) -> EngineAccount:
         metrics = self._driver.metrics()
+        sampled, cancelled = sum(metrics.tokens_sampled.values()), sum(metrics.tokens_cancelled.values())
+        failed = sum(metrics.tokens_failed.values())
         return EngineAccount(
-            sampled=sum(metrics.tokens_sampled.values()),
-            cancelled=sum(metrics.tokens_cancelled.values()),
-            failed=sum(metrics.tokens_failed.values()),
+            sampled=sampled,
+            cancelled=cancelled,
+            failed=failed,
+            open=sampled - sum(metrics.tokens_returned.values()) - cancelled - failed,
             inherited=self._requests.inherited_tokens,
             prompt_tokens=metrics.prompt_tokens,
             cached_tokens=metrics.cached_tokens,

@@ -24,7 +24,11 @@ class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``types.SampleRequest``; a request id left out is made up by the server, a session id left out is ""."""
+    """``types.SampleRequest``; a request id left out is made up by the server, a session id left out is "".
+
+    Prompt and reply fill the engine's ``max_context`` at most: a reply of fewer than ``max_tokens`` that ends there
+    ends by ``length``.
+    """
 
     prompt_ids: list[int]
     max_tokens: int

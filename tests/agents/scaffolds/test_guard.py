@@ -7,8 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from forgejax.agents.scaffolds.guard import MARKER_NAME, marked_processes
+from forgejax.agents.scaffolds.keeper import find_descendants
 from tests.agents.fakes import is_running
+
+
+def parent_of(process_id: int) -> int:
+    return int(Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[1])
+
 
 TRAINER = """
 import asyncio, sys, threading
@@ -16,7 +24,9 @@ from forgejax.agents import AgentConfig, EpisodeSpec, ProcessScaffold
 
 AGENT = '''
 import os, subprocess, sys, time
-subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
+SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+subprocess.Popen(SLEEP, start_new_session=True)
+subprocess.Popen(SLEEP, start_new_session=True, env={})
 open(sys.argv[1], "w").write(str(os.getpid()))
 time.sleep(60)
 '''
@@ -33,14 +43,17 @@ thread.join()
 """
 
 
-def agents_of(agent: int) -> list[int]:
+def marked_with(agent: int) -> list[int]:
     """The processes that share the agent's marker, read before the trainer dies."""
     environ = Path(f"/proc/{agent}/environ").read_bytes().split(b"\0")
     marker = next(entry for entry in environ if entry.startswith(MARKER_NAME.encode())).decode().partition("=")[2]
     return marked_processes(marker)
 
 
-def test_agents_and_their_detached_children_die_with_a_trainer_killed_by_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [("trainer",), ("trainer", "guard"), ("guard", "trainer"), ("trainer", "keeper")])
+def test_agents_and_their_detached_children_die_with_a_trainer_killed_by_force(
+    tmp_path: Path, killed: tuple[str, ...]
+) -> None:
     started = tmp_path / "agent"
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(started)])
     try:
@@ -48,10 +61,16 @@ def test_agents_and_their_detached_children_die_with_a_trainer_killed_by_force(t
         while not (started.exists() and started.read_text()):
             assert time.monotonic() < deadline, "the agent did not start"
             time.sleep(0.05)
-        agents = agents_of(int(started.read_text()))
-        assert len(agents) == 2
+        agent = int(started.read_text())
+        below = find_descendants(trainer.pid)
+        ids = {"trainer": trainer.pid, "keeper": parent_of(agent)}
+        ids["guard"] = next(each for each in below if "guard.py" in Path(f"/proc/{each}/cmdline").read_text())
+        marked = marked_with(agent)
+        agents = marked if "keeper" in killed else [each for each in below if each not in ids.values()]
+        assert (len(marked), len(agents)) == (3, 3)  # of the marked, one is the keeper; of the agents, none
     finally:
-        os.kill(trainer.pid, signal.SIGKILL)
+        for name in killed:
+            os.kill(ids[name], signal.SIGKILL)
         trainer.wait()
     deadline = time.monotonic() + 10.0
     while any(is_running(agent) for agent in agents):

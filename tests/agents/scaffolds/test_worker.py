@@ -5,10 +5,12 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from forgejax.agents import AgentConfig, WorkerScaffold
+from forgejax.agents import AgentConfig, AgentResult, WorkerScaffold
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 from tests.agents.fakes import make_episode, python_agent
@@ -101,7 +103,7 @@ async def test_odd_lines_of_a_worker_harm_nobody() -> None:
     assert error.stop_reason is StopReason.AGENT_FAILED and str(error.error).endswith("reports: x")
 
 
-async def test_a_worker_that_dies_fails_its_open_episodes_and_is_restarted() -> None:
+async def test_a_worker_that_dies_is_one_accident_for_its_open_episodes_and_is_restarted() -> None:
     source = (
         LOOP
         + "    if question == 'die': sys.exit('out of luck')\n    if question != 'wait': print(json.dumps(reply))\n"
@@ -110,11 +112,24 @@ async def test_a_worker_that_dies_fails_its_open_episodes_and_is_restarted() -> 
         waiting = asyncio.create_task(scaffold.run(make_episode("w", "wait")))
         await asyncio.sleep(0)
         died = await scaffold.run(make_episode("d", "die"))
-        assert died.stop_reason is StopReason.AGENT_FAILED
+        assert (died.stop_reason, died.accident) == (StopReason.ENVIRONMENT_FAILED, True)
         assert "out of luck" in str(died.error)
-        assert (await waiting).stop_reason is StopReason.AGENT_FAILED
-        assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
+        assert await waiting == died
+        restarted_at = time.monotonic()
+        after = await scaffold.run(make_episode("n", "ab"))
+        assert after.answer == "ba" and after.began_at is not None and after.began_at > restarted_at
+        assert await scaffold.run(make_episode("m", "ab")) == AgentResult(answer="ba")
         scaffold.check()
+
+
+async def test_an_episode_that_waits_in_vain_for_its_worker_is_cut_off_and_not_late(tmp_path: Path) -> None:
+    source = "import os, sys, time\nif os.path.exists(mark := sys.argv[1]): time.sleep(60)\nopen(mark, 'w')" + LOOP
+    config = python_agent(source + "    sys.exit(1)\n")
+    async with started(replace(config, command=(*config.command, str(tmp_path / "mark")))) as scaffold:
+        assert (await scaffold.run(make_episode("d"))).accident
+        waited = await scaffold.run(make_episode("w", deadline_s=0.2))
+    assert (waited.stop_reason, waited.accident) == (StopReason.ENVIRONMENT_FAILED, True)
+    assert "in which it waited for its worker to be started again" in str(waited.error)
 
 
 async def test_too_many_deaths_in_a_row_break_the_scaffold() -> None:
@@ -122,12 +137,12 @@ async def test_too_many_deaths_in_a_row_break_the_scaffold() -> None:
     async with started(python_agent(source, max_restarts=1)) as scaffold:
         for number in range(2):
             scaffold.check()
-            assert (await scaffold.run(make_episode(f"e{number}"))).stop_reason is StopReason.AGENT_FAILED
+            assert (await scaffold.run(make_episode(f"e{number}"))).accident
         with pytest.raises(AgentError, match=r"2 times in a row(.|\n)*"):
             scaffold.check()
         started_at = time.monotonic()
         late = await scaffold.run(make_episode("late"))
-        assert late.stop_reason is StopReason.AGENT_FAILED and "always" in str(late.error)
+        assert late.stop_reason is StopReason.AGENT_FAILED and "always" in str(late.error) and not late.accident
         assert time.monotonic() - started_at < 1.0
 
 
@@ -162,9 +177,11 @@ async def test_a_worker_that_hangs_for_good_is_restarted() -> None:
         hung = [scaffold.run(make_episode(f"h{i}", "hang", deadline_s=0.1)) for i in range(8)]
         late = asyncio.create_task(scaffold.run(make_episode("late", "hang", deadline_s=20.0)))
         reasons = {result.stop_reason for result in await asyncio.gather(*hung)}
-        cut_off = (await late).error
-        assert "ended with status -9, killed since 8 deadlines in a row passed without a line from it" in str(cut_off)
-        assert reasons <= {StopReason.DEADLINE, StopReason.AGENT_FAILED}
+        cut_off = await late
+        assert "ended with status -9, killed since 8 deadlines in a row passed without a line from it" in str(
+            cut_off.error
+        )
+        assert cut_off.accident and reasons <= {StopReason.DEADLINE, StopReason.ENVIRONMENT_FAILED}
         await asyncio.sleep(0.1)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
 
@@ -180,7 +197,7 @@ async def test_a_line_without_end_breaks_the_worker_not_the_trainer() -> None:
     source = LOOP + "    print('x' * 3000000 if question == 'flood' else json.dumps(reply))\n"
     async with started(python_agent(source)) as scaffold:
         flood = await scaffold.run(make_episode("f", "flood"))
-        assert flood.answer is None
+        assert flood.answer is None and flood.accident
         assert "ended with status -9, killed since it printed a line of more than 1048576 bytes" in str(flood.error)
         assert (await scaffold.run(make_episode("n", "ab"))).answer == "ba"
 

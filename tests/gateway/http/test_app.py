@@ -11,10 +11,21 @@ import openai
 import pytest
 
 from forgejax.chat import ChatFormat
-from forgejax.errors import EngineError
+from forgejax.errors import EngineError, GatewayError
+from forgejax.gateway.dialects import DIALECTS
 from forgejax.types import Completion, OnTokens, SampleRequest
 from tests.gateway.asking import BODY, GOOD, USER, client, post, until
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
+
+
+async def test_dialects_that_share_a_route_and_none_at_all_are_refused_before_anything_listens(
+    chat_format: ChatFormat,
+) -> None:
+    sampler = ScriptedSampler(chat_format)
+    with pytest.raises(GatewayError, match=r"is a route of the dialects chat_completions and chat_completions; give"):
+        await started(sampler, dialects=(*DIALECTS, DIALECTS[0]))
+    with pytest.raises(GatewayError, match="no dialect; give one at least"):
+        await started(sampler, dialects=())
 
 
 async def test_a_body_over_the_limit_is_a_413(chat_format: ChatFormat) -> None:

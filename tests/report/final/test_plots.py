@@ -35,6 +35,11 @@ def test_a_panel_without_figures_is_left_out_and_nothing_at_all_is_no_picture() 
     assert png is not None and size(png) == (1350, 555)
 
 
+def test_levels_may_be_named_as_they_like() -> None:
+    row = {"step": 1.0, **{f"tools/{level}": 0.5 for level in (r"$\frac$", "_x", "a/b", "\ud800")}}
+    assert draw_curve([row, row | {"step": 2.0, r"eval/tools_$\frac$": 0.1}]) is not None
+
+
 def test_the_lower_panel_shows_tools_where_any_level_used_one_and_the_episodes_length_elsewhere() -> None:
     row = {"step": 1.0, "reward/outcome": 0.5, "tools/a": 0.0, "tools/b": 0.0, "episode/tokens": 9.0}
     assert [drawing.__name__ for drawing, _ in plots._panels([row])] == ["_draw_reward", "_draw_length"]

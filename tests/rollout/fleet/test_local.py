@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalEngines, RequestLog
+from forgejax.rollout.fleet.local import LocalSampler
 from tests.rollout import tiny
 from tests.rollout.driving import gap, until
 
@@ -37,13 +41,25 @@ async def test_every_token_drawn_is_returned_cancelled_or_failed(tmp_path: Path)
         gone.cancel()
         with pytest.raises(EngineError, match="boom"):
             await engines.sample(tiny.request("bad", [4, 5], 100), fail)
-        await until(lambda: engines.account().active == 0)
+        await until(lambda: engines.account().active + engines.account().open == 0)
         account = engines.account()
     returned = sum(len(each.token_ids) for each in done)
     assert (returned, account.cancelled, account.failed) == (30, len(drawn["gone"]), len(drawn["bad"]))
     assert account.sampled == returned + account.cancelled + account.failed
     assert (account.prompt_tokens, account.cached_tokens, account.waiting, account.inherited) == (49, 1, 0, 0)
     assert account.cache_hit_rate == 1 / 49  # "bad" finds the prompt of "gone"
+
+
+async def test_a_request_that_ends_as_it_is_cancelled_gives_what_it_drew() -> None:
+    ending: Future[object] = Future()
+    engines = LocalSampler(cast(Driver, SimpleNamespace(submit=lambda request, on_draw: ending)))
+    asked = asyncio.create_task(engines.sample(tiny.request("r", [4, 5], 9)))
+    await asyncio.sleep(0)
+    assert ending.set_running_or_notify_cancel()  # the driver ends it, and counts it as given
+    asked.cancel()
+    await asyncio.sleep(0.01)
+    ending.set_result("what it drew")
+    assert await asked == "what it drew"
 
 
 async def test_on_tokens_sees_what_is_drawn_and_may_end_it(tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+"""What is compiled before anybody waits for it."""
+
+from forgejax.rollout import EngineConfig, make_warm_ups
+
+
+def test_every_prefill_length_and_every_number_of_busy_slots_is_asked_for_within_the_context() -> None:
+    config = EngineConfig(slots=32, max_context=64, prefill_buckets=(8, 16, 60))
+    batches = make_warm_ups(config, "a")
+    requests = [request for batch in batches for request in batch]
+
+    assert [len(batch) for batch in batches] == list(config.decode_rows) == [2, 8, 32]
+    assert {len(request.prompt_ids) for request in requests} == {9, 17, 56}
+    assert all(len(request.prompt_ids) + request.max_tokens <= 64 for request in requests)
+    assert len({request.request_id for request in requests}) == len(requests)
+    assert {request.purpose for request in requests} == {"probe"}
