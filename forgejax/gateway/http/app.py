@@ -90,11 +90,11 @@ def _check_routes(dialects: Sequence[Dialect]) -> None:
         raise GatewayError("the gateway was given no dialect; give one at least, as those in DIALECTS")
     speakers: dict[tuple[str, str], str] = {}
     for dialect in dialects:
-        for route in (*dialect.routes, *dialect.pages):
-            key = (route.method, route.path)
+        taken = [(route.method, route.path) for route in dialect.routes]
+        for key in taken + [(page.method, page.path) for page in dialect.pages]:
             if key in speakers:
                 raise GatewayError(
-                    f"{route.method} {route.path} is a route of the dialects {speakers[key]} and {dialect.name}; "
+                    f"{' '.join(key)} is a route of the dialects {speakers[key]} and {dialect.name}; "
                     "give each route to one of them"
                 )
             speakers[key] = dialect.name
