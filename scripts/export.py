@@ -8,10 +8,11 @@ that was trained from scratch becomes the plainest family that can hold it. A tr
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -31,13 +32,16 @@ class Options:
     """The folder that is made; it must not exist."""
     step: int | None = None
     """The checkpoint's step; the newest if left out."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the weights are written in: that of the policy if left out, which is what ran."""
 
 
 def main(options: Options) -> None:
     config = load_saved(rundir.saved_config(options.run), str(options.run))
-    step, params = load_trained(rundir.checkpoints_of(options.run), options.step, abstract_policy(config.policy)[1])
+    policy = dataclasses.replace(config.policy, param_dtype=options.dtype or config.policy.param_dtype)
+    step, params = load_trained(rundir.checkpoints_of(options.run), options.step, abstract_policy(policy)[1])
     export_policy(
-        config.policy,
+        policy,
         params,
         options.out,
         Path(config.policy.path) if config.policy.path else None,

@@ -20,9 +20,12 @@ from typing import Any, Protocol
 
 import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from forgejax.errors import CheckpointError
+from forgejax.ops.rounding import narrow
 from forgejax.report.storage import CHECKSUMS_FILE, find_damage, write_checksums
 
 _SAVE_TIMEOUT_S = 600
@@ -285,7 +288,7 @@ def _find_free_name(directory: Path, stem: str) -> Path:
 def _read(path: Path, like: Any, prefix: str) -> Any:
     """The leaves of ``like`` out of the saved tree at ``path``, whose names there begin with ``prefix``."""
     wanted = {prefix + name: leaf for name, leaf in _named(like).items()}
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    abstract = jax.tree.map(lambda leaf: _widened(ocp.utils.to_shape_dtype_struct(leaf)), wanted)
     try:
         _check_shapes(ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree, abstract, path)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -297,7 +300,22 @@ def _read(path: Path, like: Any, prefix: str) -> Any:
             found = checkpointer.restore(path.absolute(), args=arguments)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as weights of this policy: {error}") from error
-    return _unnamed({name.removeprefix(prefix): leaf for name, leaf in found.items()}, like)
+    return _unnamed({name.removeprefix(prefix): _cast(leaf, wanted[name]) for name, leaf in found.items()}, like)
+
+
+def _widened(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """As the weights of a bf16 policy are saved: its masters."""
+    if leaf.dtype != jnp.bfloat16:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
+
+def _cast(found: Any, like: Any) -> Any:
+    """As the learner casts its masters: what is served or exported is what ran."""
+    if found.dtype == like.dtype:
+        return found
+    narrowed = jax.jit(narrow, static_argnums=1, out_shardings=getattr(like, "sharding", None))(found, like.dtype)
+    return narrowed if isinstance(found, jax.Array) else np.asarray(narrowed)
 
 
 def _check_shapes(saved: Any, wanted: dict[str, jax.ShapeDtypeStruct], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, into the model it belongs to and no other."""
 
+import dataclasses
 import gc
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from forgejax.errors import CheckpointError, StorageFullError
+from forgejax.learner import Learner, StepConfig
+from forgejax.models import PolicyConfig, abstract_policy, init_params
 from forgejax.report.storage import find_damage
 from forgejax.run.checkpoint import Checkpoints, load_trained, load_tree, save_tree
 
@@ -324,3 +327,27 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_check_and_leave
     again = Checkpoints(tmp_path, keep=2)
     assert (again.latest, again.set_aside) == (1, [])
     again.close()
+
+
+def test_the_weights_of_a_bf16_policy_come_back_as_they_ran_and_in_fp32_as_they_were_trained(tmp_path: Path) -> None:
+    policy = PolicyConfig(
+        vocab_size=16, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=8, param_dtype="bfloat16"
+    )
+    graphdef, like = abstract_policy(policy)
+    learner = Learner(graphdef, init_params(policy), StepConfig())
+    moved = jax.tree.map(lambda x: x * 1.001, learner.state.params)  # between two numbers that bf16 has
+    learner.state = dataclasses.replace(learner.state, params=moved)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, learner.state, {}, numbers())
+    checkpoints.wait()
+    checkpoints.close()
+
+    _, ran = load_trained(tmp_path / "checkpoints", None, like)
+    wide = abstract_policy(dataclasses.replace(policy, param_dtype="float32"))[1]
+    _, trained = load_trained(tmp_path / "checkpoints", None, wide)
+
+    for found, expected in ((ran, learner.weights), (trained, moved)):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert jax.tree.leaves(ran)[0].dtype == jnp.bfloat16
