@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from forgejax.errors import ConfigError
 from forgejax.models.dense import silu_gated
 from forgejax.models.ragged import ragged_matmul
-from forgejax.ops.rounding import product, real_of
+from forgejax.ops.rounding import product, real_of, with_exact_sums
 from forgejax.sharding import Layout, constrain, current_layout
 
 
@@ -90,19 +90,36 @@ def route(
     The weights are the scores of the chosen; the correction bias moves the choice alone and has no gradient
     (arXiv 2408.15664).
     """
-    operand, real = jnp.promote_types(x_BTD.dtype, router_DX.dtype), real_of(x_BTD, router_DX)
+    operand = jnp.promote_types(x_BTD.dtype, router_DX.dtype)
     logits_BTX = product(x_BTD.astype(operand), router_DX.astype(operand))
-    if config.router == "softmax":
-        score_BTX = chance_BTX = jax.nn.softmax(logits_BTX, axis=-1)
-    else:
-        score_BTX = jax.nn.sigmoid(logits_BTX)
-        chance_BTX = score_BTX / score_BTX.sum(axis=-1, keepdims=True)
-    preferred_BTX = score_BTX if bias_X is None else score_BTX + bias_X.astype(real)[None, None]
+    choose = functools.partial(_choose, config)
+    if jnp.dtype(x_BTD.dtype).itemsize >= 4:
+        return choose(logits_BTX.dtype, x_BTD, logits_BTX, bias_X)
+    # What the weights are rounded to must not depend on the order of their sums; their gradient may.
+    exact = with_exact_sums(choose, *lax.stop_gradient((x_BTD, logits_BTX, bias_X)))
+    weight_BTk = _weigh(config, _score(config, logits_BTX), exact.expert_BTk)
+    return exact._replace(weight_BTk=weight_BTk + lax.stop_gradient(exact.weight_BTk - weight_BTk))
+
+
+def _choose(config: MoEConfig, sums: Any, x_BTD: jax.Array, logits_BTX: jax.Array, bias_X: jax.Array | None) -> Routing:
+    """The routing of these logits, its sums taken in ``sums`` and given in FP32 (FP64 where x is)."""
+    score_BTX, real = _score(config, logits_BTX.astype(sums)), real_of(x_BTD, logits_BTX)
+    preferred_BTX = score_BTX if bias_X is None else score_BTX + bias_X.astype(sums)[None, None]
     _, expert_BTk = lax.top_k(lax.stop_gradient(preferred_BTX), config.experts_per_token)
+    chance_BTX = score_BTX if config.router == "softmax" else score_BTX / score_BTX.sum(axis=-1, keepdims=True)
+    weight_BTk = _weigh(config, score_BTX, expert_BTk)
+    return Routing(expert_BTk=expert_BTk, weight_BTk=weight_BTk.astype(real), chance_BTX=chance_BTX.astype(real))
+
+
+def _score(config: MoEConfig, logits_BTX: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits_BTX, axis=-1) if config.router == "softmax" else jax.nn.sigmoid(logits_BTX)
+
+
+def _weigh(config: MoEConfig, score_BTX: jax.Array, expert_BTk: jax.Array) -> jax.Array:
     weight_BTk = jnp.take_along_axis(score_BTX, expert_BTk, axis=-1)
     if config.normalize:
         weight_BTk = weight_BTk / weight_BTk.sum(axis=-1, keepdims=True)
-    return Routing(expert_BTk=expert_BTk, weight_BTk=weight_BTk * config.scale, chance_BTX=chance_BTX)
+    return weight_BTk * config.scale
 
 
 def expert_mlp(x_BTD: Float[Array, "B T D"], routing: Routing, experts: Experts) -> Float[Array, "B T D"]:

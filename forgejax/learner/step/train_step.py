@@ -227,11 +227,11 @@ def _apply(
 def _measure_update(params: Any, updates: Any, before: Any, after: Any) -> Metrics:
     """The length of the update over that of the weights, and the share of the weights that run which it moves."""
     moved = jax.tree.map(lambda x, y: jnp.sum(x != y, dtype=jnp.float32), before, after)
-    count = sum(x.size for x in jax.tree.leaves(params))
+    count = sum(x.size for x in jax.tree.leaves(params))  # may be more than an int32 holds
     norm = optax.tree.norm(updates)
     return {
         "update_to_weight": norm / optax.tree.norm(params),
-        "moved_weights": (sum(jax.tree.leaves(moved)) / count).astype(norm.dtype),
+        "moved_weights": (sum(jax.tree.leaves(moved)) / float(count)).astype(norm.dtype),
     }
 
 
