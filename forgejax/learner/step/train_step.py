@@ -231,7 +231,7 @@ def _measure_update(params: Any, updates: Any, before: Any, after: Any) -> Metri
     norm = optax.tree.norm(updates)
     return {
         "update_to_weight": norm / optax.tree.norm(params),
-        "moved_weights": (sum(jax.tree.leaves(moved)) / float(count)).astype(norm.dtype),
+        "moved_weights": (optax.tree.sum(moved) / float(count)).astype(norm.dtype),
     }
 
 
