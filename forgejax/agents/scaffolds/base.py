@@ -28,8 +28,9 @@ class EpisodeSpec:
 class AgentResult:
     """What became of the agent. ``answer`` is None where it gave none; ``error`` says why, for people.
 
-    ``accident``: it was cut off by something that concerns many episodes at once, the death of a worker, and may be
-    played again. ``began_at`` (``time.monotonic()``): when it could begin, where it had to wait for a worker.
+    ``accident``: it was cut off by something that concerns many episodes at once, the death of a worker or of what
+    forks agents, and may be played again. ``began_at`` (``time.monotonic()``): when it could begin, where it had to
+    wait for a worker.
     """
 
     answer: str | None = None
@@ -66,18 +67,20 @@ class AgentConfig:
     ``command`` and the values of ``env`` may hold ``{question}``, ``{base_url}`` (it ends with /v1), ``{origin}`` (it
     does not) and ``{api_key}``: kind ``process`` only; ``{question}`` in the command stands in for ``question_via``.
     Every agent process inherits this process's environment; ``env`` is laid over it. ``function`` is
-    ``module:function`` for kind ``coroutine``.
+    ``module:function`` for kind ``coroutine``. ``preload`` names modules that a Python program of kind ``process``
+    imports: they are imported once, and each episode's program is forked behind that.
     """
 
     kind: Literal["process", "worker", "coroutine"] = "worker"
     command: tuple[str, ...] = ()
     function: str = ""
+    preload: tuple[str, ...] = ()
     question_via: Literal["argument", "stdin"] = "argument"
     workers: int = 1
     deadline_s: float = 30.0
     grace_s: float = 5.0  # past the deadline, for the scaffold to end the agent in an orderly way
     start_timeout_s: float = 60.0  # for a worker to say that it is ready
-    max_restarts: int = 3  # deaths of one worker in a row, without a result in between
+    max_restarts: int = 3  # deaths in a row of one worker, or what forks agents, without a result in between
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -91,6 +94,10 @@ class AgentConfig:
                 raise ConfigError(f'agent function is "{self.function}"; kind "coroutine" expects "module:function"')
         elif not self.command:
             raise ConfigError(f'agent command is empty; kind "{self.kind}" expects the program and its arguments')
+        if self.preload and self.kind != "process":
+            raise ConfigError(
+                f'agent preload is {list(self.preload)} with kind "{self.kind}"; expected kind "process", or none'
+            )
         if self.workers < 1:
             raise ConfigError(f"agent workers is {self.workers}; expected at least 1 process")
         if self.max_restarts < 0:

@@ -74,6 +74,7 @@ class Child(asyncio.SubprocessProtocol):
 
     ``on_output`` is called with each piece of its stdout. The end of its stderr is kept. ``exited`` is set when the
     process itself has ended, and all that it started: not, as asyncio's own ``wait``, when nobody holds its pipes.
+    ``cut_off`` tells that it ended because the server that had forked it died.
     """
 
     def __init__(self, on_output: Callable[[bytes], None]) -> None:
@@ -85,6 +86,7 @@ class Child(asyncio.SubprocessProtocol):
         self._writable.set()
         self._ending: asyncio.Task[None] | None = None
         self.exited = asyncio.Event()
+        self.cut_off = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.SubprocessTransport)

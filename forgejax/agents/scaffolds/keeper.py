@@ -1,10 +1,11 @@
 """A tiny program between the trainer and one agent process: with the agent ends all that the agent has started.
 
-Run as ``python -I -S keeper.py TRAINER_PID COMMAND...``. It adopts what the agent leaves behind (Linux calls it a
-subreaper), so nothing escapes it into a session, a process group or an environment of its own. SIGTERM: the agent's
-group is asked to end, and everything is killed a moment later. SIGUSR1, or the trainer's death, however that comes
-about: everything is killed at once. It ends as the agent did, with its status or by its signal. If the keeper itself is
-killed, the agent dies with it, and the guard ends the rest. Elsewhere than on Linux the agent's group is all it ends.
+Run as ``python -I -S keeper.py TRAINER_PID COMMAND...``, or called where an agent is forked (``forker.py``). It adopts
+what the agent leaves behind (Linux calls it a subreaper), so nothing escapes it into a session, a process group or an
+environment of its own. SIGTERM: the agent's group is asked to end, and everything is killed a moment later. SIGUSR1, or
+the trainer's death, however that comes about: everything is killed at once. It ends as the agent did, with its status
+or by its signal. If the keeper itself is killed, the agent dies with it, and the guard ends the rest. Elsewhere than on
+Linux the agent's group is all it ends.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ _AT_ONCE = signal.SIGUSR1
 _WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _AT_ONCE)
 
 
-def keep(trainer: int, command: list[str]) -> None:
-    """Runs the command to its end; does not return."""
-    signals = Signals()
+def keep(parent: int) -> None:
+    """Makes this process a keeper, and ends it as its agent ends: it returns in the agent alone, a new process.
+
+    ``parent`` is the process whose death ends the keeper.
+    """
+    signals = Signals(_WATCHED)
     set_process_option(_SUBREAPER, 1)
     set_process_option(_DEATH_SIGNAL, _AT_ONCE)
-    if os.getppid() != trainer:
+    if os.getppid() != parent:
         os._exit(NOT_STARTED)
-    agent = start(command)
+    agent = fork_agent(signals)
+    if agent == 0:
+        return
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # the pipes are the agent's alone
         os.dup2(nothing, descriptor)
@@ -44,19 +50,28 @@ def keep(trainer: int, command: list[str]) -> None:
 
 
 class Signals:
-    """The signals that this process gets, as something to wait for."""
+    """Some of the signals that this process gets, as something to wait for. ``came`` is readable once there are any."""
 
-    def __init__(self) -> None:
-        self._came, woken = os.pipe()
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(woken)
-        for number in _WATCHED:
+    def __init__(self, watched: tuple[signal.Signals, ...]) -> None:
+        self._watched = watched
+        self.came, self._woken = os.pipe()
+        os.set_blocking(self._woken, False)
+        signal.set_wakeup_fd(self._woken)
+        for number in watched:
             signal.signal(number, lambda number, frame: None)
 
     def wait(self, seconds: float | None) -> set[int]:
         """Those that came; none where ``seconds`` are over before."""
-        readable, _, _ = select.select([self._came], [], [], seconds)
-        return set(os.read(self._came, 4096)) if readable else set()
+        readable, _, _ = select.select([self.came], [], [], seconds)
+        return set(os.read(self.came, 4096)) if readable else set()
+
+    def forget(self) -> None:
+        """In a forked process: its signals are its own again, as the system has them."""
+        signal.set_wakeup_fd(-1)
+        for number in self._watched:
+            signal.signal(number, signal.SIG_DFL)
+        os.close(self.came)
+        os.close(self._woken)
 
 
 def set_process_option(option: int, value: int) -> None:
@@ -66,17 +81,22 @@ def set_process_option(option: int, value: int) -> None:
         prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
 
-def start(command: list[str]) -> int:
-    """The id of the agent, the leader of a session of its own, which dies with this process."""
+def fork_agent(signals: Signals) -> int:
+    """The id of the agent, the leader of a session of its own, which dies with this process; in the agent, 0."""
     keeper = os.getpid()
     agent = os.fork()
-    if agent > 0:
-        return agent
-    try:
+    if agent == 0:
         os.setsid()
+        signals.forget()
         set_process_option(_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != keeper:
             os._exit(NOT_STARTED)
+    return agent
+
+
+def become(command: list[str]) -> None:
+    """Puts the command in this process's place; where it cannot be started, says so and ends the process."""
+    try:
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored, signal.SIG_DFL)
         os.execvp(command[0], command)
@@ -165,4 +185,5 @@ def end_as(status: int | None) -> None:
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), sys.argv[2:])
+    keep(int(sys.argv[1]))
+    become(sys.argv[2:])

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
 from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
+from forgejax.agents.scaffolds.fork_server import ForkServer
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
@@ -18,19 +19,30 @@ class ProcessScaffold:
 
     The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY (or where ``config.env`` puts ``{base_url}``,
     ``{origin}`` and ``{api_key}``). Exit status 0 and the last line of stdout that is not blank are its answer; any
-    other status is a failed agent.
+    other status is a failed agent. Where the configuration preloads modules, it is forked behind their import.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._guard: Guard | None = None
+        self._forks: ForkServer | None = None
 
     async def start(self) -> None:
         find_program(self._config.command)
         self._guard = Guard()
+        if not self._config.preload:
+            return
+        try:
+            self._forks = ForkServer(self._config, self._guard.marker)
+            await self._forks.start()
+        except AgentError:
+            await self.close()
+            raise
 
     def check(self) -> None:
-        """Each episode has a process of its own: one that fails says nothing of the next."""
+        """Each episode has a process of its own: one that fails says nothing of the next, but for what forks them."""
+        if self._forks is not None and self._forks.broken is not None:
+            raise self._forks.broken
 
     async def run(self, episode: EpisodeSpec) -> AgentResult:
         if self._guard is None:
@@ -52,7 +64,7 @@ class ProcessScaffold:
             del output[:-ANSWER_BYTES]
 
         try:
-            process = await spawn(
+            process = await (spawn if self._forks is None else self._forks.fork)(
                 command,
                 merge_environment(env, self._guard.marker),
                 directory=episode.workspace.directory,
@@ -81,6 +93,11 @@ class ProcessScaffold:
         finally:
             await process.stop()
         agent = f"agent command {quote_command(self._config.command)}"
+        if process.cut_off:
+            error = f"{agent} was cut off: the server that had forked it died"
+            return AgentResult(error=error, stop_reason=StopReason.ENVIRONMENT_FAILED, accident=True)
+        if self._forks is not None:
+            self._forks.note_result()
         if not in_time:
             error = f"{agent} did not end within {episode.deadline_s:g} s; {process.stderr_note}"
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
@@ -90,6 +107,9 @@ class ProcessScaffold:
         return None
 
     async def close(self) -> None:
+        if self._forks is not None:
+            await self._forks.close()
+            self._forks = None
         if self._guard is not None:
             await asyncio.to_thread(self._guard.close)
             self._guard = None
