@@ -102,11 +102,12 @@ class EpisodeRunner:
         Trajectory so far, with StopReason.CANCELLED; an episode whose agent has already ended is concluded as usual.
         """
         until = time.monotonic() + self.agent.deadline_s
-        for play in range(1, PLAYS + 1):
-            trajectory, accident = await self._play_once(task, member, session)
-            if not accident or play == PLAYS or time.monotonic() > until or _is_cancelled():
-                break
-            on_cut_off(trajectory.sampled_tokens)
+        with self.tally.watch_episode():
+            for play in range(1, PLAYS + 1):
+                trajectory, accident = await self._play_once(task, member, session)
+                if not accident or play == PLAYS or time.monotonic() > until or _is_cancelled():
+                    break
+                on_cut_off(trajectory.sampled_tokens)
         return self._end(trajectory, session.purpose, baseline_s, accident=accident)
 
     async def _play_once(self, task: Task, member: int, session: SessionSpec) -> tuple[Trajectory, bool]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from forgejax.types import EpisodeEnds, Failure, Purpose, StopReason, Trajectory
@@ -31,14 +33,45 @@ class EpisodeTally:
     the last failure; it is told again only after the share was below half of that in between.
     """
 
-    def __init__(self, on_alarm: Callable[[str], None] = _log.warning) -> None:
-        self._on_alarm = on_alarm
+    def __init__(
+        self, on_alarm: Callable[[str], None] = _log.warning, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._on_alarm, self._clock = on_alarm, clock
         self._lock = threading.Lock()
         self._ended: Counter[str] = Counter()
         self._masked: Counter[str] = Counter()
         self._recent: deque[EpisodeEnds] = deque(maxlen=RECENT)
         self._failures: dict[str, Failure] = {}
         self._alarmed = False
+        self._running: dict[object, float] = {}  # since when
+        self._played = 0
+
+    @contextlib.contextmanager
+    def watch_episode(self) -> Iterator[None]:
+        """Inside, an episode is being played."""
+        episode = object()
+        with self._lock:
+            self._running[episode] = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._played += 1
+                del self._running[episode]
+
+    @property
+    def played(self) -> int:
+        """How many episodes have ended, of any purpose."""
+        with self._lock:
+            return self._played
+
+    def describe_running(self) -> str:
+        """The episodes that are being played, for people who wait for them."""
+        with self._lock:
+            if not self._running:
+                return "no episode is running"
+            oldest_s = self._clock() - min(self._running.values())
+            return f"{len(self._running)} episodes are running, the oldest for {oldest_s:.0f} s"
 
     def observe(self, trajectory: Trajectory, purpose: Purpose) -> None:
         """An episode has ended. One that was cancelled says nothing of the agent and is only counted."""

@@ -118,6 +118,10 @@ class Ledger:
         self.dropped[record.reason or "unknown"] += 1
         self._tokens_not_trained.update(record.untrained)
 
+    def count_batch(self, step: int) -> int:
+        """Groups that batch ``step`` has so far."""
+        return len(self._open.get(step, ()))
+
     def retire(self, step: int) -> list[int]:
         """Books batch ``step`` as trained; gives the indices of its groups."""
         records = self._open.pop(step, [])

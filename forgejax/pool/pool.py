@@ -271,6 +271,13 @@ class Pool:
                 staleness_max=ledger.staleness_max,
             )
 
+    def describe_filling(self) -> str:
+        """How far the batch is that is being filled, for people who wait for it."""
+        with self._changed:
+            done, waiting = self._ledger.count_batch(self._next_step), self._window.count(State.FINISHED)
+            further = f" (and {waiting} waiting)" if waiting else ""
+            return f"{done} of {self._config.window.groups_per_step} groups done{further}"
+
     def check_integrity(self) -> None:
         """Raises PoolError if the window broke a law or an observed maximum is beyond its bound."""
         with self._changed:

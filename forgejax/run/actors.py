@@ -130,6 +130,11 @@ class RolloutService:
     def url(self) -> str:
         return self._parts.gateway.url
 
+    @property
+    def tally(self) -> EpisodeTally:
+        """How the episodes end, and which are being played. Any thread may ask."""
+        return self._parts.tally
+
     def start_groups(self) -> None:
         """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
         runner = GroupRunner(

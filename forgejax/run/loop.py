@@ -136,7 +136,8 @@ class Trainer:
         """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
-            evaluation = self.service.evaluate(tasks)
+            with self.progress.wait(partial(self._describe_evaluation, self.service.tally.played, len(tasks))):
+                evaluation = self.service.evaluate(tasks)
             self.account.count_evaluation(evaluation.sampled_tokens)
             if not evaluation.complete:
                 return None
@@ -175,13 +176,22 @@ class Trainer:
         self.service.check()
         self.checkpoints.check()
         asked_at = time.monotonic()
-        data = None if self.stopping else self.steps.next()
+        with self.progress.wait(self._describe_wait):
+            data = None if self.stopping else self.steps.next()
         if data is None and not self.stopping:  # the pool was closed, and not by us
             self.service.check()
             raise TrainingError("the data pool was closed while the run goes on")
         if data is not None:
             self.rows.took(data, asked_at)
         return data
+
+    def _describe_wait(self) -> str:
+        return f"step {self.step + 1}: {self.pool.describe_filling()}, {self.service.tally.describe_running()}"
+
+    def _describe_evaluation(self, played_before: int, tasks: int) -> str:
+        tally = self.service.tally
+        episodes = tasks * self.config.eval_samples
+        return f"{tally.played - played_before} of {episodes} episodes played, {tally.describe_running()}"
 
     def _publish(self) -> None:
         """This step's weights to the engines; only then do the groups that made them make room for new ones."""

@@ -59,3 +59,14 @@ def test_the_last_failure_of_each_kind_is_kept() -> None:
         "deadline": "slow",
     }
     assert EpisodeTally().failures == () and EpisodeTally().failed_share is None
+
+
+def test_it_tells_how_many_episodes_are_being_played_and_for_how_long() -> None:
+    now = [100.0]
+    tally = EpisodeTally(clock=lambda: now[0])
+    assert tally.describe_running() == "no episode is running"
+    with tally.watch_episode():
+        now[0] += 41.0
+        with tally.watch_episode():
+            assert tally.describe_running() == "2 episodes are running, the oldest for 41 s"
+    assert (tally.played, tally.describe_running()) == (2, "no episode is running")

@@ -519,3 +519,13 @@ def test_many_threads_lose_and_repeat_nothing(tmp_path: Path) -> None:
     assert account.trained == 60
     assert account.total == 3 * snapshot.groups_dispatched
     pool.check_integrity()
+
+
+async def test_it_tells_how_far_the_batch_is_that_is_being_filled(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=4, p=3)
+    dispatches = await dispatch_all(pool)
+    assert pool.describe_filling() == "0 of 3 groups done"
+    for dispatch in dispatches[:2]:
+        pool.finish(group_of(dispatch))
+    pool.accept(take(pool), step=0, untrained={})
+    assert pool.describe_filling() == "1 of 3 groups done (and 1 waiting)"

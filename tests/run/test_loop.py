@@ -71,9 +71,9 @@ class Told:
 def trainer_of(count: int, calls: list[str], **run_config: int) -> Trainer:
     """A trainer with a source of ``count`` steps, of parts that do nothing."""
     parts: dict[str, Any] = {
-        name: Told(name, calls)
-        for name in ("engines", "service", "pool", "environment", "chat", "audit", "rows", "progress")
+        name: Told(name, calls) for name in ("engines", "service", "pool", "environment", "chat", "audit", "rows")
     }
+    parts["progress"] = Notes()
     parts["learner"] = Told("learner", calls, state=SimpleNamespace(params=None))
     parts["account"] = Told("account", calls, sums=RunSums(trained_tokens=7))
     parts["checkpoints"] = Told("checkpoints", calls, latest=None, oldest=None)
@@ -182,6 +182,15 @@ def consumption(path: Path) -> dict[int, list[int]]:
             if record.kind == "taken":
                 taken.setdefault(record.step, []).append(record.index)
     return taken
+
+
+def test_while_it_waits_it_can_say_how_far_the_episodes_are(ended: Ended) -> None:
+    first, *steps, last = ended.waits
+    episodes = ended.config.tasks.eval_tasks * ended.config.run.eval_samples
+
+    assert first == last == f"0 of {episodes} episodes played, no episode is running"
+    assert [wait.split(":")[0] for wait in steps] == ["step 1", "step 2", "step 3"]
+    assert all(f" of {ended.config.pool.window.groups_per_step} groups done" in wait for wait in steps)
 
 
 def test_each_step_trains_its_groups_once(ended: Ended) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -79,6 +79,19 @@ class Notes(NoProgress):
         self.lines.append(text)
 
 
+class NotesAndWaits(Notes):
+    """And how far that was, as each wait began, which the run waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    @contextlib.contextmanager
+    def wait(self, describe: Callable[[], str]) -> Iterator[None]:
+        self.waits.append(describe())
+        yield
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ended:
     """A run that has ended."""
@@ -87,6 +100,7 @@ class Ended:
     path: Path
     outcome: Outcome
     notes: list[str]
+    waits: list[str]
 
     @property
     def summary(self) -> Summary:
@@ -101,10 +115,10 @@ def play(root: Path, *overrides: str) -> Ended:
 
 def go_on(config: TrainConfig, place: RunDir) -> Ended:
     """Runs it to its end in this process, and lets go of the run directory."""
-    notes = Notes()
+    notes = NotesAndWaits()
     with contextlib.closing(place):
         outcome = play_run(config, place, notes, lambda trainer: None)
-    return Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines)
+    return Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines, waits=notes.waits)
 
 
 def saved_weights(config: TrainConfig, path: Path) -> list[np.ndarray]:

@@ -5,7 +5,8 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import SupportsFloat
 
@@ -27,6 +28,7 @@ def strip_controls(text: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class View:
     """The board at one moment. ``step`` is the last finished step, ``eta_s`` None until two steps have ended.
+    ``waiting`` says how far that is which the run waits for, and is empty where it waits for nothing.
 
     ``row`` has the last known value of every figure; rates are those of the last few steps together, and what rows
     count since the one before is added up.
@@ -34,6 +36,7 @@ class View:
 
     phase: str
     detail: str
+    waiting: str
     phase_s: float
     elapsed_s: float
     step: int
@@ -59,6 +62,16 @@ class Board:
         self._row: dict[str, float] = {}
         self._spans: deque[tuple[float, dict[str, float]]] = deque(maxlen=STEPS_OF_A_RATE)  # seconds, and the rates
         self._tools_used = False
+        self._describe_wait: Callable[[], str] | None = None
+
+    @contextmanager
+    def wait(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Inside, the run waits for what ``describe`` describes."""
+        self._describe_wait = describe
+        try:
+            yield
+        finally:
+            self._describe_wait = None
 
     def begin(self, name: str, detail: str) -> None:
         with self._lock:
@@ -91,7 +104,13 @@ class Board:
             self._tools_used |= any(value > 0 for name, value in self._row.items() if name.startswith(TOOLS))
             return step
 
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._started
+
     def view(self) -> View:
+        describe = self._describe_wait
+        waiting = "" if describe is None else strip_controls(describe())
         with self._lock:
             now = self._clock()
             name, detail, begun = self._phases[-1] if self._phases else ("", "", now)
@@ -100,6 +119,7 @@ class Board:
             return View(
                 phase=name,
                 detail=detail,
+                waiting=waiting,
                 phase_s=now - begun,
                 elapsed_s=now - self._started,
                 step=self._step,

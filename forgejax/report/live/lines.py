@@ -1,5 +1,6 @@
 """Progress as plain lines: for pipes, files and logs. Never a control character but the line feed."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,16 +10,28 @@ from forgejax.report.live.board import Board, View, strip_controls
 from forgejax.report.live.outlet import Outlet
 from forgejax.report.names import find_shown, format_duration, format_value
 
+_WAIT_SHARE = 0.2  # of what a wait took so far passes before the next line about it
+
 
 class LinesProgress:
-    """One line a step, at most one in ``interval_s`` seconds (the last step always has its own); see Progress."""
+    """One line a step, at most one in ``interval_s`` seconds (the last step always has its own); see Progress.
+
+    While the run waits there is a line every ``wait_s``, and less often the longer it takes.
+    """
 
     def __init__(
-        self, stream: TextIO, *, steps: int, interval_s: float = 2.0, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        *,
+        steps: int,
+        interval_s: float = 2.0,
+        wait_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._outlet = Outlet(stream)
         self._board = Board(steps, clock=clock)
         self._interval_s = interval_s
+        self._wait_s = wait_s
         self._next_line_s = 0.0
 
     @contextmanager
@@ -31,6 +44,18 @@ class LinesProgress:
             outcome = "done"
         finally:
             self._say(f"{name} {outcome} in {format_duration(self._board.end())}")
+
+    @contextmanager
+    def wait(self, describe: Callable[[], str]) -> Iterator[None]:
+        over = threading.Event()
+        teller = threading.Thread(target=self._tell_of_wait, args=(over,), name="progress-wait", daemon=True)
+        with self._board.wait(describe):
+            teller.start()
+            try:
+                yield
+            finally:
+                over.set()
+                teller.join()
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
         self._board.add_step(row)
@@ -46,8 +71,14 @@ class LinesProgress:
     def close(self) -> None:
         self._outlet.close()
 
+    def _tell_of_wait(self, over: threading.Event) -> None:
+        waited_s = 0.0
+        while not over.wait(pause_s := max(self._wait_s, _WAIT_SHARE * waited_s)):
+            waited_s += pause_s
+            self._say(self._board.view().waiting)
+
     def _say(self, text: str) -> None:
-        self._outlet.write(f"[{format_duration(self._board.view().elapsed_s):>7}] {strip_controls(text)}\n")
+        self._outlet.write(f"[{format_duration(self._board.elapsed_s):>7}] {strip_controls(text)}\n")
 
 
 def format_step(view: View) -> str:

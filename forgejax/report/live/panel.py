@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, SupportsFloat, TextIO, cast
 
 from rich.columns import Columns
@@ -56,6 +56,9 @@ class PanelProgress:
         finally:
             self._say(f"{name} {outcome} in {format_duration(self._board.end())}")
 
+    def wait(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
+        return self._board.wait(describe)
+
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
         self._board.add_step(row)
 
@@ -65,7 +68,7 @@ class PanelProgress:
 
     def _say(self, text: str) -> None:
         """Writes ``text`` above the panel, where it scrolls away like any output."""
-        stamp = f"[{format_duration(self._board.view().elapsed_s):>7}] "
+        stamp = f"[{format_duration(self._board.elapsed_s):>7}] "
         self._console.print(Text.assemble((stamp, "dim"), strip_controls(text)), soft_wrap=True)
 
     def close(self) -> None:
@@ -112,8 +115,8 @@ def _headline(view: View) -> str:
         words.append(f"eta {format_duration(view.eta_s)}")
     if view.phase:
         words.append(f"{view.phase} {format_duration(view.phase_s)}")
-    if view.detail:
-        words.append(view.detail)
+    if view.waiting or view.detail:
+        words.append(view.waiting or view.detail)
     return strip_controls(" · ".join(words))
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol, SupportsFloat, TextIO
 
@@ -16,6 +16,12 @@ class Progress(Protocol):
 
     def phase(self, name: str, detail: str = "") -> AbstractContextManager[None]:
         """The time inside is this phase (installing, compiling, warm start, evaluating, training); phases nest."""
+        ...
+
+    def wait(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
+        """Inside, the run waits for other threads; ``describe`` says how far they are. It is called from any thread,
+        every now and then, and must not wait itself.
+        """
         ...
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:
@@ -36,6 +42,10 @@ class NoProgress:
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def wait(self, describe: Callable[[], str]) -> Iterator[None]:
         yield
 
     def step(self, row: Mapping[str, SupportsFloat]) -> None:

@@ -281,11 +281,53 @@ def test_printable_text_is_one_line() -> None:
     assert strip_controls(" a\n\tb\x00 \u200bc ") == "a b c"
 
 
+def draw(board: Board) -> str:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    console.print(draw_panel(board.view(), width=80))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 @pytest.mark.parametrize(("share", "stands_out"), [(0.49, False), (0.5, True)])
 def test_half_of_the_episodes_failing_stands_out(share: float, stands_out: bool) -> None:
     board = Board(4)
     board.add_step({"step": 1, "share/failed_episodes": share})
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
-    console.print(draw_panel(board.view(), width=80))
-    assert isinstance(console.file, io.StringIO)
-    assert ("\x1b[1;31m" in console.file.getvalue()) is stands_out
+    assert ("\x1b[1;31m" in draw(board)) is stands_out
+
+
+def test_lines_tell_of_a_wait_every_now_and_then_and_less_often_the_longer_it_takes() -> None:
+    stream = io.StringIO()
+    progress = LinesProgress(stream, steps=2, wait_s=0.02)
+    said = [0]
+
+    def describe() -> str:
+        said[0] += 1
+        return f"step 1: {said[0]} of 8 groups done"
+
+    with progress.wait(describe):
+        time.sleep(0.5)
+    told = said[0]
+    time.sleep(0.1)
+    progress.close()
+
+    assert 5 < told < 0.5 / 0.02  # 0.02 s, five times, and then a fifth of what went by
+    assert said[0] == told
+    assert stream.getvalue().splitlines()[0].endswith("] step 1: 1 of 8 groups done")
+
+
+def test_a_wait_that_is_short_is_not_told_of() -> None:
+    stream = io.StringIO()
+    progress = LinesProgress(stream, steps=2)
+    with progress.wait(lambda: "never"):
+        pass
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_the_panel_shows_what_is_waited_for_in_place_of_the_phases_detail() -> None:
+    board = Board(2)
+    board.begin("training", "2 steps")
+    with board.wait(lambda: "step 1: 3 of 8 groups done"):
+        waiting = draw(board)
+    assert "step 1: 3 of 8 groups done" in waiting and "2 steps" not in waiting
+    assert "2 steps" in draw(board)
