@@ -43,13 +43,15 @@ class RunConfig:
     A run lives in ``root/name``; an empty name takes the configuration file's, numbered. ``eval_every`` and
     ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
     sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
-    ``seed`` is below 2**32.
+    ``seed`` is below 2**32. ``deterministic``: equal runs on one machine end in the same bits, stopped or not; what it
+    sets in other sections is in ``TrainConfig.repeatable``.
     """
 
     name: str = ""
     root: str = "runs"
     steps: int = 100
     seed: int = 0
+    deterministic: bool = False
     group_size: int = 8
     eval_every: int = 0
     eval_samples: int = 1
@@ -147,6 +149,22 @@ class TrainConfig:
                     "and engine.max_queued); lower the former, or raise engine.max_queued"
                 )
 
+    def repeatable(self) -> TrainConfig:
+        """The same run as ``run.deterministic`` plays it, whatever its other keys say.
+
+        Only the groups of one step are in flight, and they are taken in the order of their indices: what is drawn by
+        which weights depends on no clock. The engine's bits depend on no other request, no reward on wall clock, and
+        the order of a Python agent's sets on no chance, unless the agent's own environment sets it.
+        """
+        window = dataclasses.replace(self.pool.window, in_flight=self.pool.window.groups_per_step, window=1)
+        return dataclasses.replace(
+            self,
+            pool=dataclasses.replace(self.pool, window=window),
+            engine=dataclasses.replace(self.engine, batch_invariant=True),
+            reward=dataclasses.replace(self.reward, speed_weight=0.0),
+            agent=dataclasses.replace(self.agent, env={"PYTHONHASHSEED": "0"} | self.agent.env),
+        )
+
     @property
     def episodes_at_once(self) -> int:
         """The most episodes that are played at the same time, in training or in an evaluation."""
@@ -188,7 +206,8 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
         config=_TYRO,
     )
     plan = resolve(config.mesh)
-    return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+    config = dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+    return config.repeatable() if config.run.deterministic else config
 
 
 def print_options(config: TrainConfig, section: str) -> None:
