@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from forgejax.agents import AgentConfig, StopPolicy
 from forgejax.environments import RewardConfig, TasksConfig
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 _NAME = re.compile(r"\w[\w.+=@-]{0,99}")
 _MOST_STEPS = 2**31 - 1  # policy versions are int32 on the devices
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_RULES = ConstructorRegistry()
 _SEEDS = 2**32  # what jax, numpy and Grain all take
 
 
@@ -204,6 +206,7 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
         args=[_mesh_shorthand(argument) for argument in options],
         prog="train.py",
         config=_TYRO,
+        registry=_RULES,
     )
     plan = resolve(config.mesh)
     config = dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
@@ -222,7 +225,24 @@ def print_options(config: TrainConfig, section: str) -> None:
         "Options", [(section, hints[section], field(default=getattr(config, section)))], frozen=True
     )
     with contextlib.suppress(SystemExit):  # tyro's way of having printed
-        tyro.cli(shown, args=["--help"], prog="train.py", description=f"Options of {section}.", config=_TYRO)
+        tyro.cli(
+            shown, args=["--help"], prog="train.py", description=f"Options of {section}.", config=_TYRO, registry=_RULES
+        )
+
+
+@_RULES.primitive_rule
+def _read_bool(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """``true`` and ``false``, as in a TOML file, and as Python writes them."""
+    if kind.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda given: given[0].lower() == "true",
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=("true", "false", "True", "False"),
+    )
 
 
 def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:
