@@ -20,9 +20,8 @@ def digest_arrays(tree: Any) -> str:
     """
     digest = hashlib.sha256()
     named = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), sums in zip(
-        named, jax.device_get([_add_words(jnp.asarray(leaf)) for _, leaf in named]), strict=True
-    ):
+    added = jax.device_get([_add_words(jnp.asarray(leaf)) for _, leaf in named])
+    for (path, leaf), sums in zip(named, added, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         digest.update(f"{name} {leaf.dtype} {leaf.shape} {np.asarray(sums).tolist()}\n".encode())
     return digest.hexdigest()[:16]
