@@ -46,7 +46,7 @@ class RunConfig:
     ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
     sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
     ``seed`` is below 2**32. ``deterministic``: equal runs on one machine end in the same bits, stopped or not; what it
-    sets in other sections is in ``TrainConfig.repeatable``.
+    sets in other sections is in ``TrainConfig.make_repeatable``.
     """
 
     name: str = ""
@@ -151,7 +151,7 @@ class TrainConfig:
                     "and engine.max_queued); lower the former, or raise engine.max_queued"
                 )
 
-    def repeatable(self) -> TrainConfig:
+    def make_repeatable(self) -> TrainConfig:
         """The same run as ``run.deterministic`` plays it, whatever its other keys say.
 
         Only the groups of one step are in flight, and they are taken in the order of their indices: what is drawn by
@@ -210,7 +210,7 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
     )
     plan = resolve(config.mesh)
     config = dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
-    return config.repeatable() if config.run.deterministic else config
+    return config.make_repeatable() if config.run.deterministic else config
 
 
 def print_options(config: TrainConfig, section: str) -> None:

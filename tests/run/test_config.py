@@ -250,4 +250,4 @@ def test_a_deterministic_run_sets_what_depends_on_a_clock_or_on_company_and_noth
     )
     assert load_saved(to_mapping(settled), "again", ["--pool.window.in-flight", "16"]) == settled
     own = dataclasses.replace(asked, agent=dataclasses.replace(asked.agent, env={"PYTHONHASHSEED": "7"}))
-    assert own.repeatable().agent.env == {"PYTHONHASHSEED": "7"}
+    assert own.make_repeatable().agent.env == {"PYTHONHASHSEED": "7"}
