@@ -14,6 +14,7 @@
   --run.steps N          training steps
   --run.name NAME        the run's folder under --run.root (runs); without one it is numbered
   --run.seed N           of weights, tasks' order and sampling
+  --run.deterministic true    equal runs on one machine end in the same bits
   --policy.path DIR      open weights to begin with: a Hugging Face folder or a .gguf file
   --agent.kind KIND      process (a program an episode), worker (a program that stays) or coroutine
   --help [SECTION]       this page, or all options of a section with their values

@@ -55,7 +55,8 @@ class GroupRunner:
     """Runs the groups that ``sink`` dispatches, ``group_size`` episodes of one task each, all at once.
 
     The same index always is the same task, so a group lost in a crash is run again as it was. ``session`` is what each
-    episode's session is opened with; if it has a seed, every episode gets one of its own, derived from it.
+    episode's session is opened with; if it has a seed, every episode gets one of its own, derived from it, the index
+    and the member alone: another attempt at a group draws what the first one drew, as long as the weights are the same.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class GroupRunner:
                 self._episodes.run(
                     task,
                     member=member,
-                    session=_seeded(self._session, dispatch.index, dispatch.attempt, member),
+                    session=_seeded(self._session, dispatch.index, member),
                     baseline_s=baseline_s,
                     on_cut_off=cut_off.append,
                 )
@@ -195,7 +196,7 @@ async def run_tasks(
 
     async def play(number: int, member: int) -> Trajectory:
         async with slots:
-            seeded = _seeded(session, number, 0, member)
+            seeded = _seeded(session, number, member)
             trajectory = await episodes.run(tasks[number], member=member, session=seeded, on_cut_off=on_cut_off)
         episodes.scaffold.check()
         streak.observe(trajectory)
@@ -237,9 +238,10 @@ def _sampled(trajectories: Sequence[Trajectory]) -> int:
     return sum(trajectory.sampled_tokens for trajectory in trajectories)
 
 
-def _seeded(session: SessionSpec, *key: int) -> SessionSpec:
-    """The session's spec with a seed of its own, derived from the run's."""
+def _seeded(session: SessionSpec, index: int, member: int) -> SessionSpec:
+    """The session's spec with a seed of its own: of the run's, what is played, and nothing of when or how often."""
     if session.seed is None:
         return session
-    digest = hashlib.blake2b(repr((session.seed, *key)).encode(), digest_size=4).digest()
+    key = (session.seed, session.purpose, index, member)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return replace(session, seed=int.from_bytes(digest) >> 1)

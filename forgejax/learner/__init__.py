@@ -1,6 +1,7 @@
 """Credit, prefix trees, packing and one pure jitted step."""
 
 from forgejax.learner.credit.credit import CreditConfig, assign_credit, make_judge
+from forgejax.learner.digest import digest_arrays
 from forgejax.learner.learner import Learner
 from forgejax.learner.pack import PackGroups, TrainingBatch, pack
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackStats, Placement
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingBatch",
     "assign_credit",
     "count_drift",
+    "digest_arrays",
     "lay_empty",
     "make_judge",
     "make_supervised_sample",

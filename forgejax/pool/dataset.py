@@ -23,25 +23,28 @@ class GroupDataset(grain.IterDataset[GroupBatch]):
     """Iterates over the batches of a pool; put ``map`` and a prefetching dataset behind it. One iterator at a time.
 
     Iteration ends when the pool is closed. Close the pool before the iterator: a prefetching thread may be waiting for
-    a group, and only the pool can wake it.
+    a group, and only the pool can wake it. ``lockstep``: a batch is given once no group is running any more, so that
+    none sees the weights change.
     """
 
-    def __init__(self, pool: Pool, judge: Judge) -> None:
+    def __init__(self, pool: Pool, judge: Judge, *, lockstep: bool = False) -> None:
         super().__init__()
         self._pool = pool
         self._judge = judge
+        self._lockstep = lockstep
 
     def __iter__(self) -> "GroupIterator":
-        return GroupIterator(self._pool, self._judge)
+        return GroupIterator(self._pool, self._judge, lockstep=self._lockstep)
 
 
 class GroupIterator(grain.DatasetIterator[GroupBatch]):
     """State ``{"batch": n}``: n is the number of the next batch. Setting it rewinds the pool to step n."""
 
-    def __init__(self, pool: Pool, judge: Judge) -> None:
+    def __init__(self, pool: Pool, judge: Judge, *, lockstep: bool = False) -> None:
         super().__init__()
         self._pool = pool
         self._judge = judge
+        self._lockstep = lockstep
         self._number = pool.next_step
         self._filling: list[Group] = []
 
@@ -70,6 +73,8 @@ class GroupIterator(grain.DatasetIterator[GroupBatch]):
                 f"batch {self._number}: {drops.total()} groups in a row were dropped ({counts}), so there is nothing "
                 f"to train on; {endings.explain()}"
             )
+        if self._lockstep and not self._pool.await_quiet(config.take_timeout_s):
+            raise StopIteration
         batch = GroupBatch(number=self._number, groups=tuple(self._filling))
         self._pool.seal(self._number)
         self._filling = []

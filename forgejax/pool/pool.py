@@ -187,6 +187,23 @@ class Pool:
             self._window.drop(index)
             self._wake()
 
+    def await_quiet(self, timeout_s: float) -> bool:
+        """Waits until no group runs and none may be dispatched before a batch retires; False once the pool is closed.
+
+        Raises TrainingError past ``timeout_s``.
+        """
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            while self._window.count(State.RUNNING) or self._window.dispatchable() is not None:
+                if self._closed:
+                    return False
+                if (left := until - time.monotonic()) <= 0:
+                    raise TrainingError(
+                        f"the groups in flight did not all end within {timeout_s:g} s: {self._obstacle()}"
+                    )
+                self._changed.wait(left)
+            return True
+
     def seal(self, step: int) -> None:
         """Batch ``step`` is complete; the next to fill is ``step + 1``."""
         with self._changed:

@@ -71,6 +71,7 @@ class Audit:
                 prompt_ids=read_trained_ids(parts[placement.batch], placement)[0],
                 max_tokens=_PROBE_TOKENS,
                 law=self.law,
+                seed=step * _PROBES + number,
                 purpose="probe",
             )
             for number, placement in enumerate(packed.placements[:_PROBES])

@@ -86,6 +86,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
+    if config.run.deterministic:
+        progress.note(_describe_lockstep(config))
     progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
     sinks = open_sinks(place.path, progress, resumed_step=step if place.resumed else None)
     stack.callback(sinks.close)
@@ -169,7 +171,13 @@ def _data(
     journal = Journal.open(place.journal_url)
     stack.callback(journal.close)
     pool = Pool.open(journal, config.pool, resume_step=resume_step)
-    steps = PooledSteps(pool, credit=config.credit, packing=config.packing, row_shards=learner.row_shards)
+    steps = PooledSteps(
+        pool,
+        credit=config.credit,
+        packing=config.packing,
+        row_shards=learner.row_shards,
+        lockstep=config.run.deterministic,
+    )
     stack.callback(steps.close)
     stack.callback(pool.close)
     return journal, pool, steps
@@ -244,6 +252,14 @@ def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, 
         law=config.sampling,
         attempt=pool.attempt,
         sums=sums,
+    )
+
+
+def _describe_lockstep(config: TrainConfig) -> str:
+    window = config.pool.window
+    return (
+        f"deterministic: {window.in_flight} groups in flight, in lockstep with the updates, taken in order; every "
+        "prompt is computed alone and every decode step serves all slots; speed earns no reward"
     )
 
 

@@ -120,6 +120,8 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         **make_evaluation_fields(before, after),
         eval_tasks=outcome.eval_tasks,
         seed=config.run.seed,
+        deterministic=config.run.deterministic,
+        params_digest=outcome.params_digest,
         steps=outcome.steps,
         wall_s=sums.wall_s,
         skipped_steps=sums.skipped_steps,

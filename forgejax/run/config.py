@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from forgejax.agents import AgentConfig, StopPolicy
 from forgejax.environments import RewardConfig, TasksConfig
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 _NAME = re.compile(r"\w[\w.+=@-]{0,99}")
 _MOST_STEPS = 2**31 - 1  # policy versions are int32 on the devices
 _TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_RULES = ConstructorRegistry()
 _SEEDS = 2**32  # what jax, numpy and Grain all take
 
 
@@ -43,13 +45,15 @@ class RunConfig:
     A run lives in ``root/name``; an empty name takes the configuration file's, numbered. ``eval_every`` and
     ``checkpoint_every`` count steps (0: only before and after). ``probe_every``: steps between two measurements of the
     sampler/trainer gap on freshly sampled tokens. The run stops after ``max_skipped`` non-finite steps in a row.
-    ``seed`` is below 2**32.
+    ``seed`` is below 2**32. ``deterministic``: equal runs on one machine end in the same bits, stopped or not; what it
+    sets in other sections is in ``TrainConfig.make_repeatable``.
     """
 
     name: str = ""
     root: str = "runs"
     steps: int = 100
     seed: int = 0
+    deterministic: bool = False
     group_size: int = 8
     eval_every: int = 0
     eval_samples: int = 1
@@ -147,6 +151,22 @@ class TrainConfig:
                     "and engine.max_queued); lower the former, or raise engine.max_queued"
                 )
 
+    def make_repeatable(self) -> TrainConfig:
+        """The same run as ``run.deterministic`` plays it, whatever its other keys say.
+
+        Only the groups of one step are in flight, and they are taken in the order of their indices: what is drawn by
+        which weights depends on no clock. The engine's bits depend on no other request, no reward on wall clock, and
+        the order of a Python agent's sets on no chance, unless the agent's own environment sets it.
+        """
+        window = dataclasses.replace(self.pool.window, in_flight=self.pool.window.groups_per_step, window=1)
+        return dataclasses.replace(
+            self,
+            pool=dataclasses.replace(self.pool, window=window),
+            engine=dataclasses.replace(self.engine, batch_invariant=True),
+            reward=dataclasses.replace(self.reward, speed_weight=0.0),
+            agent=dataclasses.replace(self.agent, env={"PYTHONHASHSEED": "0"} | self.agent.env),
+        )
+
     @property
     def episodes_at_once(self) -> int:
         """The most episodes that are played at the same time, in training or in an evaluation."""
@@ -186,9 +206,11 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
         args=[_mesh_shorthand(argument) for argument in options],
         prog="train.py",
         config=_TYRO,
+        registry=_RULES,
     )
     plan = resolve(config.mesh)
-    return dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+    config = dataclasses.replace(config, packing=config.packing.on(plan.platform, plan.context))
+    return config.make_repeatable() if config.run.deterministic else config
 
 
 def print_options(config: TrainConfig, section: str) -> None:
@@ -203,7 +225,24 @@ def print_options(config: TrainConfig, section: str) -> None:
         "Options", [(section, hints[section], field(default=getattr(config, section)))], frozen=True
     )
     with contextlib.suppress(SystemExit):  # tyro's way of having printed
-        tyro.cli(shown, args=["--help"], prog="train.py", description=f"Options of {section}.", config=_TYRO)
+        tyro.cli(
+            shown, args=["--help"], prog="train.py", description=f"Options of {section}.", config=_TYRO, registry=_RULES
+        )
+
+
+@_RULES.primitive_rule
+def _read_bool(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """``true`` and ``false``, as in a TOML file, and as Python writes them."""
+    if kind.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda given: given[0].lower() == "true",
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=("true", "false", "True", "False"),
+    )
 
 
 def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:

@@ -15,7 +15,7 @@ from pathlib import Path
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment
 from forgejax.errors import CheckpointError, EngineError, ForgejaxError, StorageFullError, TrainingError
-from forgejax.learner import Learner, PackedStep
+from forgejax.learner import Learner, PackedStep, digest_arrays
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
 from forgejax.rollout import Engines
@@ -35,7 +35,7 @@ class Outcome:
     """What a run leaves to be reported, as plain data. ``finished`` is False for a run that was interrupted.
 
     ``eval_tasks``: held-out tasks that the evaluations scored; of two evaluations, the one that scored fewer.
-    ``failures``: the last episode that failed, of each kind.
+    ``failures``: the last episode that failed, of each kind. ``params_digest``: a checksum of the weights trained.
     """
 
     before: Evaluated | None
@@ -50,6 +50,7 @@ class Outcome:
     cache_hit_rate: float
     compiles: int
     batch_shapes: int
+    params_digest: str
     failures: tuple[Failure, ...] = ()
 
 
@@ -256,6 +257,7 @@ class Trainer:
             cache_hit_rate=self.engines.account().cache_hit_rate,
             compiles=self.rows.compiles.count,
             batch_shapes=len(self.learner.batch_shapes),
+            params_digest=digest_arrays(self.learner.state.params),
             failures=self.rows.episodes.failures,
         )
 

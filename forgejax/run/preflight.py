@@ -44,7 +44,14 @@ _FILES_OF_WORKER = 4
 _MOMENT_BYTES = 4  # of each of the optimizer's two figures a weight, and of its gradient
 
 
-_KEPT = ("policy.", "tasks.", "run.seed", "run.name")  # of a run: its parameters and all that they were trained on
+_IN_ORDER = "--xla_gpu_deterministic_ops"
+_KEPT = (
+    "policy.",
+    "tasks.",
+    "run.seed",
+    "run.name",
+    "run.deterministic",
+)  # of a run: its parameters and all that they were trained on
 _MAY_MOVE = ("policy.path", "policy.compute_dtype")
 
 
@@ -60,6 +67,7 @@ def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
         ForgejaxError: it cannot be run, and why.
     """
     plan = resolve(config.mesh)
+    check_repeatable(config, plan, os.environ.get("XLA_FLAGS", ""))
     check_memory(config, plan, find_memory())
     check_disk(config, folder, fresh=fresh)
     allow_open_files(config)
@@ -84,8 +92,8 @@ def check_resumed(before: Mapping[str, Any], config: TrainConfig, attempts: Sequ
     if refused:
         told = ", ".join(f"{key} ({json.dumps(changes[key][0])} so far)" for key in refused)
         raise ConfigError(
-            f"a resumed run keeps its policy, tasks, seed and name, and this would change {told}; leave it as it is, "
-            "or start a new run"
+            f"a resumed run keeps its policy, tasks, seed, name and run.deterministic, and this would change {told}; "
+            "leave it as it is, or start a new run"
         )
     begun = attempts[0].tokenizer if attempts else ""
     if begun and tokenizer != begun and Path(config.tokenizer_folder).is_dir():  # else it is told that it is missing
@@ -102,6 +110,15 @@ def digest_tokenizer(folder: str) -> str:
     for file in filter(Path.is_file, files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def check_repeatable(config: TrainConfig, plan: MeshPlan, xla_flags: str) -> None:
+    """Raises ConfigError where a run is to be deterministic on GPUs whose programs may add in any order."""
+    if config.run.deterministic and plan.platform == "gpu" and f"{_IN_ORDER}=true" not in xla_flags.split():
+        raise ConfigError(
+            f"run.deterministic is true and mesh {plan.name} is of GPUs, whose programs add in the order in which "
+            f"their threads come; set XLA_FLAGS={_IN_ORDER}=true in the environment, or leave run.deterministic out"
+        )
 
 
 def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:

@@ -44,33 +44,35 @@ class StepSource(Protocol):
 
 
 class PooledSteps:
-    """The groups of a pool, judged and packed one step ahead of the learner, in Grain's thread.
+    """The groups of a pool, judged and packed: one step ahead of the learner, in Grain's thread, or in ``lockstep``
+    with it, when it asks and once no group is running.
 
     Ends when the pool is closed. Close the pool before this: the thread may be waiting for a group.
     """
 
-    def __init__(self, pool: Pool, *, credit: CreditConfig, packing: PackConfig, row_shards: int) -> None:
+    def __init__(
+        self, pool: Pool, *, credit: CreditConfig, packing: PackConfig, row_shards: int, lockstep: bool = False
+    ) -> None:
         self._pack_groups = PackGroups(credit=credit, packing=packing, row_shards=row_shards)
-        prepared = GroupDataset(pool, make_judge(credit, packing)).map(self._prepare)
-        self._ahead: grain.DatasetIterator[StepData] = iter(
-            grain.experimental.ThreadPrefetchIterDataset(prepared, prefetch_buffer_size=1)
-        )
+        prepared = GroupDataset(pool, make_judge(credit, packing), lockstep=lockstep).map(self._prepare)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(prepared, prefetch_buffer_size=1)
+        self._steps: grain.DatasetIterator[StepData] = iter(prepared if lockstep else ahead)
 
     def next(self) -> StepData | None:
         """See ``StepSource``. Raises TrainingError where no group comes in time, or none that can be trained."""
-        return next(self._ahead, None)
+        return next(self._steps, None)
 
     def get_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._ahead.get_state()
+        state: dict[str, Any] = self._steps.get_state()
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Rewinds the pool as well, and begins to fill the step of that place."""
-        self._ahead.set_state(state)
-        self._ahead.start_prefetch()
+        """Rewinds the pool as well; where steps are made ahead, begins to fill the one of that place."""
+        self._steps.set_state(state)
+        self._steps.start_prefetch()
 
     def close(self) -> None:
-        self._ahead.close()
+        self._steps.close()
 
     def _prepare(self, batch: GroupBatch) -> StepData:
         began = time.monotonic()

@@ -1,6 +1,7 @@
 """Groups: each dispatch is finished, failed or given back exactly once."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, GroupRunner, StopPolicy, run_tasks
 from forgejax.environments import RewardConfig, SpeedBaseline
 from forgejax.errors import AgentError, ConfigError, StorageFullError
-from forgejax.types import Group, SessionSpec, StopReason
+from forgejax.types import Dispatch, Group, SessionSpec, StopReason
 from tests.agents.fakes import FakeScaffold, FakeSessions, FakeSink, SumTasks, make_task
 
 AGENT = AgentConfig(command=("agent",), deadline_s=5.0, grace_s=0.1)
@@ -89,6 +90,28 @@ async def test_every_episode_has_a_seed_of_its_own_that_a_rerun_repeats() -> Non
         seeds.append([spec.seed for spec in sessions.opened])
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 8
+
+
+async def test_a_seed_is_of_the_run_the_purpose_the_group_and_the_member_and_of_no_attempt() -> None:
+    class Again(FakeSink):
+        """Dispatches the same indices for the third time."""
+
+        async def next_dispatch(self) -> Dispatch | None:
+            first = await super().next_dispatch()
+            return None if first is None else replace(first, attempt=2)
+
+    async def seeds_of(sink: FakeSink, spec: SessionSpec) -> list[int | None]:
+        sessions = FakeSessions()
+        await make_runner(sink, make_episodes(sessions=sessions), session=spec).run()
+        return [each.seed for each in sessions.opened]
+
+    first = await seeds_of(FakeSink(total=2, in_flight=1), SessionSpec(seed=1))
+    assert await seeds_of(Again(total=2, in_flight=1), SessionSpec(seed=1)) == first
+    sessions, spec = FakeSessions(), SessionSpec(purpose="evaluation", seed=1)
+    await run_tasks(make_episodes(sessions=sessions), [make_task(0), make_task(1)], samples=2, session=spec)
+    evaluated = [each.seed for each in sessions.opened]
+    other = await seeds_of(FakeSink(total=2, in_flight=1), SessionSpec(seed=2))
+    assert len({*first, *evaluated, *other}) == 12
 
 
 async def test_what_is_in_flight_at_the_end_is_cancelled_and_given_back_with_its_tokens() -> None:

@@ -235,3 +235,59 @@ def test_a_resume_through_orbax_gives_the_same_batches(tmp_path: Path) -> None:
     assert expected == [[12] * 3 + [14] * 3, [16] * 3 + [18] * 3, [20] * 3 + [22] * 3]
     assert pool.snapshot().groups_trained == 12
     pool.check_integrity()
+
+
+async def test_in_lockstep_a_short_batch_waits_for_the_groups_that_still_run(tmp_path: Path) -> None:
+    """Else the update would change the weights that draw for them. Group 0 is kept; 1 and 2 are dropped in a row."""
+
+    def keep_the_first(group: Group) -> Verdict:
+        kept = group.dispatch.index == 0
+        return Verdict(drop=None if kept else "zero_advantage", untrained={} if kept else {"zero_advantage": 3})
+
+    pool = open_pool(tmp_path, n=2, p=2, w=1)
+    iterator = iter(GroupDataset(pool, keep_the_first, lockstep=True))
+    waiting = asyncio.create_task(asyncio.to_thread(next, iterator))
+    for index in range(3):
+        dispatch = await asyncio.wait_for(pool.next_dispatch(), 5)
+        assert dispatch is not None and (dispatch.index, dispatch.version) == (index, 0)
+        pool.finish(group_of(dispatch))
+    last = await asyncio.wait_for(pool.next_dispatch(), 5)
+    assert last is not None and (last.index, last.version) == (3, 0)
+    await asyncio.wait({waiting}, timeout=0.1)
+    assert not waiting.done() and pool.next_step == 0
+    pool.finish(group_of(last))
+    assert indices(await asyncio.wait_for(waiting, 5)) == [0]
+    end_step(pool, 0)
+    after = await asyncio.wait_for(pool.next_dispatch(), 5)
+    assert after is not None and (after.index, after.version) == (4, 1)
+    pool.close()
+
+
+async def test_a_lockstep_that_is_closed_as_it_waits_gives_no_batch_and_stays_in_its_place(tmp_path: Path) -> None:
+    def drop_all_but_0(group: Group) -> Verdict:
+        kept = group.dispatch.index == 0
+        return Verdict(drop=None if kept else "zero_advantage", untrained={} if kept else {"zero_advantage": 3})
+
+    pool = open_pool(tmp_path, n=2, p=2, w=1)
+    iterator = iter(GroupDataset(pool, drop_all_but_0, lockstep=True))
+    waiting = asyncio.create_task(asyncio.to_thread(next, iterator, None))
+    for _ in range(3):
+        dispatch = await asyncio.wait_for(pool.next_dispatch(), 5)
+        assert dispatch is not None
+        pool.finish(group_of(dispatch))
+    assert await asyncio.wait_for(pool.next_dispatch(), 5) is not None
+    await asyncio.wait({waiting}, timeout=0.1)
+    pool.close()
+    assert await asyncio.wait_for(waiting, 5) is None
+    assert iterator.get_state() == {"batch": 0} and pool.next_step == 0
+
+
+def test_a_group_that_never_ends_is_named_by_a_lockstep_past_its_time(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=1, p=1, w=1)
+    dispatch = asyncio.run(pool.next_dispatch())
+    assert dispatch is not None
+    with pytest.raises(TrainingError, match=r"did not all end within 0\.05 s: group 0 blocks the head of the window"):
+        pool.await_quiet(0.05)
+    pool.finish(group_of(dispatch))
+    assert pool.await_quiet(0.05)
+    pool.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forgejax.errors import ConfigError
+from forgejax.pool.window import WindowConfig
 from forgejax.run.config import (
     TrainConfig,
     from_mapping,
@@ -127,6 +128,12 @@ def test_an_override_changes_its_key_and_nothing_else() -> None:
     )
 
 
+@pytest.mark.parametrize(("yes", "no"), [("true", "false"), ("True", "False")])
+def test_truth_is_written_as_in_a_toml_file_or_as_in_python(yes: str, no: str) -> None:
+    config = load_config(QUICKSTART, ["--run.deterministic", yes, f"--packing.trunks={no}"])
+    assert (config.run.deterministic, config.packing.trunks) == (True, False)
+
+
 def test_tuples_lists_of_tables_and_tables_can_be_overridden() -> None:
     agent = ["--agent.command", "my-agent", "fast", "--agent.env.CALCULATOR-LATENCY-S", "2"]
     config = load_config(
@@ -226,3 +233,21 @@ def test_a_mistyped_option_ends_with_status_2_and_names_the_near_one(
 
     assert caught.value.code == 2
     assert answer in printed.err + printed.out
+
+
+def test_a_deterministic_run_sets_what_depends_on_a_clock_or_on_company_and_nothing_else() -> None:
+    asked = load_config(QUICKSTART)
+    settled = load_config(QUICKSTART, ["--run.deterministic=true"])
+
+    assert (asked.pool.window.in_flight, asked.reward.speed_weight, asked.engine.batch_invariant) == (24, 0.8, False)
+    assert settled == dataclasses.replace(
+        asked,
+        run=dataclasses.replace(asked.run, deterministic=True),
+        pool=dataclasses.replace(asked.pool, window=WindowConfig(in_flight=8, groups_per_step=8, window=1)),
+        engine=dataclasses.replace(asked.engine, batch_invariant=True),
+        reward=dataclasses.replace(asked.reward, speed_weight=0.0),
+        agent=dataclasses.replace(asked.agent, env={"CALCULATOR_LATENCY_S": "0.5", "PYTHONHASHSEED": "0"}),
+    )
+    assert load_saved(to_mapping(settled), "again", ["--pool.window.in-flight", "16"]) == settled
+    own = dataclasses.replace(asked, agent=dataclasses.replace(asked.agent, env={"PYTHONHASHSEED": "7"}))
+    assert own.make_repeatable().agent.env == {"PYTHONHASHSEED": "7"}

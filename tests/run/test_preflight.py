@@ -25,13 +25,14 @@ from forgejax.run.preflight import (
     check_kernel,
     check_memory,
     check_mesh,
+    check_repeatable,
     check_resumed,
     check_run,
     digest_tokenizer,
     load_chat,
 )
 from forgejax.run.rundir import Attempt
-from forgejax.sharding import resolve
+from forgejax.sharding import MeshConfig, resolve
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
 
 DEMONSTRATOR = f"{REPOSITORY / 'examples' / 'quickstart' / 'demonstrations.py'}:CalculatorDemonstrator"
@@ -137,9 +138,13 @@ def test_the_memory_of_a_chip_is_that_of_its_data_sheet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["--policy.d-ff=64", "--tasks.seed=3", "--tasks.eval-tasks=9", "--run.seed=1", "--run.name=a"]
+    "change",
+    [
+        *("--policy.d-ff=64", "--tasks.seed=3", "--tasks.eval-tasks=9", "--run.seed=1", "--run.name=a"),
+        "--run.deterministic=true",
+    ],
 )
-def test_a_resumed_run_keeps_policy_tasks_seed_and_name(tmp_path: Path, change: str) -> None:
+def test_a_resumed_run_keeps_policy_tasks_seed_name_and_whether_it_can_be_repeated(tmp_path: Path, change: str) -> None:
     before = to_mapping(tiny_config(tmp_path))
     key = change.removeprefix("--").partition("=")[0].replace("-", "_")
     with pytest.raises(ConfigError, match=rf"this would change {key} \(.* so far\); leave it as it is, or start a new"):
@@ -150,6 +155,16 @@ def test_a_resumed_run_may_have_other_steps_places_and_meshes(tmp_path: Path) ->
     config = tiny_config(tmp_path, "--run.steps=9", "--mesh=cpu-1", "--policy.compute-dtype=float64")
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, path="moved"))
     check_resumed(to_mapping(tiny_config(tmp_path)), config, [], "")
+
+
+def test_a_deterministic_run_on_gpus_needs_programs_that_add_in_one_order(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "--run.deterministic=true")
+    gpus, flag = resolve(MeshConfig(name="h100-1")), "--xla_gpu_deterministic_ops=true"
+    check_repeatable(config, gpus, f"--xla_cpu_x=1 {flag}")
+    check_repeatable(config, resolve(config.mesh), "")
+    check_repeatable(tiny_config(tmp_path), gpus, "")
+    with pytest.raises(ConfigError, match=rf"mesh h100-1 is of GPUs.*; set XLA_FLAGS={flag} in the environment, or"):
+        check_repeatable(config, gpus, "--xla_gpu_deterministic_ops=false")
 
 
 def test_a_tokenizer_is_told_from_another_by_its_files_wherever_they_lie(tmp_path: Path) -> None:
@@ -242,7 +257,10 @@ def test_a_run_that_can_be_run_passes_and_nothing_is_made(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["check_memory", "check_disk", "allow_open_files", "check_mesh", "load_chat", "make_environment", "check_agent"],
+    [
+        *("check_repeatable", "check_memory", "check_disk", "allow_open_files", "check_mesh", "load_chat"),
+        *("make_environment", "check_agent"),
+    ],
 )
 def test_every_check_belongs_to_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def refuse(*_: object, **__: object) -> None:

@@ -55,3 +55,17 @@ def test_a_step_has_the_groups_of_its_batch_packed_and_comes_again_after_going_b
         np.testing.assert_array_equal(ours.tokens_BT, theirs.tokens_BT)
     assert steps.next() is None
     steps.close()
+
+
+def test_in_lockstep_no_group_is_taken_before_the_step_is_asked_for(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, n=2, p=2, w=1)
+    steps = PooledSteps(pool, credit=CreditConfig(), packing=PACKING, row_shards=1, lockstep=True)
+    steps.set_state({"batch": 0})
+    fill(pool, 2)
+    assert pool.snapshot().finished_waiting == 2
+    first = steps.next()
+    assert first is not None and first.training.groups == (0, 1)
+    assert steps.get_state() == {"batch": 1} and pool.snapshot().finished_waiting == 0
+    pool.close()
+    assert steps.next() is None
+    steps.close()

@@ -9,6 +9,7 @@ import asyncio
 import http.client
 import json
 import operator
+import random
 import re
 import sys
 import zlib
@@ -36,6 +37,12 @@ def right_answer(question: str) -> str:
 
 async def play(question: str, base_url: str, api_key: str) -> str:
     return await asyncio.to_thread(solve, question, base_url, api_key)
+
+
+async def dawdle(question: str, base_url: str, api_key: str) -> str:
+    """The same agent, which begins when chance will have it."""
+    await asyncio.sleep(random.random() / 20)
+    return await play(question, base_url, api_key)
 
 
 async def never(question: str, base_url: str, api_key: str) -> str:

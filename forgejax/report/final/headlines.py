@@ -7,6 +7,8 @@ from forgejax.report.final.summary import LevelChange, Summary
 from forgejax.report.names import format_duration
 
 TOLD_IN_WORDS = frozenset({"step_s", "wait_share", "packing_wait_share"})  # of Summary.figures, by describe_time
+_BY_CHANCE = ("deadline", "agent_failed", "environment_failed")  # stop reasons
+_BY_ACCIDENT = ("worker_died",)  # what episodes are masked for
 _NOISE = 2.0  # standard errors below which a difference is called noise
 
 
@@ -58,6 +60,18 @@ def describe_time(summary: Summary) -> str | None:
         "waiting for their packing; in the rest it trained, probed and saved."
     )
     return f"{whole} {waited} {verdict}"
+
+
+def describe_repeatability(summary: Summary) -> str:
+    """Whether the run can be repeated bit by bit, and which of its episodes ended by a clock or an accident all the
+    same: another run may differ from those on."""
+    if not summary.deterministic:
+        return "no"
+    ended = {name: summary.episodes.get(name, 0) for name in _BY_CHANCE} | {
+        name: summary.episodes_masked.get(name, 0) for name in _BY_ACCIDENT
+    }
+    told = ", ".join(f"{name} {count}" for name, count in ended.items() if count)
+    return f"yes, but for episodes that something else than the policy ended: {told}" if told else "yes"
 
 
 def _outcome(level: str, change: LevelChange, paired: str | None) -> Headline | None:

@@ -8,7 +8,12 @@ from typing import TypedDict
 
 from forgejax.report.final.courses import Course
 from forgejax.report.final.endings import make_endings
-from forgejax.report.final.headlines import TOLD_IN_WORDS, describe_time, make_headlines
+from forgejax.report.final.headlines import (
+    TOLD_IN_WORDS,
+    describe_repeatability,
+    describe_time,
+    make_headlines,
+)
 from forgejax.report.final.history import AttemptSpan
 from forgejax.report.final.invariants import Bounds, check_invariants
 from forgejax.report.final.summary import Summary
@@ -130,6 +135,8 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
         ("Wall clock", format_duration(summary.wall_s)),
         ("Evaluation tasks", f"{summary.eval_tasks:,}"),
         ("Seed", str(summary.seed)),
+        ("Deterministic", describe_repeatability(summary)),
+        ("Digest of the last weights", summary.params_digest or "not taken"),
         ("Unmerged tokens per tree token", _optional(summary.tree_token_ratio, ".2f")),
         ("Prefix-cache hit rate", _optional(summary.prefix_cache_hit_rate, ".1%")),
         ("Mean log-prob gap", _optional(summary.logprob_gap_mean, ".2e")),

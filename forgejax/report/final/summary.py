@@ -58,8 +58,9 @@ class Summary:
     numbers. ``*_not_trained`` count by reason; ``episodes`` are those of training that have ended, by stop reason, and
     ``episodes_masked`` those that train nothing, by the reason for it. ``eval_gain`` is the paired difference of the
     outcomes with its 95 % interval. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where
-    there are several, tool use is there where a tool was called. ``figures`` takes whatever else a run wants to keep.
-    Each annotation is checked: ValueError.
+    there are several, tool use is there where a tool was called. ``params_digest`` is a checksum of the last weights:
+    of two runs that are ``deterministic``, of one configuration, on one machine, it is the same. ``figures`` takes
+    whatever else a run wants to keep. Each annotation is checked: ValueError.
     """
 
     eval_reward_before: Share | None = None
@@ -76,6 +77,8 @@ class Summary:
     levels: dict[str, LevelChange] = field(default_factory=dict)
     eval_tasks: Count
     seed: int
+    deterministic: bool = False
+    params_digest: str = ""
     steps: Count
     wall_s: Amount
     skipped_steps: Count

@@ -17,6 +17,9 @@ class EngineConfig:
 
     ``max_context`` counts prompt and sampled tokens together. ``prefix_cache_tokens`` of 0 turns the reuse of pages
     off, ``ready_prompts`` of 0 that of whole prompts; each of the latter takes the memory of one slot.
+
+    ``batch_invariant``: the bits of what is drawn depend on the request, its seed and the weights alone, not on what
+    else the engine serves or has served. Every decode step then serves all slots, and no prompt goes on from pages.
     """
 
     slots: int = 32  # completions decoded at once
@@ -26,6 +29,7 @@ class EngineConfig:
     prefill_tokens_per_step: int = 512  # prompt tokens computed between two decode steps, so that none waits long
     page_tokens: int = 16  # granularity of prefix reuse
     prefix_cache_tokens: int = 32_768  # bounds the device memory of the prefix cache
+    batch_invariant: bool = False
     ready_prompts: int = 8  # whole prompts kept as rows: their repetitions, a group's members, compute nothing
     max_stop_ids: int = 8  # per request
     max_queued: int = 4_096
@@ -68,10 +72,13 @@ class EngineConfig:
 
     @property
     def cache_pages(self) -> int:
-        """Pages the prefix cache may hold."""
-        return self.prefix_cache_tokens // self.page_tokens
+        """Pages the prefix cache may hold: none where prompts in other chunks, or decoded, would be other bits."""
+        return 0 if self.batch_invariant else self.prefix_cache_tokens // self.page_tokens
 
     @property
     def decode_rows(self) -> tuple[int, ...]:
-        """Slot counts a decode program exists for: a few busy slots need not pay for all of them."""
+        """Slot counts a decode program exists for: a few busy slots need not pay for all of them, unless their sums
+        must be those of all."""
+        if self.batch_invariant:
+            return (self.slots,)
         return tuple(sorted({-(-self.slots // 16), -(-self.slots // 4), self.slots}))

@@ -57,6 +57,35 @@ async def test_results_do_not_depend_on_the_company() -> None:
     assert max(gap(each, params) for each in together) < 1e-5
 
 
+async def test_a_batch_invariant_engine_gives_a_request_the_same_bits_in_any_company_and_after_any() -> None:
+    """Two turns of six members that begin alike, at once and one by one, in an engine that is used and a fresh one."""
+    params, shared = tiny.params(), tiny.prompt(0, 21)
+    engine = tiny.engine(batch_invariant=True)
+
+    async def turns(driver: Driver, members: Sequence[int], name: str) -> list[Completion]:
+        first = [
+            tiny.request(f"{name}-a{i}", [*shared, *tiny.prompt(i, 1 + 4 * i)], 3 + 3 * i, seed=i) for i in members
+        ]
+        said = await sample_all(driver, first)
+        following = [
+            tiny.request(f"{name}-b{i}", [*turn.prompt_ids, *turn.token_ids, 7, 8], 12, seed=100 + i)
+            for i, turn in zip(members, said, strict=True)
+        ]
+        return said + await sample_all(driver, following)
+
+    with Driver(engine, params) as driver:
+        expected = await turns(driver, range(6), "together")
+        alone = [await turns(driver, [i], "alone") for i in (4, 1, 5, 0, 3, 2)]
+        assert all(each.cached_tokens in (0, len(each.prompt_ids) - 1) for pair in alone for each in pair)
+    with Driver(engine, params) as driver:
+        backwards = await turns(driver, range(5, -1, -1), "backwards")
+    ordered = sorted(alone, key=lambda pair: pair[0].request_id)
+    for found in ([a for a, _ in ordered] + [b for _, b in ordered], backwards[5::-1] + backwards[:5:-1]):
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+            np.testing.assert_array_equal(one.logprobs.view(np.int32), other.logprobs.view(np.int32))
+
+
 async def test_greedy_takes_the_likeliest_and_records_the_untempered_logprob() -> None:
     params = tiny.params()
     with Driver(tiny.engine(), params) as driver:
