@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
@@ -50,10 +51,10 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedFirst:
-    """The pool as a ``GroupSink`` that accepts a group once the engines' records of its requests are on the disk.
+    """The pool as a ``GroupSink`` that hears of a group once the engines' records of its requests are on the disk.
 
-    Ids are compared with those records when the group is trained, which may be after a crash. Groups are encoded and
-    written in other threads than the event loop's.
+    Ids are compared with those records when the group is trained, and its tokens are counted by them, which may be
+    after a crash. Groups are encoded and written in other threads than the event loop's.
     """
 
     pool: Pool
@@ -62,21 +63,21 @@ class LoggedFirst:
     async def next_dispatch(self) -> Dispatch | None:
         return await self.pool.next_dispatch()
 
-    async def finish(self, group: Group) -> None:
-        await see_through(asyncio.to_thread(self._keep, group))
+    async def finish(self, group: Group, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.finish, group, apart))
 
-    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.fail, dispatch, reason, sampled_tokens))
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.fail, dispatch, reason, sampled_tokens, apart))
 
-    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.give_back, dispatch, sampled_tokens))
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.give_back, dispatch, sampled_tokens, apart))
 
-    async def count_tokens(self, reason: str, tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.count_tokens, reason, tokens))
+    async def _report(self, tell: Callable[[], None]) -> None:
+        def flush_and_tell() -> None:
+            self.engines.flush()
+            tell()
 
-    def _keep(self, group: Group) -> None:
-        self.engines.flush()
-        self.pool.finish(group)
+        await see_through(asyncio.to_thread(flush_and_tell))
 
 
 class RolloutService:
@@ -167,8 +168,8 @@ class RolloutService:
         with contextlib.suppress(RuntimeError):  # the loop has ended: there is none
             self._loop.call_soon_threadsafe(self._interrupted.set)
 
-    def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
-        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile.
+    def evaluate(self, tasks: Sequence[Task], owner: str) -> Evaluation:
+        """Plays held-out tasks on the weights published last, for this owner. The caller publishes nothing meanwhile.
 
         After ``interrupt`` it gives what was played so far.
         """
@@ -180,18 +181,19 @@ class RolloutService:
             samples=run.eval_samples,
             concurrency=run.eval_concurrency,
             seed=run.seed,
+            owner=owner,
             stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
         deadline_s = waves * self._episodes.longest_s + _SLACK_S
         return self._call(work, deadline_s, "the evaluation did not end")
 
-    def warm_up(self) -> list[Completion]:
+    def warm_up(self, owner: str) -> list[Completion]:
         """Has the engines compile their programs by use: every prefill length, every number of busy slots.
 
         The first episodes would else wait for it, and their times would say nothing of the policy.
         """
-        batches = make_warm_ups(self._parts.config.engine, str(self._parts.pool.attempt))
+        batches = make_warm_ups(self._parts.config.engine, owner)
         return [completion for batch in batches for completion in self.probe(batch)]
 
     def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:

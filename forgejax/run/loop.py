@@ -81,7 +81,8 @@ class Trainer:
         ``before_file`` keeps the first evaluation for the attempts that go on with this run.
         """
         with self.progress.phase("compiling", "the engine"):
-            self.account.count_probes(self.service.warm_up())
+            owner = self.account.name_owner("warm-up", self.step)
+            self.account.count_probes(self.service.warm_up(owner), owner)
         before = self._evaluate_before(before_file)
         if self.missed_evaluation and not self.stopping:
             self.evaluate()
@@ -98,7 +99,6 @@ class Trainer:
         finished = after is not None
         self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
         self.checkpoints.wait()
-        self.engines.flush()
         self.account.count_time()
         return self._outcome(before, after, finished=finished)
 
@@ -136,8 +136,9 @@ class Trainer:
         """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
-            evaluation = self.service.evaluate(tasks)
-            self.account.count_evaluation(evaluation.sampled_tokens)
+            owner = self.account.name_owner("evaluation", self.step)
+            evaluation = self.service.evaluate(tasks, owner)
+            self.account.count_evaluation(evaluation.sampled_tokens, owner)
             if not evaluation.complete:
                 return None
             self.audit.measure_gap(evaluation.turns, self.step)
@@ -217,8 +218,9 @@ class Trainer:
             self.progress.note(f"step {self.step} could not be saved: {error}")
 
     def _probe(self, packed: PackedStep) -> None:
-        completions = self.service.probe(self.audit.probes(packed, self.step))
-        self.account.count_probes(completions)
+        owner = self.account.name_owner("probe", self.step)
+        completions = self.service.probe(self.audit.probes(packed, owner))
+        self.account.count_probes(completions, owner)
         self.audit.measure_probes(completions, self.step)
 
     def _evaluate_before(self, file: Path) -> Evaluated | None:

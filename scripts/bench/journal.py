@@ -114,6 +114,7 @@ def log_requests(log: RequestLog, group: Group) -> None:
                     request_id=turn.completion.request_id,
                     session_id=trajectory.session_id,
                     purpose="train",
+                    owner=group.dispatch.owner,
                     finish_reason="stop",
                     version=group.dispatch.version,
                     prompt_ids=turn.completion.prompt_ids,
@@ -140,7 +141,7 @@ async def report(sink: LoggedFirst, log: RequestLog, groups: list[Group]) -> tup
         log_requests(log, group)
         gaps[:] = [0.0]
         began, worked = time.perf_counter(), time.process_time()
-        await sink.finish(group)
+        await sink.finish(group, {})
         took.append(time.perf_counter() - began)
         cpu.append(time.process_time() - worked)
         await asyncio.sleep(2 * _TICK_S)
@@ -228,7 +229,7 @@ def measure_many(options: Options, folder: Path) -> dict[str, Any]:
                 group = make_group(cast(Dispatch, dispatch), options, 1, 20, rng)
                 log_requests(log, group)
                 began = time.perf_counter()
-                await sink.finish(group)
+                await sink.finish(group, {})
                 took.append(time.perf_counter() - began)
             for _ in range(8):
                 taken = pool.take(1.0)

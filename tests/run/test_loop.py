@@ -334,9 +334,9 @@ def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for
     def stop_once_it_draws(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             threading.Thread(target=wait, args=(trainer.engines.account().sampled,), daemon=True).start()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         def wait(before: int) -> None:
             while trainer.engines.account().sampled < before + 20:
@@ -366,10 +366,10 @@ def test_an_evaluation_in_the_midst_of_training_that_was_broken_off_is_made_up_f
     def stop_in_the_second(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             if trainer.step == 2:
                 trainer.stop()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         trainer.service.evaluate = watched  # type: ignore[method-assign]
 
@@ -389,9 +389,9 @@ def test_a_worker_that_is_killed_costs_no_task_of_an_evaluation_and_does_not_end
     def kill_while_it_is_evaluated(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             threading.Thread(target=kill, args=(trainer.engines.account().sampled,), daemon=True).start()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         def kill(before: int) -> None:
             while trainer.engines.account().sampled < before + 40:
