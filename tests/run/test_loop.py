@@ -20,7 +20,8 @@ from forgejax.errors import AgentError, ForgejaxError, StorageFullError, Trainin
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
-from forgejax.report.sinks.jsonl import read_metrics
+from forgejax.report.sinks.base import Row
+from forgejax.report.sinks.jsonl import JsonLines, read_metrics
 from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
 from forgejax.run.account import RunSums
@@ -165,7 +166,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     assert calls[calls.index("service.start_groups") :] == [
         *("service.start_groups", "rows.mark", "service.check", "checkpoints.check"),
         *("account.count_time", "checkpoints.save"),
-        *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait", "engines.flush"),
+        *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait"),
         *("account.count_time", "account.close"),
     ]
     assert (outcome.before, outcome.after, outcome.finished, outcome.steps) == (None, None, False, 0)
@@ -280,6 +281,30 @@ def test_a_full_disk_ends_the_run_and_what_was_accepted_is_trained_after_a_resum
     assert ended.summary.steps == 3
     assert len(set(accepted) - trained) <= dropped
     assert (ended.summary.account_open_tokens, ended.summary.groups_open, ended.summary.drift_tokens) == (0, 0, 0)
+
+
+def test_a_row_that_finds_no_room_costs_the_steps_since_the_last_checkpoint_and_leaves_no_token_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, "--run.steps=3", "--run.checkpoint-every=5", "--tasks.eval-tasks=0")
+    place, write, rows, notes = tiny_place(config), JsonLines.write, list[int](), Notes()
+
+    def full(sink: JsonLines, row: Row) -> None:
+        if row.step == 0:  # the evaluation, of nothing
+            return write(sink, row)
+        rows.append(row.step)
+        raise StorageFullError("metrics.jsonl cannot grow; free space on its disk")
+
+    with monkeypatch.context() as patched, contextlib.closing(place):
+        patched.setattr(JsonLines, "write", full)
+        with pytest.raises(StorageFullError, match="metrics"):
+            play_run(config, place, notes, lambda trainer: None)
+    assert rows == [1], "known once the second step is done"
+    assert "step 2 is not saved: the row of step 1 is not written" in notes.lines
+    ended = go_on(config, rundir.reopen(tmp_path, ""))
+
+    assert [row["step"] for row in read_metrics(ended.path)] == [0, 1, 2, 3]
+    assert (ended.summary.steps, ended.summary.account_open_tokens, ended.summary.groups_open) == (3, 0, 0)
 
 
 @pytest.mark.parametrize(
