@@ -57,9 +57,9 @@ class Summary:
     A figure that was not measured, or is not finite, is None here and absent from the file; array scalars become plain
     numbers. ``*_not_trained`` count by reason; ``episodes`` are those of training that have ended, by stop reason, and
     ``episodes_masked`` those that train nothing, by the reason for it. ``eval_gain`` is the paired difference of the
-    outcomes with its 95 % interval. ``unaudited_tokens`` were trained, and the engine's record that their ids were to be
-    compared with is damaged. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where
-    there are several, tool use is there where a tool was called. ``figures`` takes whatever else a run wants to keep.
+    outcomes with its 95 % interval. ``unaudited_tokens`` were trained, and the engine's record that their ids were to
+    be compared with is damaged. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where there
+    are several, tool use is there where a tool was called. ``figures`` takes whatever else a run wants to keep.
     Each annotation is checked: ValueError.
     """
 
