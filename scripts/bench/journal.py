@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ from forgejax.pool.pool import Pool, PoolConfig, read_groups
 from forgejax.pool.schema import sqlite_url
 from forgejax.pool.window import WindowConfig
 from forgejax.rollout import LoggedRequest, RequestLog
-from forgejax.run.actors import SWITCH_S, LoggedFirst
+from forgejax.run.actors import SWITCH_S, LoggedFirst, freeze_objects
 from forgejax.types import (
     Completion,
     Dispatch,
@@ -207,6 +208,7 @@ def measure_turns(options: Options, folder: Path, turns: int, count: int) -> dic
         "loop_stood_ms": 1e3 * statistics.median(stood),
         "loop_stood_max_ms": 1e3 * max(stood),
         "loop_idle_stood_ms": 1e3 * statistics.median(idle),
+        "collect_ms": 1e3 * median_s([gc.collect] * 3),
     }
     pool.close()
     journal.close()
@@ -306,6 +308,7 @@ def results(options: Options) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     sys.setswitchinterval(SWITCH_S)
+    freeze_objects()
     for result in results(options):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         shown = {**result, "load": round(os.getloadavg()[0], 2), "peak_mb": round(memory)}

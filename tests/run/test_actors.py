@@ -1,6 +1,7 @@
 """What holds between the engines' records, the pool and the trainer, seen without any of them."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
@@ -190,6 +191,20 @@ def test_an_engine_that_has_died_is_an_error_of_the_run() -> None:
         values.engines.healthy = False
         with pytest.raises(TrainingError, match="the inference engine has stopped"):
             service.check()
+
+
+def test_what_is_there_when_the_groups_begin_is_not_looked_through_for_garbage_until_the_end(
+    tmp_path: Path,
+) -> None:
+    gc.unfreeze()
+    pool = open_pool(tmp_path, n=2, p=1)
+    pool.close()  # there is nothing to do
+    with RolloutService(parts(pool)) as service:
+        service.start_groups()
+        frozen = gc.get_freeze_count()
+        assert frozen > 100_000, "jax alone has more"
+        assert len(gc.get_objects()) < frozen / 10
+    assert gc.get_freeze_count() == 0
 
 
 def test_an_evaluation_of_no_tasks_is_empty_and_no_failure() -> None:
