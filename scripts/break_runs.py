@@ -1,7 +1,7 @@
 """Ends a small run again and again, goes on with it each time, and checks what each end has left.
 
     python scripts/break_runs.py ends 300       it finishes, or gets Ctrl-C or SIGTERM, alone or with all its processes
-    python scripts/break_runs.py kills 100      kill -9 at any moment: warm start, starting, training, evaluating, saving
+    python scripts/break_runs.py kills 100      kill -9 at any moment: starting, warm start, training, evaluation, save
     python scripts/break_runs.py workers 20     kill -9 of the agent worker alone: the run must go on
 
 Further options go to the run, for instance ``--agent.kind=process --agent.command python my_agent.py``. It prints a
