@@ -114,6 +114,13 @@ def test_trained_tokens_whose_ids_could_not_be_compared_are_told_with_the_accoun
     assert "could not be compared" not in render_html(Report(title="run", summary=summary(), bounds=BOUNDS))
 
 
+def test_the_longest_figure_may_wrap_so_that_none_is_cut_off_on_a_phone() -> None:
+    page = render_html(Report(title="run", summary=summary(), bounds=BOUNDS))
+    assert "table.figures td.number { white-space: normal; }" in page
+    figures = page[page.index("<h2>Further figures</h2>") :]
+    assert figures.index('<table class="figures">') < figures.index("Training steps")
+
+
 def test_a_run_that_measured_nothing_still_has_a_page() -> None:
     nothing = summary(
         **{
