@@ -1,13 +1,14 @@
 """Ends a small run again and again, goes on with it each time, and checks what each end has left.
 
     python scripts/break_runs.py ends 300       it finishes, or gets Ctrl-C or SIGTERM, alone or with all its processes
-    python scripts/break_runs.py kills 100      kill -9 at any moment: starting, training, evaluating, saving
+    python scripts/break_runs.py kills 100      kill -9 at any moment: starting, warm start, training, evaluation, save
     python scripts/break_runs.py workers 20     kill -9 of the agent worker alone: the run must go on
 
 Further options go to the run, for instance ``--agent.kind=process --agent.command python my_agent.py``. It prints a
 line for each end, and at last how many of them left something wrong; the exit status says whether any did. What is
 checked: no token and no group is unaccounted for, each step has its groups and its row once, nothing that was in flight
-has failed, and no process is left.
+has failed, and no process is left. Now and then the run is thrown away and begun anew, to be ended in its warm start.
+Programs are kept where ``JAX_COMPILATION_CACHE_DIR`` says, below the root by default.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ NAME = "broken"
 MANY = 1_000_000
 GROUPS_PER_STEP = 2
 START_S, END_S, ORPHANS_S = 240.0, 120.0, 5.0
+WHERE = ("training", "training", "training", "evaluating", "evaluating", "saving", "saving", "warm start")
+PAUSES = {"training": 4.0, "evaluating": 0.4, "saving": 0.02, "warm start": 2.0, "starting": 12.0}  # seconds at most
 OPTIONS = {
     "tokenizer": "examples/quickstart/tokenizer",
     "mesh": "cpu-2",
@@ -49,7 +52,8 @@ OPTIONS = {
     "policy.num-heads": "2",
     "policy.num-kv-heads": "1",
     "policy.d-ff": "32",
-    "warm-start.steps": "0",
+    "warm-start.steps": "30",
+    "warm-start.cache": "",
     "packing.row-length": "128",
     "packing.block-size": "32",
     "packing.rows": "2",
@@ -72,8 +76,8 @@ class Attempt:
         self.run = root / NAME
         arguments = ["--resume=" + NAME] if self.run.exists() else options
         self.log = root / "log"
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled")} | os.environ
+        environment |= {
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             MARK: str(root),
         }
@@ -104,6 +108,15 @@ class Attempt:
     def until_said(self, words: str, *, again: bool = False) -> None:
         before = self.output.count(words) if again else 0
         self.until(lambda: self.output.count(words) > before)
+
+    def until_at(self, where: str) -> None:
+        """Waits until it is in its warm start, in its training, or there in an evaluation or a save."""
+        self.until_said("warm start: " if where == "warm start" else "training: ")
+        if where == "evaluating":
+            self.until_said("evaluating: ", again=True)
+        if where == "saving":
+            folder = self.run / "checkpoints"
+            self.until(lambda: any(not path.name.isdigit() for path in folder.glob("*")), 60.0)
 
     def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -183,15 +196,14 @@ def _trained_rows(run: Path) -> list[int]:
 def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One ordinary end: how it came about, and what it left wrong."""
     kind = chance.choice(["finish", "SIGINT", "SIGTERM", "SIGTERM to all"])
+    where = "at its last step" if kind == "finish" else chance.choice(WHERE)
+    if where == "warm start":
+        shutil.rmtree(root / NAME, ignore_errors=True)
     trained = max(_trained_rows(root / NAME), default=0)
     attempt = Attempt(root, options, steps=trained + chance.randint(1, 4) if kind == "finish" else MANY)
-    where = "at its last step"
     if kind != "finish":
-        attempt.until_said("training: ")
-        where, pause = chance.choice([("training", 6.0), ("training", 0.5), ("evaluating", 0.3)])
-        if where == "evaluating":
-            attempt.until_said("evaluating: ", again=True)
-        time.sleep(chance.uniform(0.0, pause))
+        attempt.until_at(where)
+        time.sleep(chance.uniform(0.0, PAUSES[where]))
         if kind == "SIGTERM to all":  # as Slurm, systemd and others end a job
             for process_id in find_marked(root):
                 _end(process_id, signal.SIGTERM)
@@ -200,7 +212,8 @@ def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> t
     asked_at = time.monotonic()
     status = attempt.wait()
     took = f"in {time.monotonic() - asked_at:.1f} s" if kind != "finish" else "by itself"
-    wrong = list(audit(root, ended=True)) if status in (0, 130) else []
+    reported = where != "warm start" or (root / NAME / "summary.json").exists()  # it may have been over by then
+    wrong = list(audit(root, ended=reported)) if status in (0, 130) else []
     if status != (0 if kind == "finish" else 130):
         wrong.append(f"exit status {status}: {attempt.output[-600:]}")
     return f"{kind} {where}, ended {took}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
@@ -208,19 +221,14 @@ def end_in_order(root: Path, options: Sequence[str], chance: random.Random) -> t
 
 def end_by_force(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
     """One kill -9: where it fell, and what it left wrong."""
+    where = chance.choice((*WHERE, "starting"))
+    if where == "warm start":
+        shutil.rmtree(root / NAME, ignore_errors=True)
     trained = max(_trained_rows(root / NAME), default=0)
     attempt = Attempt(root, options, steps=MANY)
-    where = chance.choice(["starting", "training", "training", "evaluating", "saving"])
-    if where == "starting":
-        time.sleep(chance.uniform(0.0, 12.0))
-    else:
-        attempt.until_said("training: ")
-        if where == "evaluating":
-            attempt.until_said("evaluating: ", again=True)
-        if where == "saving":
-            folder = attempt.run / "checkpoints"
-            attempt.until(lambda: any(not path.name.isdigit() for path in folder.glob("*")), 60.0)
-        time.sleep(chance.uniform(0.0, {"training": 6.0, "evaluating": 0.5, "saving": 0.02}[where]))
+    if where != "starting":
+        attempt.until_at(where)
+    time.sleep(chance.uniform(0.0, PAUSES[where]))
     over = attempt.over
     attempt.kill()
     wrong = [f"it had ended by itself: {attempt.output[-600:]}"] if over else []

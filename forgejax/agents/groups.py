@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from forgejax.agents.episode import WORKER_DIED, EpisodeRunner, carry_through
@@ -117,20 +117,20 @@ class GroupRunner:
                 unbegun.append(last)
         failures = [group.exception() for group in groups if not group.cancelled()]
         for dispatch in unbegun:
-            await self._sink.give_back(dispatch, 0)
+            await self._sink.give_back(dispatch, 0, {})
         for failure in filter(None, failures):  # a full disk fails all of them alike; the first one speaks
             raise failure
 
     async def _run_group(self, dispatch: Dispatch) -> None:
         task = self._environment.task(dispatch.index)
         baseline_s = self._baseline.read(task.family)
-        cut_off: list[int] = []
+        session, cut_off = replace(self._session, owner=dispatch.owner), list[int]()
         members = [
             asyncio.create_task(
                 self._episodes.run(
                     task,
                     member=member,
-                    session=_seeded(self._session, dispatch.index, member),
+                    session=_seeded(session, dispatch.index, member),
                     baseline_s=baseline_s,
                     on_cut_off=cut_off.append,
                 )
@@ -141,25 +141,27 @@ class GroupRunner:
             await asyncio.wait(members)
         except asyncio.CancelledError:
             ended = await _cancel(members)
-            await self._count_cut_off(cut_off)
-            await self._sink.give_back(dispatch, _sampled(ended))
+            await self._sink.give_back(dispatch, _sampled(ended), _count_cut_off(cut_off))
             return
-        await self._count_cut_off(cut_off)
-        await self._report(dispatch, task, tuple(member.result() for member in members), baseline_s)
-
-    async def _count_cut_off(self, tokens: Sequence[int]) -> None:
-        if tokens:
-            await self._sink.count_tokens(WORKER_DIED, sum(tokens))
+        trajectories = tuple(member.result() for member in members)
+        await self._report(dispatch, task, trajectories, baseline_s, _count_cut_off(cut_off))
 
     async def _report(
-        self, dispatch: Dispatch, task: Task, trajectories: tuple[Trajectory, ...], baseline_s: float | None
+        self,
+        dispatch: Dispatch,
+        task: Task,
+        trajectories: tuple[Trajectory, ...],
+        baseline_s: float | None,
+        cut_off: Mapping[str, int],
     ) -> None:
         try:
             self._episodes.scaffold.check()
             for trajectory in trajectories:
                 self._streak.observe(trajectory)
         except AgentError:
-            await self._sink.give_back(dispatch, _sampled(trajectories))  # once the agent is mended it can be played
+            await self._sink.give_back(
+                dispatch, _sampled(trajectories), cut_off
+            )  # it can be played with a mended agent
             raise
         dropped = [
             trajectory.stop_reason.value
@@ -167,10 +169,10 @@ class GroupRunner:
             if self._episodes.policy.of(trajectory.stop_reason) == "drop_group"
         ]
         if dropped:
-            await self._sink.fail(dispatch, dropped[0], _sampled(trajectories))
+            await self._sink.fail(dispatch, dropped[0], _sampled(trajectories), cut_off)
             return
         group = Group(dispatch=dispatch, task=task, trajectories=trajectories, baseline_s=baseline_s)
-        await self._sink.finish(group)
+        await self._sink.finish(group, cut_off)
         self._baseline.observe(group)
 
 
@@ -232,6 +234,11 @@ async def _cancel(running: Sequence[asyncio.Task[Trajectory]]) -> list[Trajector
         task.cancel()
     await asyncio.wait(running)
     return [task.result() for task in running if not task.cancelled() and task.exception() is None]
+
+
+def _count_cut_off(plays: Sequence[int]) -> dict[str, int]:
+    """The tokens of plays that a dying worker took along, as the sink counts them."""
+    return {WORKER_DIED: sum(plays)} if plays else {}
 
 
 def _sampled(trajectories: Sequence[Trajectory]) -> int:

@@ -206,6 +206,7 @@ class SessionLog:
             stop_ids=self._service.chat_format.stop_ids,
             seed=self._choose_seed(chat, number),
             purpose=self._spec.purpose,
+            owner=self._spec.owner,
         )
 
     def _choose_seed(self, chat: ChatRequest, number: int) -> int | None:

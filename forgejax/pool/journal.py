@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from forgejax.pool import schema
 from forgejax.types import Dispatch
 
 LOST_ATTEMPT = "lost_attempt"
+NOTHING: Mapping[str, int] = MappingProxyType({})
 GroupState = Literal["waiting", "dispatched", "finished", "failed"]
 Kind = Literal["taken", "dropped"]
 Acceptance = Literal["accepted", "repeated", "lost"]
@@ -111,26 +113,31 @@ class Journal:
             connection.execute(sa.update(schema.groups).where(schema.groups.c.index == index).values(**started))
             return Dispatch(index=index, attempt=row.attempt, version=version)
 
-    def finish(self, dispatch: Dispatch, *, task_id: str, payload: bytes, sampled_tokens: int) -> Acceptance:
-        """Accepts a finished group.
+    def finish(
+        self,
+        dispatch: Dispatch,
+        *,
+        task_id: str,
+        payload: bytes,
+        sampled_tokens: int,
+        apart: Mapping[str, int] = NOTHING,
+    ) -> Acceptance:
+        """Accepts a finished group, and counts by reason what was sampled for it ``apart`` from its episodes.
 
         "repeated": it was reported before, nothing changes. "lost": its attempt was given up, so it is not kept and its
         tokens are counted as lost_attempt. Raises PoolError for a group that was never dispatched so, or has failed.
         """
-        return self._end(
-            dispatch,
-            {"state": "finished", "task_id": task_id, "payload": payload, "sampled_tokens": sampled_tokens},
-            sampled_tokens,
-        )
+        values = {"state": "finished", "task_id": task_id, "payload": payload, "sampled_tokens": sampled_tokens}
+        return self._end(dispatch, values, kept=sampled_tokens, counted=apart)
 
-    def fail(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Acceptance:
-        """Records that a group came to nothing and counts its tokens under ``reason``. Outcomes as in ``finish``."""
-        return self._end(dispatch, {"state": "failed", "reason": reason}, sampled_tokens, reason)
+    def fail(self, dispatch: Dispatch, *, reason: str, untrained: Mapping[str, int]) -> Acceptance:
+        """Records that a group came to nothing for ``reason``, and counts its tokens. Outcomes as in ``finish``."""
+        return self._end(dispatch, {"state": "failed", "reason": reason}, kept=0, counted=untrained)
 
-    def give_back(self, dispatch: Dispatch, *, reason: str, sampled_tokens: int) -> Acceptance:
+    def give_back(self, dispatch: Dispatch, *, untrained: Mapping[str, int]) -> Acceptance:
         """Has a group that was cut off wait for its next attempt, as ``resume`` does after a crash, and counts its
-        tokens under ``reason``. Outcomes as in ``finish``."""
-        return self._end(dispatch, {"state": "waiting", "attempt": dispatch.attempt + 1}, sampled_tokens, reason)
+        tokens by reason. Outcomes as in ``finish``."""
+        return self._end(dispatch, {"state": "waiting", "attempt": dispatch.attempt + 1}, kept=0, counted=untrained)
 
     def consume(self, consumption: Consumption) -> None:
         """Records that a group entered a batch or was dropped. Raises PoolError if it already has in this lineage."""
@@ -139,10 +146,26 @@ class Journal:
         with self._write() as connection:
             connection.execute(sa.insert(schema.consumption).values(run_attempt=self.attempt, **values))
 
-    def count_tokens(self, reason: str, tokens: int) -> None:
-        """Counts tokens that were sampled outside any finished group and will not be trained."""
+    def count_tokens(self, reason: str, tokens: int, *, owner: str) -> None:
+        """Counts tokens that were sampled for an owner outside any group, once. They will not be trained."""
         with self._write() as connection:
-            _count(connection, self.attempt, reason, tokens)
+            _count(connection, self.attempt, owner, {reason: tokens})
+
+    def count_lost(self, drawn: Mapping[str, int]) -> int:
+        """Counts as lost_attempt what was drawn for owners whose tokens nobody ever reported; gives how many it were.
+
+        ``drawn``: tokens by owner, of ends that lie behind. An owner is reported once any of its tokens are counted, or
+        if it is the newest attempt of a group that is finished.
+        """
+        newest = sa.select(schema.groups.c.index, schema.groups.c.attempt).where(schema.groups.c.state == "finished")
+        with self._write() as connection:
+            reported = set(connection.scalars(sa.select(schema.untrained_tokens.c.owner).distinct()))
+            for index, attempt in connection.execute(newest):
+                reported.add(Dispatch(index=index, attempt=attempt, version=0).owner)
+            lost = {owner: tokens for owner, tokens in drawn.items() if owner and tokens and owner not in reported}
+            for owner, tokens in lost.items():
+                _count(connection, self.attempt, owner, {LOST_ATTEMPT: tokens})
+        return sum(lost.values())
 
     def forget(self, step: int) -> int | None:
         """Frees the bytes of groups consumed before ``step``; a resume from an earlier step is refused from now on.
@@ -228,10 +251,8 @@ class Journal:
                 )
             yield connection
 
-    def _end(
-        self, dispatch: Dispatch, values: dict[str, Any], sampled_tokens: int, reason: str | None = None
-    ) -> Acceptance:
-        """``reason``: what the tokens are counted under where no payload holds them."""
+    def _end(self, dispatch: Dispatch, values: dict[str, Any], *, kept: int, counted: Mapping[str, int]) -> Acceptance:
+        """``kept`` tokens are in the payload, the others ``counted`` by reason."""
         with self._write() as connection:
             row = _row(connection, dispatch.index)
             if row is None or dispatch.attempt > row.attempt:
@@ -239,21 +260,17 @@ class Journal:
                     f"group {dispatch.index} attempt {dispatch.attempt} was never dispatched from this journal"
                 )
             if dispatch.attempt < row.attempt:
-                known = sa.select(schema.untrained_tokens.c.id).where(
-                    schema.untrained_tokens.c.index == dispatch.index,
-                    schema.untrained_tokens.c.attempt == dispatch.attempt,
-                )
-                if connection.scalar(known) is not None:
+                owned = schema.untrained_tokens.c.owner == dispatch.owner
+                if connection.scalar(sa.select(schema.untrained_tokens.c.id).where(owned)) is not None:
                     return "repeated"
-                _count(connection, self.attempt, LOST_ATTEMPT, sampled_tokens, dispatch)
+                _count(connection, self.attempt, dispatch.owner, {LOST_ATTEMPT: kept + sum(counted.values())})
                 return "lost"
             if row.state == values["state"]:
                 return "repeated"
             if row.state != "dispatched":
                 raise PoolError(f"group {dispatch.index} is reported as {values['state']}, but it is {row.state}")
             connection.execute(sa.update(schema.groups).where(schema.groups.c.index == dispatch.index).values(**values))
-            if reason is not None:
-                _count(connection, self.attempt, reason, sampled_tokens, dispatch)
+            _count(connection, self.attempt, dispatch.owner, counted)
             return "accepted"
 
     def _check_step(self, connection: Connection, step: int) -> None:
@@ -290,13 +307,10 @@ def _void(connection: Connection, step: int, attempt: int) -> None:
     connection.execute(sa.update(schema.consumption).where(beyond).values(voided_by=attempt))
 
 
-def _count(
-    connection: Connection, run_attempt: int, reason: str, tokens: int, dispatch: Dispatch | None = None
-) -> None:
-    whose = {} if dispatch is None else {"index": dispatch.index, "attempt": dispatch.attempt}
-    connection.execute(
-        sa.insert(schema.untrained_tokens).values(run_attempt=run_attempt, reason=reason, tokens=tokens, **whose)
-    )
+def _count(connection: Connection, run_attempt: int, owner: str, counted: Mapping[str, int]) -> None:
+    for reason, tokens in counted.items():
+        values = {"run_attempt": run_attempt, "owner": owner, "reason": reason, "tokens": tokens}
+        connection.execute(sa.insert(schema.untrained_tokens).values(**values))
 
 
 def _claim(connection: Connection) -> int:

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 from forgejax.errors import ConfigError, DamagedGroupError, DamagedJournalError, PoolError, TrainingError
 from forgejax.pool.codec import decode_group, encode_group
-from forgejax.pool.journal import LOST_ATTEMPT, Consumption, Journal, Kind
+from forgejax.pool.journal import LOST_ATTEMPT, NOTHING, Acceptance, Consumption, Journal, Kind
 from forgejax.pool.ledger import IN_FLIGHT_AT_END, Ledger, PoolSnapshot, TokenAccount
 from forgejax.pool.window import Live, State, Taken, Window, WindowConfig
 from forgejax.types import Dispatch, Group
@@ -63,7 +63,6 @@ class Pool:
         self._retired_at = time.monotonic()
         self._version = self._next_step = step
         self._load(step)
-        self.inherited_tokens = self._ledger.tokens().total
 
     @classmethod
     def open(cls, journal: Journal, config: PoolConfig, *, resume_step: int = 0) -> Self:
@@ -109,50 +108,40 @@ class Pool:
                 raise asyncio.CancelledError
             await woken
 
-    def finish(self, group: Group) -> None:
-        """Accepts a finished group durably. Repeating a report changes nothing; a report of an attempt that was given
-        up is counted as lost_attempt. Raises StorageFullError (report again once there is room) and PoolError."""
+    def finish(self, group: Group, apart: Mapping[str, int] = NOTHING) -> None:
+        """Accepts a finished group durably; ``apart``: see ``GroupSink``. Repeating a report changes nothing; a report
+        of an attempt that was given up is counted as lost_attempt. Raises StorageFullError (report again once there is
+        room) and PoolError."""
         payload = encode_group(group)
         dispatch = group.dispatch
         with self._changed:
             outcome = self._journal.finish(
-                dispatch, task_id=group.task.id, payload=payload, sampled_tokens=group.sampled_tokens
+                dispatch, task_id=group.task.id, payload=payload, sampled_tokens=group.sampled_tokens, apart=apart
             )
             if outcome == "accepted":
                 self._window.finish(dispatch.index)
                 self._ledger.finish(dispatch.index, group.sampled_tokens)
-                self._started_at.pop(dispatch.index, None)
-            elif outcome == "lost":
-                self._ledger.count_tokens(LOST_ATTEMPT, group.sampled_tokens)
-            self._wake()
+            self._end(dispatch, outcome, kept=group.sampled_tokens, counted=apart)
 
-    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+    def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int, apart: Mapping[str, int] = NOTHING) -> None:
         """Records that a group came to nothing: the window slides past it, its tokens count under ``reason``."""
-        _require_count(reason, sampled_tokens)
+        untrained = _add_counts(reason, sampled_tokens, apart)
         with self._changed:
-            outcome = self._journal.fail(dispatch, reason=reason, sampled_tokens=sampled_tokens)
+            outcome = self._journal.fail(dispatch, reason=reason, untrained=untrained)
             if outcome == "accepted":
                 self._window.fail(dispatch.index)
                 self._ledger.fail(dispatch.index, reason)
-                self._ledger.count_tokens(reason, sampled_tokens)
-                self._started_at.pop(dispatch.index, None)
-            elif outcome == "lost":
-                self._ledger.count_tokens(LOST_ATTEMPT, sampled_tokens)
-            self._wake()
+            self._end(dispatch, outcome, kept=0, counted=untrained)
 
-    def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+    def give_back(self, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int] = NOTHING) -> None:
         """Leaves a group that was cut off as a crash would: it waits for its next attempt. Its tokens count as
         in_flight_at_end."""
-        _require_count(IN_FLIGHT_AT_END, sampled_tokens)
+        untrained = _add_counts(IN_FLIGHT_AT_END, sampled_tokens, apart)
         with self._changed:
-            outcome = self._journal.give_back(dispatch, reason=IN_FLIGHT_AT_END, sampled_tokens=sampled_tokens)
+            outcome = self._journal.give_back(dispatch, untrained=untrained)
             if outcome == "accepted":
                 self._window.give_back(dispatch.index)
-                self._ledger.count_tokens(IN_FLIGHT_AT_END, sampled_tokens)
-                self._started_at.pop(dispatch.index, None)
-            elif outcome == "lost":
-                self._ledger.count_tokens(LOST_ATTEMPT, sampled_tokens)
-            self._wake()
+            self._end(dispatch, outcome, kept=0, counted=untrained)
 
     # The training side.
 
@@ -256,15 +245,23 @@ class Pool:
 
     # The account.
 
-    def count_tokens(self, reason: str, tokens: int) -> None:
-        """Counts, durably, tokens that were sampled outside any group (evaluation, probe, cancelled, ...)."""
+    def count_tokens(self, reason: str, tokens: int, *, owner: str) -> None:
+        """Counts, durably, the tokens that were sampled for one evaluation or probe, its ``owner``; once for each."""
         _require_count(reason, tokens)
         with self._changed:
-            self._journal.count_tokens(reason, tokens)
+            self._journal.count_tokens(reason, tokens, owner=owner)
             self._ledger.count_tokens(reason, tokens)
 
+    def count_lost(self, drawn: Mapping[str, int]) -> None:
+        """Counts as lost_attempt what earlier attempts at the run drew for owners that none of them reported any more.
+
+        ``drawn``: their tokens by owner, from the records of whoever drew them. Before anything is dispatched.
+        """
+        with self._changed:
+            self._ledger.count_tokens(LOST_ATTEMPT, self._journal.count_lost(drawn))
+
     def tokens(self) -> TokenAccount:
-        """Tokens by fate. ``total - inherited_tokens`` is what this run attempt has told the pool of."""
+        """Tokens by fate."""
         with self._changed:
             return self._ledger.tokens(ended=self._closed)
 
@@ -327,6 +324,16 @@ class Pool:
             return True, self._dispatch(index)
 
     # Under the lock.
+
+    def _end(self, dispatch: Dispatch, outcome: Acceptance, *, kept: int, counted: Mapping[str, int]) -> None:
+        """What every report of a group does to the ledger. ``kept`` tokens are in its payload."""
+        if outcome == "accepted":
+            for reason, tokens in counted.items():
+                self._ledger.count_tokens(reason, tokens)
+            self._started_at.pop(dispatch.index, None)
+        elif outcome == "lost":
+            self._ledger.count_tokens(LOST_ATTEMPT, kept + sum(counted.values()))
+        self._wake()
 
     def _take(self, called_at: float, timeout_s: float) -> int | None:
         while not self._closed and self._window.takeable() is None:
@@ -456,6 +463,11 @@ def read_groups(journal: Journal) -> Iterator[Group]:
 def _resolve(asker: asyncio.Future[None]) -> None:
     if not asker.done():
         asker.set_result(None)
+
+
+def _add_counts(reason: str, tokens: int, apart: Mapping[str, int]) -> dict[str, int]:
+    _require_count(reason, tokens)
+    return {**apart, reason: tokens + apart.get(reason, 0)}
 
 
 def _require_count(reason: str, tokens: int) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from forgejax.errors import ConfigError, DamagedJournalError, PoolError, StorageFullError
 
-VERSION = 2
+VERSION = 3
 WRITES = "forgejax_writes"  # the execution option of a connection that will write
 _LOCK_TIMEOUT_S = 30.0
 
@@ -61,15 +61,14 @@ sa.Index(
     postgresql_where=consumption.c.voided_by.is_(None),
 )
 untrained_tokens = sa.Table(
-    "untrained_tokens",  # sampled outside any finished group; index and attempt name the group attempt, if there is one
+    "untrained_tokens",  # sampled outside any finished group; the owner is what the engines' records name them with
     tables,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("index", sa.BigInteger),
-    sa.Column("attempt", sa.Integer),
+    sa.Column("owner", sa.Text, nullable=False),
     sa.Column("run_attempt", sa.Integer, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("tokens", sa.BigInteger, nullable=False),
-    sa.UniqueConstraint("index", "attempt"),
+    sa.UniqueConstraint("owner", "reason"),
 )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from forgejax.learner import PackStats
 from forgejax.learner.gap import GapFigures, count_by_depth
-from forgejax.pool.journal import LOST_ATTEMPT
 from forgejax.pool.ledger import IN_FLIGHT_AT_END, UNUSED_AT_END, PoolSnapshot, TokenAccount
 from forgejax.pool.pool import Pool
 from forgejax.rollout import EngineAccount, Engines
@@ -124,28 +123,31 @@ class Account:
 class RunAccount:
     """The account while the run is up; for the training thread alone.
 
-    ``sampled_before``: tokens drawn by earlier attempts. ``counted_at``: the moment (``time.monotonic()``) up to which
-    ``sums`` has the run's wall clock.
+    Two sides that know nothing of each other meet in it: what the engines drew, by their own records, and what the
+    pool was told. An *owner* names what tokens were drawn for on both sides. ``counted_at``: the moment
+    (``time.monotonic()``) up to which ``sums`` has the run's wall clock.
     """
 
     engines: Engines
     pool: Pool
     sums: RunSums
-    sampled_before: int
     counted_at: float
 
     @classmethod
     def open(cls, engines: Engines, pool: Pool, sums: RunSums, *, counted_at: float) -> Self:
-        """Counts as lost what earlier attempts drew for episodes that a crash cut off: the pool never heard of it."""
-        sampled_before = max(engines.account().inherited, pool.inherited_tokens)
-        pool.count_tokens(LOST_ATTEMPT, sampled_before - pool.inherited_tokens)
-        return cls(engines=engines, pool=pool, sums=sums, sampled_before=sampled_before, counted_at=counted_at)
+        """Counts as lost what the engines' records have of owners that a crash cut off: the pool never heard of it."""
+        pool.count_lost(engines.given_before())
+        return cls(engines=engines, pool=pool, sums=sums, counted_at=counted_at)
 
-    def count_probes(self, completions: Iterable[Completion]) -> None:
-        self.pool.count_tokens("probe", sum(len(each.token_ids) for each in completions))
+    def name_owner(self, what: str, step: int) -> str:
+        """The owner of what is drawn after a step in this attempt at the run."""
+        return f"{what}-{self.pool.attempt}.{step}"
 
-    def count_evaluation(self, sampled_tokens: int) -> None:
-        self.pool.count_tokens("evaluation", sampled_tokens)
+    def count_probes(self, completions: Iterable[Completion], owner: str) -> None:
+        self._count("probe", sum(len(each.token_ids) for each in completions), owner)
+
+    def count_evaluation(self, sampled_tokens: int, owner: str) -> None:
+        self._count("evaluation", sampled_tokens, owner)
 
     def count_time(self) -> None:
         """Brings the wall clock of the sums up to now."""
@@ -154,20 +156,14 @@ class RunAccount:
         self.counted_at = now
 
     def close(self) -> Account:
-        """The account at the end, once: the pool is closed and rewound to the last step, and nobody asks for more.
-
-        What the engines drew and gave nobody is known to them alone; whoever goes on with the run finds it in the pool.
-        """
+        """The account at the end: the pool is closed and rewound to the last step, and nobody asks for more."""
         drawn = _await_idle(self.engines)
-        self.pool.count_tokens("cancelled", drawn.cancelled)
-        self.pool.count_tokens("request_failed", drawn.failed)
-        return settle(
-            drawn,
-            self.pool.tokens(),
-            self.pool.snapshot(),
-            self.sums,
-            sampled_before=self.sampled_before,
-        )
+        self.engines.flush()
+        return settle(drawn, self.pool.tokens(), self.pool.snapshot(), self.sums)
+
+    def _count(self, reason: str, tokens: int, owner: str) -> None:
+        self.engines.flush()  # the pool must not know of more than a crash leaves of the engines' records
+        self.pool.count_tokens(reason, tokens, owner=owner)
 
 
 def _await_idle(engines: Engines) -> EngineAccount:
@@ -178,21 +174,22 @@ def _await_idle(engines: Engines) -> EngineAccount:
     return drawn
 
 
-def settle(
-    engines: EngineAccount, tokens: TokenAccount, groups: PoolSnapshot, sums: RunSums, *, sampled_before: int
-) -> Account:
+def settle(engines: EngineAccount, tokens: TokenAccount, groups: PoolSnapshot, sums: RunSums) -> Account:
     """The account of a run that has ended, from what each part of it counted for itself.
 
-    What a skipped step would have trained is known to the trainer alone. Finished groups that still wait are unused;
+    What was drawn and given to nobody is known to the engines alone, over all attempts; what a skipped step would have
+    trained, to the trainer. Finished groups that still wait are unused;
     those that the end of an attempt cut off, and that were not begun again, were in flight at the end.
     """
     not_trained = Counter(tokens.not_trained)
     not_trained["skipped_step"] += sums.skipped_tokens
+    not_trained["cancelled"] += engines.inherited_cancelled + engines.cancelled
+    not_trained["request_failed"] += engines.inherited_failed + engines.failed
     groups_not_trained = Counter(groups.groups_not_trained)
     groups_not_trained[UNUSED_AT_END] += groups.finished_waiting
     groups_not_trained[IN_FLIGHT_AT_END] += groups.waiting
     return Account(
-        tokens_sampled=sampled_before + engines.sampled,
+        tokens_sampled=engines.inherited + engines.sampled,
         tokens_trained=sums.trained_tokens,
         tokens_not_trained=_without_zeros(not_trained),
         groups_dispatched=groups.groups_dispatched,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from forgejax.agents import EpisodeRunner, EpisodeTally, GroupRunner, Scaffold
@@ -34,6 +36,15 @@ _T = TypeVar("_T")
 SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
 
 
+def freeze_objects() -> None:
+    """Takes all objects there are out of the sight of Python's cycle collector, until ``gc.unfreeze``.
+
+    To look through those of jax and its programs takes more than 100 ms, and meanwhile no thread runs.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What the service runs. It starts and stops the engines, the gateway and the scaffold."""
@@ -50,10 +61,10 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedFirst:
-    """The pool as a ``GroupSink`` that accepts a group once the engines' records of its requests are on the disk.
+    """The pool as a ``GroupSink`` that hears of a group once the engines' records of its requests are on the disk.
 
-    Ids are compared with those records when the group is trained, which may be after a crash. Groups are encoded and
-    written in other threads than the event loop's.
+    Ids are compared with those records when the group is trained, and its tokens are counted by them, which may be
+    after a crash. Groups are encoded and written in other threads than the event loop's.
     """
 
     pool: Pool
@@ -62,21 +73,21 @@ class LoggedFirst:
     async def next_dispatch(self) -> Dispatch | None:
         return await self.pool.next_dispatch()
 
-    async def finish(self, group: Group) -> None:
-        await see_through(asyncio.to_thread(self._keep, group))
+    async def finish(self, group: Group, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.finish, group, apart))
 
-    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.fail, dispatch, reason, sampled_tokens))
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.fail, dispatch, reason, sampled_tokens, apart))
 
-    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.give_back, dispatch, sampled_tokens))
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int]) -> None:
+        await self._report(partial(self.pool.give_back, dispatch, sampled_tokens, apart))
 
-    async def count_tokens(self, reason: str, tokens: int) -> None:
-        await see_through(asyncio.to_thread(self.pool.count_tokens, reason, tokens))
+    async def _report(self, tell: Callable[[], None]) -> None:
+        def flush_and_tell() -> None:
+            self.engines.flush()
+            tell()
 
-    def _keep(self, group: Group) -> None:
-        self.engines.flush()
-        self.pool.finish(group)
+        await see_through(asyncio.to_thread(flush_and_tell))
 
 
 class RolloutService:
@@ -120,6 +131,7 @@ class RolloutService:
             self._call(self._end(), _STOP_S, "the gateway and the agents did not stop")
         with contextlib.suppress(EngineError):
             self._parts.engines.__exit__(None, None, None)
+        gc.unfreeze()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_S)
         if not self._thread.is_alive():
@@ -136,7 +148,11 @@ class RolloutService:
         return self._parts.tally
 
     def start_groups(self) -> None:
-        """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``."""
+        """Begins to run the groups that the pool dispatches. A failure closes the pool and is raised by ``check``.
+
+        All programs are compiled by then: what is there stays, and is not looked through any more.
+        """
+        freeze_objects()
         runner = GroupRunner(
             sink=LoggedFirst(pool=self._parts.pool, engines=self._parts.engines),
             environment=self._parts.environment,
@@ -172,8 +188,8 @@ class RolloutService:
         with contextlib.suppress(RuntimeError):  # the loop has ended: there is none
             self._loop.call_soon_threadsafe(self._interrupted.set)
 
-    def evaluate(self, tasks: Sequence[Task]) -> Evaluation:
-        """Plays held-out tasks on the weights published last. The caller publishes nothing meanwhile.
+    def evaluate(self, tasks: Sequence[Task], owner: str) -> Evaluation:
+        """Plays held-out tasks on the weights published last, for this owner. The caller publishes nothing meanwhile.
 
         After ``interrupt`` it gives what was played so far.
         """
@@ -185,18 +201,19 @@ class RolloutService:
             samples=run.eval_samples,
             concurrency=run.eval_concurrency,
             seed=run.seed,
+            owner=owner,
             stop=self._interrupted,
         )
         waves = max(1, -(-len(tasks) * run.eval_samples // run.eval_concurrency))
         deadline_s = waves * self._episodes.longest_s + _SLACK_S
         return self._call(work, deadline_s, "the evaluation did not end")
 
-    def warm_up(self) -> list[Completion]:
+    def warm_up(self, owner: str) -> list[Completion]:
         """Has the engines compile their programs by use: every prefill length, every number of busy slots.
 
         The first episodes would else wait for it, and their times would say nothing of the policy.
         """
-        batches = make_warm_ups(self._parts.config.engine, str(self._parts.pool.attempt))
+        batches = make_warm_ups(self._parts.config.engine, owner)
         return [completion for batch in batches for completion in self.probe(batch)]
 
     def probe(self, requests: Sequence[SampleRequest]) -> list[Completion]:

@@ -23,15 +23,13 @@ _PROBE_TOKENS = 16
 class Audit:
     """Compares the trainer with the engines and adds what it finds to ``sums``; for the training thread alone.
 
-    ``law`` is the one that trained tokens are drawn from. ``attempt`` tells the probes of one attempt at the run from
-    those of another.
+    ``law`` is the one that trained tokens are drawn from.
     """
 
     learner: Learner
     engines: Engines
     packing: PackConfig
     law: SamplingLaw
-    attempt: int
     sums: RunSums
 
     def compare_ids(self, packed: PackedStep) -> None:
@@ -62,17 +60,21 @@ class Audit:
             scored = [np.asarray(scores) for scores in self.learner.score(packed)]
             self.sums.count_gaps(*find_fresh(scored, packed, version))
 
-    def probes(self, packed: PackedStep, step: int) -> list[SampleRequest]:
-        """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing."""
+    def probes(self, packed: PackedStep, owner: str) -> list[SampleRequest]:
+        """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing.
+
+        Their ids begin with ``owner``.
+        """
         parts = packed.parts
         return [
             SampleRequest(
-                request_id=f"probe-{self.attempt}-{step}-{number}",
+                request_id=f"{owner}-{number}",
                 prompt_ids=read_trained_ids(parts[placement.batch], placement)[0],
                 max_tokens=_PROBE_TOKENS,
                 law=self.law,
                 seed=step * _PROBES + number,
                 purpose="probe",
+                owner=owner,
             )
             for number, placement in enumerate(packed.placements[:_PROBES])
         ]

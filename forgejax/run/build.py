@@ -102,7 +102,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         steps=steps,
         checkpoints=checkpoints,
         account=account,
-        audit=_audit(config, learner, engines, pool, sums),
+        audit=_audit(config, learner, engines, sums),
         rows=StepRows(
             learner=learner,
             engines=engines,
@@ -244,13 +244,12 @@ def _missed_evaluation(config: TrainConfig, place: RunDir, step: int) -> bool:
     return not any(name.startswith(EVALUATION) for row in rows for name in row)  # one may have no outcome
 
 
-def _audit(config: TrainConfig, learner: Learner, engines: Engines, pool: Pool, sums: RunSums) -> Audit:
+def _audit(config: TrainConfig, learner: Learner, engines: Engines, sums: RunSums) -> Audit:
     return Audit(
         learner=learner,
         engines=engines,
         packing=config.packing,
         law=config.sampling,
-        attempt=pool.attempt,
         sums=sums,
     )
 

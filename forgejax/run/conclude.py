@@ -126,6 +126,7 @@ def summarise(outcome: Outcome, config: TrainConfig) -> Summary:
         wall_s=sums.wall_s,
         skipped_steps=sums.skipped_steps,
         drift_tokens=sums.drift_tokens,
+        unaudited_tokens=sums.unaudited_tokens,
         logprob_gap_max=sums.gap_max,
         logprob_gap_mean=sums.gap_mean,
         logprob_gap_tokens=sums.gap_tokens,

@@ -48,13 +48,15 @@ async def evaluate(
     samples: int,
     concurrency: int,
     seed: int,
+    owner: str,
     stop: asyncio.Event,
 ) -> Evaluation:
-    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request.
+    """Plays each task ``samples`` times under one law. The seed fixes the randomness of every request; the
+    ``owner`` is what its tokens are counted with.
 
     Breaks off once ``stop`` is set, with what was played so far.
     """
-    session = SessionSpec(purpose="evaluation", law=law, seed=seed)
+    session = SessionSpec(purpose="evaluation", law=law, seed=seed, owner=owner)
     cut_off: list[int] = []
     trajectories = await run_tasks(
         episodes,

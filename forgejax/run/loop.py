@@ -75,6 +75,7 @@ class Trainer:
     missed_evaluation: bool = False  # of the step it goes on from
     stopping: bool = False
     _open_row: Callable[[], None] | None = field(default=None, init=False)  # ends what is to be said of the step before
+    _logged: int = field(default=0, init=False)  # the last step of which everything is said
 
     def run(self, before_file: Path) -> Outcome:
         """Evaluates, trains, evaluates again, and closes the account.
@@ -82,7 +83,8 @@ class Trainer:
         ``before_file`` keeps the first evaluation for the attempts that go on with this run.
         """
         with self.progress.phase("compiling", "the engine"):
-            self.account.count_probes(self.service.warm_up())
+            owner = self.account.name_owner("warm-up", self.step)
+            self.account.count_probes(self.service.warm_up(owner), owner)
         before = self._evaluate_before(before_file)
         if self.missed_evaluation and not self.stopping:
             self.evaluate()
@@ -99,7 +101,6 @@ class Trainer:
         finished = after is not None
         self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
         self.checkpoints.wait()
-        self.engines.flush()
         self.account.count_time()
         return self._outcome(before, after, finished=finished)
 
@@ -109,13 +110,14 @@ class Trainer:
         It also does where agents, engines or the pool end it, which concerns no step that is done.
         """
         self.rows.mark()
+        self._logged = self.step
         try:
             while self.step < self.config.steps and (data := self._take()) is not None:
                 metrics = self.learner.update(data.training.packed, version=self.step)
                 self.step += 1
                 self._publish()
                 self._close_row()
-                self._open_row = partial(self._log, data, self.rows.open(data, self.step, metrics))
+                self._open_row = partial(self._log, data, self.step, self.rows.open(data, self.step, metrics))
                 if self._due(self.config.probe_every):
                     self._probe(data.training.packed)
                 if self._due(self.config.checkpoint_every):
@@ -137,9 +139,10 @@ class Trainer:
         """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
+            owner = self.account.name_owner("evaluation", self.step)
             with self.progress.wait(partial(self._describe_evaluation, self.service.tally.played, len(tasks))):
-                evaluation = self.service.evaluate(tasks)
-            self.account.count_evaluation(evaluation.sampled_tokens)
+                evaluation = self.service.evaluate(tasks, owner)
+            self.account.count_evaluation(evaluation.sampled_tokens, owner)
             if not evaluation.complete:
                 return None
             self.audit.measure_gap(evaluation.turns, self.step)
@@ -200,10 +203,11 @@ class Trainer:
         self.pool.publish(self.step)
         self.pool.retire(self.step - 1)
 
-    def _log(self, data: StepData, complete_row: Callable[[], None]) -> None:
+    def _log(self, data: StepData, step: int, complete_row: Callable[[], None]) -> None:
         """Ends what is to be said of a step: its row, whether its ids are the engines', whether it was sound."""
         complete_row()
         self.audit.compare_ids(data.training.packed)
+        self._logged = step
         skipped = self.account.sums.skipped_in_a_row
         if skipped >= self.config.max_skipped:
             raise TrainingError(
@@ -217,10 +221,16 @@ class Trainer:
             close()
 
     def _rescue(self) -> None:
-        """Saves the last step of a run that something else has ended, unless the steps themselves became unsound."""
+        """Saves the last step of a run that something else has ended.
+
+        Not where the steps themselves became unsound, and not where one of them could not be written down: a checkpoint
+        must hold the figures of all that it was trained on.
+        """
         try:
             self._close_row()
-            if self.account.sums.skipped_in_a_row < self.config.max_skipped:
+            if self._logged < self.step:
+                self.progress.note(f"step {self.step} is not saved: the row of step {self._logged + 1} is not written")
+            elif self.account.sums.skipped_in_a_row < self.config.max_skipped:
                 self.save()
                 self.checkpoints.wait()
                 self.progress.note(f"step {self.step} is saved; go on from it with --resume once the cause is mended")
@@ -228,8 +238,9 @@ class Trainer:
             self.progress.note(f"step {self.step} could not be saved: {error}")
 
     def _probe(self, packed: PackedStep) -> None:
-        completions = self.service.probe(self.audit.probes(packed, self.step))
-        self.account.count_probes(completions)
+        owner = self.account.name_owner("probe", self.step)
+        completions = self.service.probe(self.audit.probes(packed, owner))
+        self.account.count_probes(completions, owner)
         self.audit.measure_probes(completions, self.step)
 
     def _evaluate_before(self, file: Path) -> Evaluated | None:

@@ -157,6 +157,7 @@ class SessionSpec:
     purpose: Purpose = "train"
     law: SamplingLaw | None = None  # overrides what the agent asks for; None: the agent's own law holds
     seed: int | None = None
+    owner: str = ""  # see ``SampleRequest``
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,11 @@ class Dispatch:
     attempt: int
     version: int
 
+    @property
+    def owner(self) -> str:
+        """What its tokens are counted with, in the engines' own records as well."""
+        return f"group-{self.index}.{self.attempt}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -58,34 +63,34 @@ Judge = Callable[[Group], Verdict]
 
 
 class GroupSink(Protocol):
-    """The data pool as the rollout side sees it."""
+    """The data pool as the rollout side sees it.
+
+    ``apart`` are tokens, by reason, that were sampled for a group in plays that were given up, and are in none of its
+    trajectories.
+    """
 
     async def next_dispatch(self) -> Dispatch | None:
         """Waits until another group may be in flight; None when the run is over."""
         ...
 
-    async def finish(self, group: Group) -> None:
+    async def finish(self, group: Group, apart: Mapping[str, int]) -> None:
         """Accepts a finished group: when this returns it survives a crash. Raises StorageFullError or PoolError.
 
         A report that has begun ends, though its caller be cancelled.
         """
         ...
 
-    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int, apart: Mapping[str, int]) -> None:
         """Records that a group came to nothing; the window slides past it and its tokens are counted under reason.
 
         A report that has begun ends, as with ``finish``.
         """
         ...
 
-    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int]) -> None:
         """Returns the right to run a group that the end of the run cut off: whoever goes on with the run plays it again
         under its index, with its next attempt. What was sampled for it is counted and not trained.
 
         A report that has begun ends, as with ``finish``.
         """
-        ...
-
-    async def count_tokens(self, reason: str, tokens: int) -> None:
-        """Counts tokens that were sampled in an episode which is played anew, and are in no report of its group."""
         ...

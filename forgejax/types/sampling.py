@@ -65,6 +65,7 @@ class SampleRequest:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     purpose: Purpose = "train"
+    owner: str = ""  # what its tokens are counted with: a group's attempt, an evaluation; "" is nobody
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:

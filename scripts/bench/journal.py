@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ from forgejax.pool.pool import Pool, PoolConfig, read_groups
 from forgejax.pool.schema import sqlite_url
 from forgejax.pool.window import WindowConfig
 from forgejax.rollout import LoggedRequest, RequestLog
-from forgejax.run.actors import SWITCH_S, LoggedFirst
+from forgejax.run.actors import SWITCH_S, LoggedFirst, freeze_objects
 from forgejax.types import (
     Completion,
     Dispatch,
@@ -114,6 +115,7 @@ def log_requests(log: RequestLog, group: Group) -> None:
                     request_id=turn.completion.request_id,
                     session_id=trajectory.session_id,
                     purpose="train",
+                    owner=group.dispatch.owner,
                     finish_reason="stop",
                     version=group.dispatch.version,
                     prompt_ids=turn.completion.prompt_ids,
@@ -140,7 +142,7 @@ async def report(sink: LoggedFirst, log: RequestLog, groups: list[Group]) -> tup
         log_requests(log, group)
         gaps[:] = [0.0]
         began, worked = time.perf_counter(), time.process_time()
-        await sink.finish(group)
+        await sink.finish(group, {})
         took.append(time.perf_counter() - began)
         cpu.append(time.process_time() - worked)
         await asyncio.sleep(2 * _TICK_S)
@@ -206,6 +208,7 @@ def measure_turns(options: Options, folder: Path, turns: int, count: int) -> dic
         "loop_stood_ms": 1e3 * statistics.median(stood),
         "loop_stood_max_ms": 1e3 * max(stood),
         "loop_idle_stood_ms": 1e3 * statistics.median(idle),
+        "collect_ms": 1e3 * median_s([gc.collect] * 3),
     }
     pool.close()
     journal.close()
@@ -228,7 +231,7 @@ def measure_many(options: Options, folder: Path) -> dict[str, Any]:
                 group = make_group(cast(Dispatch, dispatch), options, 1, 20, rng)
                 log_requests(log, group)
                 began = time.perf_counter()
-                await sink.finish(group)
+                await sink.finish(group, {})
                 took.append(time.perf_counter() - began)
             for _ in range(8):
                 taken = pool.take(1.0)
@@ -305,6 +308,7 @@ def results(options: Options) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     sys.setswitchinterval(SWITCH_S)
+    freeze_objects()
     for result in results(options):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         shown = {**result, "load": round(os.getloadavg()[0], 2), "peak_mb": round(memory)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class FakeSink:
     finished: list[Group] = field(default_factory=list)
     failed: list[tuple[Dispatch, str, int]] = field(default_factory=list)
     given_back: list[tuple[Dispatch, int]] = field(default_factory=list)
-    counted: list[tuple[str, int]] = field(default_factory=list)
+    apart: list[dict[str, int]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def next_dispatch(self) -> Dispatch | None:
@@ -163,20 +163,20 @@ class FakeSink:
             self._changed.clear()
             await self._changed.wait()
 
-    async def finish(self, group: Group) -> None:
+    async def finish(self, group: Group, apart: Mapping[str, int]) -> None:
         self.finished.append(group)
+        self.apart.append(dict(apart))
         self._changed.set()
 
-    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int) -> None:
+    async def fail(self, dispatch: Dispatch, reason: str, sampled_tokens: int, apart: Mapping[str, int]) -> None:
         self.failed.append((dispatch, reason, sampled_tokens))
+        self.apart.append(dict(apart))
         self._changed.set()
 
-    async def give_back(self, dispatch: Dispatch, sampled_tokens: int) -> None:
+    async def give_back(self, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int]) -> None:
         self.given_back.append((dispatch, sampled_tokens))
+        self.apart.append(dict(apart))
         self._changed.set()
-
-    async def count_tokens(self, reason: str, tokens: int) -> None:
-        self.counted.append((reason, tokens))
 
     async def reported(self, count: int) -> None:
         """Waits until so many groups are finished."""

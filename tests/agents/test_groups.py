@@ -1,6 +1,7 @@
 """Groups: each dispatch is finished, failed or given back exactly once."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -199,7 +200,7 @@ async def test_the_death_of_a_worker_is_no_streak_of_failures_and_its_tokens_are
 
     sink = FakeSink(total=1)
     await make_runner(sink, make_episodes(unlucky)).run()
-    assert sink.counted == [("worker_died", 18)], "three plays of two episodes were given up"
+    assert sink.apart == [{"worker_died": 18}], "three plays of two episodes were given up"
     assert sink.finished[0].sampled_tokens == 6
 
 
@@ -221,7 +222,7 @@ async def test_a_broken_scaffold_stops_the_run() -> None:
 
 async def test_a_full_disk_ends_the_run_with_its_error_and_leaves_nothing_running() -> None:
     class Full(FakeSink):
-        async def finish(self, group: Group) -> None:
+        async def finish(self, group: Group, apart: Mapping[str, int]) -> None:
             raise StorageFullError("the disk is full")
 
     async def rest_hangs(episode: EpisodeSpec) -> AgentResult:

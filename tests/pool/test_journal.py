@@ -34,11 +34,12 @@ def test_a_zombie_cannot_write_and_the_newest_can(tmp_path: Path) -> None:
     newest = journal_in(tmp_path)
     writes = [
         lambda: finish(zombie, dispatch),
-        lambda: zombie.fail(dispatch, reason="deadline", sampled_tokens=1),
-        lambda: zombie.give_back(dispatch, reason="in_flight_at_end", sampled_tokens=1),
+        lambda: zombie.fail(dispatch, reason="deadline", untrained={"deadline": 1}),
+        lambda: zombie.give_back(dispatch, untrained={"in_flight_at_end": 1}),
         lambda: zombie.dispatch(1, version=0, taken_before=0),
         lambda: zombie.consume(consumption(0, 0)),
-        lambda: zombie.count_tokens("evaluation", 3),
+        lambda: zombie.count_tokens("evaluation", 3, owner="evaluation-0.0"),
+        lambda: zombie.count_lost({}),
         lambda: zombie.resume(0),
         lambda: zombie.void(0),
         lambda: zombie.forget(0),
@@ -105,7 +106,7 @@ def test_a_finish_of_a_given_up_attempt_counts_its_tokens_once_and_is_not_kept(t
     assert finish(journal, old, tokens=11) == "repeated"
     new = journal.dispatch(0, version=4, taken_before=0)
     assert new == Dispatch(index=0, attempt=1, version=4)
-    assert journal.fail(old, reason="deadline", sampled_tokens=11) == "repeated"
+    assert journal.fail(old, reason="deadline", untrained={"deadline": 11}) == "repeated"
     assert finish(journal, new, b"kept") == "accepted"
     assert journal.untrained_tokens() == {"lost_attempt": 11}
     assert journal.payload(0) == b"kept"
@@ -115,22 +116,52 @@ def test_a_group_that_is_given_back_waits_for_its_next_attempt_and_its_tokens_ar
     journal = journal_in(tmp_path)
     first = journal.dispatch(0, version=0, taken_before=0)
     for outcome in ("accepted", "repeated"):
-        assert journal.give_back(first, reason="in_flight_at_end", sampled_tokens=11) == outcome
+        assert journal.give_back(first, untrained={"in_flight_at_end": 11}) == outcome
     assert finish(journal, first, tokens=11) == "repeated"
     assert [(row.state, row.attempt, row.sampled_tokens) for row in journal.groups()] == [("waiting", 1, 0)]
     assert journal.dispatch(0, version=4, taken_before=2) == Dispatch(index=0, attempt=1, version=4)
     assert journal.untrained_tokens() == {"in_flight_at_end": 11}
 
 
+def test_what_is_sampled_apart_from_the_episodes_of_a_group_is_counted_with_its_report_and_once(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    kept, failed = (journal.dispatch(index, version=0, taken_before=0) for index in range(2))
+    for _ in range(2):
+        journal.finish(kept, task_id="t", payload=b"x", sampled_tokens=5, apart={"worker_died": 3})
+        journal.fail(failed, reason="deadline", untrained={"deadline": 7, "worker_died": 4})
+    assert journal.untrained_tokens() == {"worker_died": 7, "deadline": 7}
+
+
+def test_what_was_drawn_for_owners_that_nobody_reported_is_lost_and_counted_once(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    finished, failed, given_back, cut = (journal.dispatch(index, version=0, taken_before=0) for index in range(4))
+    journal.finish(finished, task_id="t", payload=b"x", sampled_tokens=5, apart={"worker_died": 3})
+    journal.fail(failed, reason="deadline", untrained={"deadline": 0})
+    journal.give_back(given_back, untrained={"in_flight_at_end": 2})
+    journal.count_tokens("evaluation", 40, owner="evaluation-0.0")
+    drawn = {"group-0.0": 8, "group-1.0": 90, "group-2.0": 90, "evaluation-0.0": 41}  # whatever was said of them holds
+    lost = {"group-3.0": 6, "evaluation-0.12": 11, "probe-0.12": 0}
+    nobody = {"": 1000}
+    for total in (17, 0):
+        journal = journal_in(tmp_path)
+        journal.resume(0)
+        assert journal.count_lost(drawn | lost | nobody) == total
+        assert journal.untrained_tokens() == {
+            **{"worker_died": 3, "deadline": 0, "in_flight_at_end": 2, "evaluation": 40},
+            "lost_attempt": 17,
+        }
+    assert finish(journal, cut, tokens=6) == "repeated", "a late report of it is counted already"
+
+
 def test_a_report_that_contradicts_the_journal_is_refused(tmp_path: Path) -> None:
     journal = journal_in(tmp_path)
     first, second = (journal.dispatch(i, version=0, taken_before=0) for i in range(2))
-    journal.fail(first, reason="deadline", sampled_tokens=7)
+    journal.fail(first, reason="deadline", untrained={"deadline": 7})
     finish(journal, second)
     with pytest.raises(PoolError, match="group 0 is reported as finished, but it is failed"):
         finish(journal, first)
     with pytest.raises(PoolError, match="group 1 is reported as failed, but it is finished"):
-        journal.fail(second, reason="deadline", sampled_tokens=7)
+        journal.fail(second, reason="deadline", untrained={"deadline": 7})
     with pytest.raises(PoolError, match="group 5 attempt 0 was never dispatched"):
         finish(journal, Dispatch(index=5, attempt=0, version=0))
     with pytest.raises(PoolError, match="group 1 attempt 3 was never dispatched"):
@@ -179,7 +210,7 @@ def test_what_is_forgotten_tells_the_oldest_version_that_is_still_needed(tmp_pat
     finish(journal, started[1])
     finish(journal, started[2])
     journal.consume(consumption(1, step=0))
-    journal.fail(started[0], reason="deadline", sampled_tokens=0)
+    journal.fail(started[0], reason="deadline", untrained={"deadline": 0})
     assert journal.forget(0) == 6
     assert journal.forget(1) == 7
     journal.consume(consumption(2, step=1))
@@ -237,7 +268,7 @@ def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
     raw.execute("UPDATE run SET schema = 99")
     raw.commit()
     raw.close()
-    with pytest.raises(PoolError, match="schema 99, expected 2"):
+    with pytest.raises(PoolError, match="schema 99, expected 3"):
         journal_in(tmp_path)
 
 

@@ -188,8 +188,8 @@ def test_calls_against_the_laws_are_refused(tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], None], str]] = [
         (lambda: pool.publish(1), "version 1 is published after version 2"),
         (lambda: pool.retire(0), "batch 0 cannot retire"),
-        (lambda: pool.count_tokens("", 3), "expected a reason"),
-        (lambda: pool.count_tokens("probe", -3), "at least 0"),
+        (lambda: pool.count_tokens("", 3, owner="o"), "expected a reason"),
+        (lambda: pool.count_tokens("probe", -3, owner="o"), "at least 0"),
         (lambda: pool.rewind(4), "knows 0 steps"),
         (lambda: pool.finish(group_of(Dispatch(index=3, attempt=0, version=0))), "never dispatched"),
     ]
@@ -251,7 +251,7 @@ async def test_a_stop_leaves_the_groups_it_cut_off_as_a_crash_does_and_counts_th
             assert pool.tokens().not_trained == {"in_flight_at_end": 21, "unused_at_end": 5}
             assert (pool.snapshot().waiting, pool.snapshot().groups_not_trained) == (3, {})
         pool = open_pool(folder, n=4, p=2, w=4, resume_step=0)
-        assert pool.inherited_tokens == (5 if end == "crash" else 26)
+        assert pool.tokens().total == (5 if end == "crash" else 26)
         again[end] = await dispatch_all(pool)
         for dispatch in again[end]:
             pool.finish(group_of(dispatch))
@@ -366,7 +366,7 @@ async def test_figures_after_a_resume_are_those_of_the_surviving_lineage(tmp_pat
     for dispatch in dispatches:
         pool.finish(group_of(dispatch, tokens=3))
     train(pool, 0)
-    pool.count_tokens("evaluation", 100)
+    pool.count_tokens("evaluation", 100, owner="o")
     before = pool.snapshot(), pool.tokens()
     assert before[0].staleness_max == 0
     train(pool, 1)
@@ -375,7 +375,7 @@ async def test_figures_after_a_resume_are_those_of_the_surviving_lineage(tmp_pat
     after = pool.snapshot()
     assert after == before[0]
     assert pool.tokens() == before[1]
-    assert pool.inherited_tokens == 112 == before[1].total
+    assert pool.tokens().total == 112
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,6 +1,8 @@
 """The account of a run: what its sums count, how it is closed, and that it opens by just what is left out."""
 
 import contextlib
+import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +12,10 @@ import pytest
 
 from forgejax.gateway import Gateway
 from forgejax.learner.gap import GapFigures
+from forgejax.pool.journal import Journal
 from forgejax.pool.ledger import PoolSnapshot, TokenAccount
-from forgejax.pool.pool import Pool
+from forgejax.pool.pool import Pool, PoolConfig
+from forgejax.pool.schema import sqlite_url
 from forgejax.report.final.invariants import check_invariants
 from forgejax.report.final.summary import read_summary
 from forgejax.rollout import EngineAccount
@@ -21,7 +25,7 @@ from forgejax.run.actors import RolloutService
 from forgejax.run.build import play_run
 from forgejax.run.conclude import window_bounds
 from forgejax.run.loop import Trainer
-from forgejax.types import Group, Turn
+from forgejax.types import Dispatch, Group, Turn
 from tests.run.tiny_run import Ended, Notes, go_on, group_states, logged_tokens, play, tiny_config, tiny_place
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -63,7 +67,7 @@ def test_a_clock_that_is_set_back_takes_nothing_from_the_wall_clock(monkeypatch:
     now = [50.0]
     monkeypatch.setattr("forgejax.run.account.time.monotonic", lambda: now[0])
     nothing: Any = None
-    account = RunAccount(engines=nothing, pool=nothing, sums=RunSums(), sampled_before=0, counted_at=40.0)
+    account = RunAccount(engines=nothing, pool=nothing, sums=RunSums(), counted_at=40.0)
     account.count_time()
     now[0] = -86_350.0
     account.count_time()
@@ -94,8 +98,8 @@ def snapshot(**changed: Any) -> PoolSnapshot:
 
 def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
     account = settle(
-        EngineAccount(sampled=100, cancelled=7, failed=2, inherited=999),
-        TokenAccount(trained=1, waiting=0, not_trained={"probe": 11, "cancelled": 10, "deadline": 0}),
+        EngineAccount(sampled=100, cancelled=7, failed=2, inherited=50, inherited_cancelled=3, inherited_failed=1),
+        TokenAccount(trained=1, waiting=0, not_trained={"probe": 11, "deadline": 0}),
         snapshot(
             groups_dispatched=12,
             groups_trained=4,
@@ -105,13 +109,12 @@ def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
             waiting=1,
         ),
         RunSums(trained_tokens=120, skipped_tokens=7),
-        sampled_before=50,
     )
 
     assert account == Account(
         tokens_sampled=150,
         tokens_trained=120,
-        tokens_not_trained={"cancelled": 10, "probe": 11, "skipped_step": 7},
+        tokens_not_trained={"cancelled": 10, "probe": 11, "request_failed": 3, "skipped_step": 7},
         groups_dispatched=12,
         groups_trained=4,
         groups_not_trained={"deadline": 1, "in_flight_at_end": 1, "unused_at_end": 3, "zero_advantage": 3},
@@ -119,48 +122,74 @@ def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
     assert list(account.tokens_not_trained) == sorted(account.tokens_not_trained)
 
 
-class TwoEngines:
-    """An inference side that drew more for earlier attempts than the pool was told of; one request ends late."""
+class OtherAttempts:
+    """An inference side that drew for two earlier attempts; one of its requests of this attempt ends late."""
 
     asked = 0
 
+    def given_before(self) -> Mapping[str, int]:
+        return {"group-0.0": 20, "group-1.0": 12, "evaluation-0.0": 42, "evaluation-1.2": 9}
+
     def account(self) -> EngineAccount:
         self.asked += 1
-        ended = self.asked > 3  # the last request, which was cancelled
-        drawn = EngineAccount(sampled=34, cancelled=4 if ended else 1, open=0 if ended else 3, inherited=25)
-        return drawn + EngineAccount(sampled=15, cancelled=1, failed=2, inherited=15)
+        ended = self.asked > 2  # the last request, which was cancelled
+        before = {"inherited": 20 + 12 + 42 + 9 + 6 + 1, "inherited_cancelled": 6, "inherited_failed": 1}
+        return EngineAccount(sampled=49, cancelled=5 if ended else 2, failed=2, open=0 if ended else 3, **before)
+
+    def flush(self) -> None:
+        assert self.asked in (0, 3), "nothing is on its way any more"
 
 
-class CountingPool:
-    """A pool as the account knows it, for tokens alone."""
-
-    inherited_tokens = 28
-
-    def __init__(self) -> None:
-        self.counted: dict[str, int] = {"deadline": 28}
-
-    def count_tokens(self, reason: str, tokens: int) -> None:
-        self.counted[reason] = self.counted.get(reason, 0) + tokens
-
-    def tokens(self) -> TokenAccount:
-        return TokenAccount(trained=0, waiting=0, not_trained=self.counted)
-
-    def snapshot(self) -> PoolSnapshot:
-        return snapshot()
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    """What is left of two attempts: a group that failed, one cut off by a crash, an evaluation, and one cut off."""
+    url = sqlite_url(tmp_path / "journal.sqlite")
+    journal = Journal.open(url)
+    for index in range(2):
+        journal.dispatch(index, version=0, taken_before=0)
+    journal.fail(Dispatch(index=0, attempt=0, version=0), reason="deadline", untrained={"deadline": 20})
+    journal.count_tokens("evaluation", 42, owner="evaluation-0.0")
+    journal.close()
+    return Pool.open(Journal.open(url), PoolConfig())
 
 
-def test_what_only_the_engines_know_is_counted_as_lost_of_earlier_attempts_and_as_cancelled_of_this_one() -> None:
-    pool = CountingPool()
-    account = RunAccount.open(cast(Any, TwoEngines()), cast(Any, pool), RunSums(), counted_at=0.0)
-    account.count_evaluation(42)
+def test_what_only_the_engines_know_is_lost_by_owner_of_earlier_attempts_and_cancelled_or_failed_of_all(
+    pool: Pool,
+) -> None:
+    engines = OtherAttempts()
+    account = RunAccount.open(cast(Any, engines), pool, RunSums(), counted_at=0.0)
+    assert account.name_owner("evaluation", 5) == "evaluation-1.5"
+    account.count_evaluation(42, account.name_owner("evaluation", 5))
     closed = account.close()
 
-    assert pool.counted == {
-        **{"deadline": 28, "lost_attempt": 12, "evaluation": 42},
-        **{"cancelled": 5, "request_failed": 2},
+    assert closed.tokens_not_trained == {
+        **{"deadline": 20, "lost_attempt": 12 + 9, "evaluation": 42 + 42},
+        **{"cancelled": 6 + 5, "request_failed": 1 + 2},
     }
-    assert closed.tokens_sampled == 25 + 15 + 34 + 15
-    assert closed.tokens_sampled == closed.tokens_trained + sum(closed.tokens_not_trained.values())
+    assert closed.tokens_sampled == 90 + 49 == sum(closed.tokens_not_trained.values())
+
+
+@pytest.mark.parametrize(
+    ("statement", "opened"),
+    [
+        ("UPDATE untrained_tokens SET tokens = tokens - 5 WHERE owner = 'evaluation-0.0'", 5),
+        ("UPDATE untrained_tokens SET tokens = tokens + 7 WHERE owner = 'group-0.0'", -7),
+        ("INSERT INTO untrained_tokens (owner, run_attempt, reason, tokens) VALUES ('x', 0, 'probe', 3)", -3),
+    ],
+)
+def test_tokens_that_the_journal_loses_or_invents_are_open_and_not_lost_attempts(
+    pool: Pool, tmp_path: Path, statement: str, opened: int
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.sqlite")) as connection:
+        connection.execute(statement)
+        connection.commit()
+    pool = Pool.open(Journal.open(sqlite_url(tmp_path / "journal.sqlite")), PoolConfig())
+    account = RunAccount.open(cast(Any, OtherAttempts()), pool, RunSums(), counted_at=0.0)
+    account.count_evaluation(42, account.name_owner("evaluation", 5))
+    closed = account.close()
+
+    assert closed.tokens_not_trained["lost_attempt"] == 12 + 9
+    assert closed.tokens_sampled - sum(closed.tokens_not_trained.values()) == opened
 
 
 def test_every_sampled_token_and_every_group_is_accounted_for(ended: Ended) -> None:
@@ -180,11 +209,11 @@ def test_a_count_that_is_left_out_opens_the_account_by_just_that_much(
 ) -> None:
     count_tokens, left_out = Pool.count_tokens, []
 
-    def forgetful(pool: Pool, reason: str, tokens: int) -> None:
+    def forgetful(pool: Pool, reason: str, tokens: int, *, owner: str) -> None:
         if reason == "probe":
             left_out.append(tokens)
         else:
-            count_tokens(pool, reason, tokens)
+            count_tokens(pool, reason, tokens, owner=owner)
 
     monkeypatch.setattr(Pool, "count_tokens", forgetful)
     ended = play(tmp_path, "--tasks.eval-tasks=0")
@@ -212,7 +241,7 @@ def test_a_gateway_that_loses_turns_opens_the_account_by_their_tokens(
     assert holds(ended, "Token account") is False
 
 
-def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
+def test_a_run_resumed_at_its_last_step_closes_its_account_and_has_lost_just_what_was_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, "--tasks.eval-tasks=0")
@@ -231,15 +260,20 @@ def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
 
         trainer.save = save_and_cut  # type: ignore[method-assign]
 
-    finish = Pool.finish
+    finish, lost = Pool.finish, []
 
-    def finish_but_those_of_the_last_version(pool: Pool, group: Group) -> None:
+    def finish_but_those_of_the_last_version(pool: Pool, group: Group, apart: Mapping[str, int]) -> None:
         if group.dispatch.version < config.run.steps:
-            finish(pool, group)
+            finish(pool, group, apart)
+        else:
+            lost.append(group.sampled_tokens)
+
+    def lose(_: Pool, dispatch: Dispatch, sampled_tokens: int, apart: Mapping[str, int]) -> None:
+        lost.append(sampled_tokens + sum(apart.values()))
 
     with monkeypatch.context() as patched, contextlib.closing(place):
         patched.setattr(Pool, "finish", finish_but_those_of_the_last_version)
-        patched.setattr(Pool, "give_back", lambda *_: None)
+        patched.setattr(Pool, "give_back", lose)
         with pytest.raises(PowerCutError):
             play_run(config, place, Notes(), cut_after_the_last_step)
     dispatched = group_states(place.path).count("dispatched")
@@ -248,5 +282,6 @@ def test_a_run_resumed_at_its_last_step_closes_its_account_all_the_same(
 
     assert ended.summary.steps == config.run.steps == 2
     assert ended.summary.groups_not_trained["in_flight_at_end"] == dispatched >= 1
+    assert ended.summary.tokens_not_trained["lost_attempt"] == sum(lost) > 0, "the episodes' own figures"
     assert (ended.summary.account_open_tokens, ended.summary.groups_open) == (0, 0)
     assert ended.summary.wall_s > 0.5

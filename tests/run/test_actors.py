@@ -1,10 +1,11 @@
 """What holds between the engines' records, the pool and the trainer, seen without any of them."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self, cast
@@ -99,28 +100,37 @@ def check_on(service: RolloutService) -> NoReturn:
 
 async def test_a_group_is_accepted_only_once_the_engines_records_are_on_the_disk() -> None:
     both = Recorder()
-    await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
+    await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None), {})
 
     assert both.calls == ["flush", "finish"]
+
+
+async def test_no_report_of_a_group_says_more_than_the_engines_records_on_the_disk() -> None:
+    both = Recorder()
+    sink, dispatch = LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)), Dispatch(index=0, attempt=0, version=0)
+    await sink.fail(dispatch, "deadline", 3, {})
+    await sink.give_back(dispatch, 3, {"worker_died": 1})
+
+    assert both.calls == ["flush", "fail", "flush", "give_back"]
 
 
 async def test_a_group_whose_requests_cannot_be_logged_is_not_accepted() -> None:
     both = Recorder(flush=EngineError("the request log cannot be written"))
     with pytest.raises(EngineError):
-        await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None))
+        await LoggedFirst(pool=cast(Any, both), engines=cast(Any, both)).finish(cast(Group, None), {})
 
     assert both.calls == ["flush"]
 
 
 async def test_a_report_holds_nobody_up_and_ends_though_its_caller_be_cancelled() -> None:
     class Slow(Recorder):
-        def finish(self, group: Group) -> None:
+        def finish(self, group: Group, apart: Mapping[str, int]) -> None:
             time.sleep(0.1)
             self.calls.append("finish")
 
     both = Slow()
     sink = LoggedFirst(pool=cast(Any, both), engines=cast(Any, both))
-    reporting = asyncio.create_task(sink.finish(cast(Group, None)))
+    reporting = asyncio.create_task(sink.finish(cast(Group, None), {}))
     began = time.monotonic()
     await asyncio.sleep(0.02)
     assert time.monotonic() - began < 0.09
@@ -183,9 +193,23 @@ def test_an_engine_that_has_died_is_an_error_of_the_run() -> None:
             service.check()
 
 
+def test_what_is_there_when_the_groups_begin_is_not_looked_through_for_garbage_until_the_end(
+    tmp_path: Path,
+) -> None:
+    gc.unfreeze()
+    pool = open_pool(tmp_path, n=2, p=1)
+    pool.close()  # there is nothing to do
+    with RolloutService(parts(pool)) as service:
+        service.start_groups()
+        frozen = gc.get_freeze_count()
+        assert frozen > 100_000, "jax alone has more"
+        assert len(gc.get_objects()) < frozen / 10
+    assert gc.get_freeze_count() == 0
+
+
 def test_an_evaluation_of_no_tasks_is_empty_and_no_failure() -> None:
     with RolloutService(parts()) as service:
-        evaluation = service.evaluate([])
+        evaluation = service.evaluate([], "o")
 
     assert (evaluation.sampled_tokens, evaluation.result.overall.reward) == (0, None)
     assert evaluation.complete
@@ -200,7 +224,7 @@ def test_an_evaluation_may_take_all_that_its_episodes_may(monkeypatch: pytest.Mo
 
     with RolloutService(parts()) as service:
         monkeypatch.setattr(service, "_call", call)
-        service.evaluate([make_task(index) for index in range(9)])
+        service.evaluate([make_task(index) for index in range(9)], "o")
         monkeypatch.undo()
     assert asked == [pytest.approx(3 * (3.0 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0) + 30.0)]  # four at once
 

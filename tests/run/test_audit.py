@@ -59,7 +59,6 @@ def test_an_id_that_differs_from_the_engines_record_counts_and_a_missing_record_
         engines=cast(Any, engines),
         packing=PACKING,
         law=SamplingLaw(),
-        attempt=1,
         sums=RunSums(drift_tokens=10),
     )
     audit.compare_ids(pack([samples], PACKING))
@@ -71,19 +70,18 @@ def test_an_id_that_differs_from_the_engines_record_counts_and_a_missing_record_
     assert (audit.sums.drift_tokens, audit.sums.unaudited_tokens) == (15 + 1, 3)
 
 
-def test_probes_ask_with_the_prompts_that_were_trained_and_are_told_apart_by_attempt_and_step() -> None:
+def test_probes_ask_with_the_prompts_that_were_trained_and_are_told_apart_by_their_owner() -> None:
     packed = pack([[drawn(name, [-1.0], [0], [0]) for name in "abcdef"]], PACKING)
     law = SamplingLaw(temperature=0.5)
-    audit = Audit(
-        learner=cast(Any, None), engines=cast(Any, Records()), packing=PACKING, law=law, attempt=2, sums=RunSums()
-    )
-    probes = audit.probes(packed, 7)
+    audit = Audit(learner=cast(Any, None), engines=cast(Any, Records()), packing=PACKING, law=law, sums=RunSums())
+    probes = audit.probes(packed, "probe-2.7")
 
-    assert [probe.request_id for probe in probes] == [f"probe-2-7-{number}" for number in range(4)]
+    assert [probe.request_id for probe in probes] == [f"probe-2.7-{number}" for number in range(4)]
     assert [probe.prompt_ids.tolist() for probe in probes] == [
         [ord(placement.request_id)] for placement in packed.placements[:4]
     ]
-    assert {(probe.law, probe.purpose, probe.max_tokens) for probe in probes} == {(law, "probe", 16)}
+    asked = {(probe.law, probe.purpose, probe.max_tokens, probe.owner) for probe in probes}
+    assert asked == {(law, "probe", 16, "probe-2.7")}
 
 
 def test_what_was_trained_is_what_was_sampled(ended: Ended) -> None:

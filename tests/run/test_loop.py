@@ -20,7 +20,8 @@ from forgejax.errors import AgentError, ForgejaxError, StorageFullError, Trainin
 from forgejax.learner import Learner, PackedStep
 from forgejax.pool.journal import Journal
 from forgejax.report.final.summary import read_summary
-from forgejax.report.sinks.jsonl import read_metrics
+from forgejax.report.sinks.base import Row
+from forgejax.report.sinks.jsonl import JsonLines, read_metrics
 from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
 from forgejax.run.account import RunSums
@@ -165,7 +166,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
     assert calls[calls.index("service.start_groups") :] == [
         *("service.start_groups", "rows.mark", "service.check", "checkpoints.check"),
         *("account.count_time", "checkpoints.save"),
-        *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait", "engines.flush"),
+        *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait"),
         *("account.count_time", "account.close"),
     ]
     assert (outcome.before, outcome.after, outcome.finished, outcome.steps) == (None, None, False, 0)
@@ -291,6 +292,30 @@ def test_a_full_disk_ends_the_run_and_what_was_accepted_is_trained_after_a_resum
     assert (ended.summary.account_open_tokens, ended.summary.groups_open, ended.summary.drift_tokens) == (0, 0, 0)
 
 
+def test_a_row_that_finds_no_room_costs_the_steps_since_the_last_checkpoint_and_leaves_no_token_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, "--run.steps=3", "--run.checkpoint-every=5", "--tasks.eval-tasks=0")
+    place, write, rows, notes = tiny_place(config), JsonLines.write, list[int](), Notes()
+
+    def full(sink: JsonLines, row: Row) -> None:
+        if row.step == 0:  # the evaluation, of nothing
+            return write(sink, row)
+        rows.append(row.step)
+        raise StorageFullError("metrics.jsonl cannot grow; free space on its disk")
+
+    with monkeypatch.context() as patched, contextlib.closing(place):
+        patched.setattr(JsonLines, "write", full)
+        with pytest.raises(StorageFullError, match="metrics"):
+            play_run(config, place, notes, lambda trainer: None)
+    assert rows == [1], "known once the second step is done"
+    assert "step 2 is not saved: the row of step 1 is not written" in notes.lines
+    ended = go_on(config, rundir.reopen(tmp_path, ""))
+
+    assert [row["step"] for row in read_metrics(ended.path)] == [0, 1, 2, 3]
+    assert (ended.summary.steps, ended.summary.account_open_tokens, ended.summary.groups_open) == (3, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -343,9 +368,9 @@ def test_an_evaluation_that_is_broken_off_is_not_kept_and_all_that_was_drawn_for
     def stop_once_it_draws(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             threading.Thread(target=wait, args=(trainer.engines.account().sampled,), daemon=True).start()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         def wait(before: int) -> None:
             while trainer.engines.account().sampled < before + 20:
@@ -375,10 +400,10 @@ def test_an_evaluation_in_the_midst_of_training_that_was_broken_off_is_made_up_f
     def stop_in_the_second(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             if trainer.step == 2:
                 trainer.stop()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         trainer.service.evaluate = watched  # type: ignore[method-assign]
 
@@ -398,9 +423,9 @@ def test_a_worker_that_is_killed_costs_no_task_of_an_evaluation_and_does_not_end
     def kill_while_it_is_evaluated(trainer: Trainer) -> None:
         evaluate = trainer.service.evaluate
 
-        def watched(tasks: Any) -> Any:
+        def watched(tasks: Any, owner: str) -> Any:
             threading.Thread(target=kill, args=(trainer.engines.account().sampled,), daemon=True).start()
-            return evaluate(tasks)
+            return evaluate(tasks, owner)
 
         def kill(before: int) -> None:
             while trainer.engines.account().sampled < before + 40:

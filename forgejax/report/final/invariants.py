@@ -46,7 +46,7 @@ def check_invariants(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
     return (
         Check(
             name="Token drift",
-            measured=f"{summary.drift_tokens:,} tokens",
+            measured=f"{summary.drift_tokens:,} tokens{_describe_unaudited(summary)}",
             bound="0",
             holds=summary.drift_tokens == 0,
             meaning="The ids trained on are the ids the sampler saw and drew, position by position.",
@@ -80,6 +80,11 @@ def check_invariants(summary: Summary, bounds: Bounds) -> tuple[Check, ...]:
         ),
         _failures(summary, bounds),
     )
+
+
+def _describe_unaudited(summary: Summary) -> str:
+    count = summary.unaudited_tokens
+    return f"; {count:,} of {summary.tokens_trained:,} could not be compared" if count else ""
 
 
 def _failures(summary: Summary, bounds: Bounds) -> Check:

@@ -57,10 +57,11 @@ class Summary:
     A figure that was not measured, or is not finite, is None here and absent from the file; array scalars become plain
     numbers. ``*_not_trained`` count by reason; ``episodes`` are those of training that have ended, by stop reason, and
     ``episodes_masked`` those that train nothing, by the reason for it. ``eval_gain`` is the paired difference of the
-    outcomes with its 95 % interval. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where
-    there are several, tool use is there where a tool was called. ``params_digest`` is a checksum of the last weights:
-    of two runs that are ``deterministic``, of one configuration, on one machine, it is the same. ``figures`` takes
-    whatever else a run wants to keep. Each annotation is checked: ValueError.
+    outcomes with its 95 % interval. ``unaudited_tokens`` were trained, and the engine's record that their ids were to
+    be compared with is damaged. ``logprob_gaps`` is by depth of context. ``levels`` are those of the tasks where there
+    are several, tool use is there where a tool was called. ``params_digest`` is a checksum of the last weights: of two
+    runs that are ``deterministic``, of one configuration, on one machine, it is the same. ``figures`` takes whatever
+    else a run wants to keep. Each annotation is checked: ValueError.
     """
 
     eval_reward_before: Share | None = None
@@ -83,6 +84,7 @@ class Summary:
     wall_s: Amount
     skipped_steps: Count
     drift_tokens: Count
+    unaudited_tokens: Count = 0
     logprob_gap_max: Amount | None = None
     logprob_gap_mean: Amount | None = None
     logprob_gap_tokens: Count

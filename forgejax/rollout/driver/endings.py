@@ -8,6 +8,7 @@ from forgejax.errors import EngineError
 from forgejax.rollout.driver.counters import Counters
 from forgejax.rollout.driver.inbox import Inbox
 from forgejax.rollout.driver.job import Job
+from forgejax.rollout.driver.request_file import FAILED
 from forgejax.rollout.driver.request_log import LoggedRequest, RequestLog
 from forgejax.types import FinishReason
 
@@ -48,7 +49,7 @@ class Endings:
         self._counters.failed[job.request.purpose] += job.drawn
         if job.future.set_running_or_notify_cancel():
             job.future.set_exception(EngineError(f"request {job.request.request_id}: {why}"))
-        self._record(job, "failed")
+        self._record(job, FAILED)
 
     def abandon(self, cause: str) -> None:
         """Refuses everything from now on and fails what is open."""
@@ -63,6 +64,7 @@ class Endings:
                     request_id=job.request.request_id,
                     session_id=job.request.session_id,
                     purpose=job.request.purpose,
+                    owner=job.request.owner,
                     finish_reason=str(reason),
                     version=int(job.draws[-1].versions[-1]) if job.drawn else -1,
                     prompt_ids=job.prompt_ids,

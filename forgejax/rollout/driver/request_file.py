@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,13 @@ import msgspec
 import numpy as np
 
 from forgejax.errors import EngineError
-from forgejax.types import TokenIds
+from forgejax.types import FinishReason, TokenIds
 from forgejax.types.compact import pack_ids, unpack_ids
 
-_MAGIC = b"forgejax-requests-2\n"
-_MARK = b"\xf7Rq\x02"
+_MAGIC = b"forgejax-requests-3\n"
+_MARK = b"\xf7Rq\x03"
 _HEAD = struct.Struct("<4sIII")
+CANCELLED, FAILED = FinishReason.CANCELLED.value, "failed"
 _LEAST_CUT = 2**20
 _CHUNK = 2**22
 _CACHED_IDS = 2**22
@@ -37,14 +38,18 @@ _logger = logging.getLogger(__name__)
 
 class Note(msgspec.Struct, array_like=True, frozen=True):
     """What a frame says beside its ids. ``number`` counts the requests since the log was begun, this one not included,
-    and ``total`` the tokens they drew, this one's included."""
+    and ``total`` the tokens they drew, this one's included; of these ``cancelled`` and ``failed`` were drawn for
+    requests that ended so."""
 
     request_id: str
     purpose: str
+    owner: str
     finish_reason: str
     version: int
     number: int
     total: int
+    cancelled: int
+    failed: int
     distance: int
     shared: int
     sampled: int
@@ -68,13 +73,15 @@ class RequestFile:
 
     A *place* is where a frame begins; it stays the same when frames before it are cut off. ``start`` is the place of
     the first frame and ``end`` that of the next one to be added. ``places`` has the newest frame of each request on
-    the disk. ``lost`` counts the frames that were passed over.
+    the disk. ``lost`` counts the frames that were passed over. ``total``, ``cancelled`` and ``failed`` are those of the
+    last frame, ``found`` what was given to each owner by the frames that were there when the file was opened.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the file. Raises EngineError if it is something else."""
         self._path = path
-        self.total = self._number = self.lost = 0
+        self.total = self.cancelled = self.failed = self._number = self.lost = 0
+        self.found: Counter[str] = Counter()
         self.start = len(_MAGIC)
         self.places: dict[str, int] = {}
         self._frames: deque[tuple[int, int]] = deque()  # place and version of each
@@ -96,6 +103,7 @@ class RequestFile:
         *,
         request_id: str,
         purpose: str,
+        owner: str,
         finish_reason: str,
         version: int,
         parent: int,
@@ -106,13 +114,18 @@ class RequestFile:
         """Adds a frame at ``end``; ``write`` brings it to the disk. ``parent``: a place, ``end`` for none."""
         body = pack_ids(ids)
         self.total += sampled
+        self.cancelled += sampled if finish_reason == CANCELLED else 0
+        self.failed += sampled if finish_reason == FAILED else 0
         note = Note(
             request_id=request_id,
             purpose=purpose,
+            owner=owner,
             finish_reason=finish_reason,
             version=version,
             number=self._number,
             total=self.total,
+            cancelled=self.cancelled,
+            failed=self.failed,
             distance=self.end - parent,
             shared=shared,
             sampled=sampled,
@@ -264,7 +277,10 @@ class RequestFile:
                 continue
             missing = note.number - self._number if self.places else int(offset > end)
             self.lost += max(0, missing)
-            self.total, self._number = note.total, note.number + 1
+            self.total, self.cancelled, self.failed = note.total, note.cancelled, note.failed
+            self._number = note.number + 1
+            if note.finish_reason not in (CANCELLED, FAILED):
+                self.found[note.owner] += note.sampled
             self._enter(note, offset)
             _, note_size, body_size, _ = _HEAD.unpack_from(view, offset)
             end = offset = offset + _HEAD.size + note_size + body_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +36,33 @@ class LoggedRequest:
     request_id: str
     session_id: str = ""
     purpose: str
+    owner: str = ""
     finish_reason: str
     version: int
     prompt_ids: TokenIds
     sampled_ids: TokenIds
 
 
+@dataclass(frozen=True, kw_only=True)
+class InheritedTokens:
+    """Tokens of requests that had ended when a log was opened.
+
+    ``sampled`` by all of them, those included whose records have been trimmed or damaged since; of these ``cancelled``
+    and ``failed`` by requests that ended so. ``given`` are the tokens of the others, by owner, as far as the records
+    reach back.
+    """
+
+    sampled: int
+    cancelled: int
+    failed: int
+    given: Mapping[str, int]
+
+
 class RequestLog:
     """Appends and looks up requests; any thread may do either.
 
     ``find`` sees everything appended before it, on disk or not. An id that is used again means its latest request.
-    ``inherited_tokens`` is how many tokens were drawn by all requests before the file was opened, those that have been
-    trimmed or damaged since included.
+    ``inherited`` are the tokens that were drawn before the file was opened.
     """
 
     def __init__(self, path: Path):
@@ -63,7 +78,10 @@ class RequestLog:
         self._file = RequestFile(path)
         self._sessions = _Sessions()
         self._unreadable: set[str] = set()
-        self.inherited_tokens = self._file.total
+        file = self._file
+        self.inherited = InheritedTokens(
+            sampled=file.total, cancelled=file.cancelled, failed=file.failed, given=dict(file.found)
+        )
         self._thread = threading.Thread(target=self._write_on, name="request-log", daemon=True)
         self._thread.start()
 
@@ -104,6 +122,7 @@ class RequestLog:
         return LoggedRequest(
             request_id=request_id,
             purpose=record.note.purpose,
+            owner=record.note.owner,
             finish_reason=record.note.finish_reason,
             version=record.note.version,
             prompt_ids=prompt,
@@ -182,6 +201,7 @@ class RequestLog:
             self._file.add(
                 request_id=entry.request_id,
                 purpose=entry.purpose,
+                owner=entry.owner,
                 finish_reason=entry.finish_reason,
                 version=entry.version,
                 parent=parent,

@@ -23,8 +23,9 @@ class EngineAccount:
     """Counts since the engines started; of several engines they add up.
 
     ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
-    nobody was given a completion of, and ``open`` for requests that have not ended. ``inherited`` are the tokens that
-    the engines' own records hold of earlier attempts at the run. ``active`` and ``waiting`` are requests now.
+    nobody was given a completion of, and ``open`` for requests that have not ended. ``inherited``, and of these
+    ``inherited_cancelled`` and ``inherited_failed``, are the tokens that the engines' own records have of earlier
+    attempts at the run. ``active`` and ``waiting`` are requests now.
     """
 
     sampled: int = 0
@@ -32,6 +33,8 @@ class EngineAccount:
     failed: int = 0
     open: int = 0
     inherited: int = 0
+    inherited_cancelled: int = 0
+    inherited_failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     active: int = 0
@@ -73,6 +76,13 @@ class Engines(Protocol):
 
     def account(self) -> EngineAccount:
         """The counts as they are now. It is also asked before the engines are entered, for ``inherited``."""
+        ...
+
+    def given_before(self) -> Mapping[str, int]:
+        """Tokens of the completions that earlier attempts at the run were given, by owner, as their records have them.
+
+        Records that were trimmed or are damaged count with no owner.
+        """
         ...
 
     def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:

@@ -56,18 +56,23 @@ class LocalEngines(LocalSampler):
     def account(self) -> EngineAccount:
         metrics = self._driver.metrics()
         sampled, cancelled = sum(metrics.tokens_sampled.values()), sum(metrics.tokens_cancelled.values())
-        failed = sum(metrics.tokens_failed.values())
+        failed, inherited = sum(metrics.tokens_failed.values()), self._requests.inherited
         return EngineAccount(
             sampled=sampled,
             cancelled=cancelled,
             failed=failed,
             open=sampled - sum(metrics.tokens_returned.values()) - cancelled - failed,
-            inherited=self._requests.inherited_tokens,
+            inherited=inherited.sampled,
+            inherited_cancelled=inherited.cancelled,
+            inherited_failed=inherited.failed,
             prompt_tokens=metrics.prompt_tokens,
             cached_tokens=metrics.cached_tokens,
             active=metrics.active,
             waiting=metrics.waiting,
         )
+
+    def given_before(self) -> Mapping[str, int]:
+        return self._requests.inherited.given
 
     def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
         found = {request_id: self._requests.find(request_id) for request_id in request_ids}

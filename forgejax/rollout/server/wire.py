@@ -38,6 +38,7 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     stop_ids: list[int] = []
     seed: int | None = None
     purpose: Purpose = "train"
+    owner: str = ""
 
 
 class DrawBody(msgspec.Struct, frozen=True):
@@ -77,6 +78,7 @@ def encode_request(request: SampleRequest) -> bytes:
         stop_ids=sorted(request.stop_ids),
         seed=request.seed,
         purpose=request.purpose,
+        owner=request.owner,
     )
     return msgspec.json.encode(body)
 
@@ -95,6 +97,7 @@ def decode_request(body: bytes, made_up_id: str) -> SampleRequest:
         stop_ids=frozenset(given.stop_ids),
         seed=given.seed,
         purpose=given.purpose,
+        owner=given.owner,
     )
 
 

@@ -105,6 +105,22 @@ def test_the_page_says_whether_the_invariants_hold() -> None:
     assert "1 of the 7 invariants does not hold" in broken and broken.count("✗ broken") == 1
 
 
+def test_trained_tokens_whose_ids_could_not_be_compared_are_told_with_the_account() -> None:
+    told = summary(unaudited_tokens=12)
+    drift = next(check for check in check_invariants(told, BOUNDS) if check.name == "Token drift")
+    assert (drift.holds, drift.measured) == (True, f"0 tokens; 12 of {told.tokens_trained:,} could not be compared")
+    words = "The ids of 12 of the trained tokens could not be compared"
+    assert words in render_html(Report(title="run", summary=told, bounds=BOUNDS))
+    assert "could not be compared" not in render_html(Report(title="run", summary=summary(), bounds=BOUNDS))
+
+
+def test_the_longest_figure_may_wrap_so_that_none_is_cut_off_on_a_phone() -> None:
+    page = render_html(Report(title="run", summary=summary(), bounds=BOUNDS))
+    assert "table.figures td.number { white-space: normal; }" in page
+    figures = page[page.index("<h2>Further figures</h2>") :]
+    assert figures.index('<table class="figures">') < figures.index("Training steps")
+
+
 def test_a_run_that_measured_nothing_still_has_a_page() -> None:
     nothing = summary(
         **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from forgejax.errors import EngineError
 from forgejax.rollout import LoggedRequest, RequestLog
+from forgejax.rollout.driver.request_log import InheritedTokens
 
 
 def _entry(
@@ -44,7 +46,7 @@ def _is_kept(log: RequestLog, entry: LoggedRequest) -> bool:
         found is not None
         and found.prompt_ids.tolist() == entry.prompt_ids.tolist()
         and found.sampled_ids.tolist() == entry.sampled_ids.tolist()
-        and (found.purpose, found.version) == (entry.purpose, entry.version)
+        and (found.purpose, found.owner, found.version) == (entry.purpose, entry.owner, entry.version)
     )
 
 
@@ -54,6 +56,28 @@ def _write(path: Path, entries: Sequence[LoggedRequest]) -> RequestLog:
         log.append(entry)
     log.flush()
     return log
+
+
+def test_tokens_are_inherited_by_how_their_requests_ended_and_by_owner_as_far_as_the_records_reach(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "requests.log"
+    old = [replace(entry, owner="old") for entry in _session("s", 30, drawn=16_000)]
+    log = _write(path, old)
+    ends = {"stop": (7, "a"), "length": (5, "a"), "repetition": (4, "b"), "cancelled": (3, "a"), "failed": (2, "b")}
+    for reason, (count, owner) in ends.items():
+        log.append(replace(_entry(reason, *range(count), version=1), finish_reason=reason, owner=owner))
+    assert log.inherited.sampled == 0
+    log.close()
+    log = RequestLog(path)
+    assert log.inherited.given == {"old": 30 * 16_000, "a": 12, "b": 4}
+    with log._disk:
+        log._file.trim(1)
+    log.close()
+    log = RequestLog(path)
+
+    assert log.inherited == InheritedTokens(sampled=30 * 16_000 + 21, cancelled=3, failed=2, given={"a": 12, "b": 4})
+    log.close()
 
 
 def test_an_entry_is_found_at_once_and_after_a_restart(tmp_path: Path) -> None:
@@ -136,7 +160,7 @@ def test_an_id_takes_three_bytes_at_any_number_of_turns(tmp_path: Path, turns: i
     assert all(_is_kept(log, entry) for entry in entries)
     log.close()
     log = RequestLog(path)
-    assert log.inherited_tokens == turns * 2000
+    assert log.inherited.sampled == turns * 2000
     assert all(_is_kept(log, entry) for entry in entries)
     log.close()
 
@@ -173,11 +197,11 @@ def test_a_damaged_byte_costs_its_record_and_nothing_that_follows(tmp_path: Path
     path.write_bytes(content)
     log = RequestLog(path)
     assert [_is_kept(log, entry) for entry in entries] == [number != 9 for number in range(20)]
-    assert (log.damaged, log.inherited_tokens) == (1, 20 * 51)
+    assert (log.damaged, log.inherited.sampled) == (1, 20 * 51)
     log.append(_entry("next", 1))
     log.close()
     log = RequestLog(path)
-    assert _is_kept(log, _entry("next", 1)) and _is_kept(log, entries[19]) and log.inherited_tokens == 20 * 51 + 1
+    assert _is_kept(log, _entry("next", 1)) and _is_kept(log, entries[19]) and log.inherited.sampled == 20 * 51 + 1
     log.close()
 
 
@@ -220,7 +244,7 @@ def test_a_trimmed_log_forgets_older_versions_and_keeps_its_totals(tmp_path: Pat
     log = RequestLog(path)
     assert _is_kept(log, _entry("a-16", 3, prompt=sessions[0][-1].prompt_ids, version=29))
     assert all(_is_kept(log, entry) for kept in sessions[27:] for entry in kept)
-    assert (log.inherited_tokens, log.damaged) == (30 * 16 * 2000 + 1, 0)
+    assert (log.inherited.sampled, log.damaged) == (30 * 16 * 2000 + 1, 0)
     log.close()
     assert [each.name for each in tmp_path.iterdir()] == ["requests.log"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +49,9 @@ class OneTokenEngines:
     def account(self) -> EngineAccount:
         return EngineAccount(sampled=len(self.requests), prompt_tokens=2 * len(self.requests))
 
+    def given_before(self) -> Mapping[str, int]:
+        return {}
+
     def requests_of(self, request_ids: Iterable[str]) -> dict[str, DrawnRequest]:
         return {name: self.requests[name] for name in request_ids if name in self.requests}
 
@@ -91,10 +94,13 @@ async def test_what_a_run_needs_of_its_engines_is_the_protocol_alone(
 
 
 def test_the_accounts_of_several_engines_add_up() -> None:
-    one = EngineAccount(sampled=10, cancelled=2, failed=1, inherited=4, prompt_tokens=30, cached_tokens=10, active=1)
+    one = EngineAccount(
+        sampled=10, cancelled=2, failed=1, inherited=4, inherited_failed=3, prompt_tokens=30, cached_tokens=10, active=1
+    )
     other = EngineAccount(sampled=5, failed=3, prompt_tokens=10, cached_tokens=10, active=2, waiting=7)
     total = EngineAccount(
-        sampled=15, cancelled=2, failed=4, inherited=4, prompt_tokens=40, cached_tokens=20, active=3, waiting=7
+        **{"sampled": 15, "cancelled": 2, "failed": 4, "inherited": 4, "inherited_failed": 3},
+        **{"prompt_tokens": 40, "cached_tokens": 20, "active": 3, "waiting": 7},
     )
     assert one + other == other + one == total and one + EngineAccount() == one
     assert (one.cache_hit_rate, total.cache_hit_rate, EngineAccount().cache_hit_rate) == (1 / 3, 0.5, 0.0)

@@ -78,7 +78,10 @@ async def test_on_tokens_sees_what_is_drawn_and_may_end_it(tmp_path: Path) -> No
 async def test_the_record_holds_the_ids_of_each_request_and_leaves_out_the_unknown(tmp_path: Path) -> None:
     _, engines = _engines(tmp_path)
     with engines:
-        one, two = [await engines.sample(tiny.request(name, tiny.prompt(1, 9), 6)) for name in ("one", "two")]
+        one, two = [
+            await engines.sample(tiny.request(name, tiny.prompt(1, 9), 6, owner=f"for {name}"))
+            for name in ("one", "two")
+        ]
         found = engines.requests_of(["one", "never", "two"])
         engines.flush()
         size = (tmp_path / "requests.log").stat().st_size
@@ -90,6 +93,7 @@ async def test_the_record_holds_the_ids_of_each_request_and_leaves_out_the_unkno
     again, engines = _engines(tmp_path)
     with engines:
         assert engines.account().inherited == 12 and engines.account().sampled == 0
+        assert engines.given_before() == {"for one": 6, "for two": 6}
         assert set(engines.requests_of(["two", "three"])) == {"two"}
     assert not again.healthy
 

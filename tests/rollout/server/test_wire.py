@@ -20,11 +20,12 @@ REQUEST = SampleRequest(
     stop_ids=frozenset({8, 2}),
     seed=11,
     purpose="evaluation",
+    owner="group-3.1",
 )
 
 
 def _same(one: SampleRequest, other: SampleRequest) -> bool:
-    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "seed", "purpose")
+    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "seed", "purpose", "owner")
     return one.prompt_ids.tolist() == other.prompt_ids.tolist() and all(
         getattr(one, name) == getattr(other, name) for name in names
     )
