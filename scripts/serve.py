@@ -20,7 +20,9 @@ import jax
 import tyro
 from aiohttp import web
 
+from forgejax.chat import ChatFormat
 from forgejax.errors import ConfigError, EngineError, ForgejaxError
+from forgejax.grammar import GrammarCompiler
 from forgejax.models import Params, PolicyConfig, abstract_policy, init_params, read_policy_config
 from forgejax.models import load_params as load_pretrained
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog, make_warm_ups
@@ -61,6 +63,8 @@ class ServeConfig:
     publish_root: Path | None = None
     """Directory below which POST /publish may load new weights, bare ones or runs/NAME/checkpoints/STEP; without it
     they are refused."""
+    tokenizer: Path | None = None
+    """Tokenizer folder of the policy; requests with a grammar are refused without it."""
     request_log: Path | None = None
     """File that keeps the ids of every request."""
     grpc_stop_ids: tuple[int, ...] = ()
@@ -129,8 +133,11 @@ def make_driver(config: ServeConfig) -> Driver:
         check_engine_memory(find_policy(config), config.engine, there, f"device {config.device}")
     served = load_served(config)
     engine = PolicyEngine(served.policy, config.engine, device)
+    grammars = None
+    if config.tokenizer is not None:
+        grammars = GrammarCompiler(ChatFormat.load(config.tokenizer).codec.spell_vocabulary())
     log = RequestLog(config.request_log) if config.request_log is not None else None
-    return Driver(engine, served.params, served.version, log)
+    return Driver(engine, served.params, served.version, log, grammars)
 
 
 async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
