@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -50,7 +51,7 @@ def replay(completion: Completion, grammar: Grammar, params: object) -> np.ndarr
 
 async def test_what_is_drawn_fits_the_schema_at_the_logprobs_of_the_allowed_tokens() -> None:
     params = tiny.params()
-    laws = [SamplingLaw(temperature=temperature) for temperature in (1.0, 0.5, 2.0, 0.0, 1.0, 1.5)]
+    laws = [SamplingLaw(temperature=temperature) for temperature in (1.0, 0.5, 2.0, 1.5, 1.0, 0.0)]
     requests = [
         tiny.request(f"r{i}", tiny.prompt(i, 3 + i), 110, seed=i, law=law, grammar=GRAMMAR, stop_ids={STOP})
         for i, law in enumerate(laws)
@@ -58,14 +59,17 @@ async def test_what_is_drawn_fits_the_schema_at_the_logprobs_of_the_allowed_toke
     with Driver(tiny.engine(), params, grammars=GRAMMARS) as driver:
         done = await sample_all(driver, requests)
         assert balanced(driver)
-    assert all(each.token_ids[-1] == STOP and each.finish_reason is FinishReason.STOP for each in done)
     for each in done:
-        jsonschema.validate(json.loads(text_of(each)), SCHEMA)
         np.testing.assert_allclose(each.logprobs, replay(each, GRAMMAR, params), atol=1e-5)
-    assert len({text_of(each) for each in done}) > 1
+    ended = [each for each in done if each.finish_reason is FinishReason.STOP]
+    assert len(ended) >= 5  # the likeliest tokens alone may go on for ever
+    for each in ended:
+        assert each.token_ids[-1] == STOP
+        jsonschema.validate(json.loads(text_of(each)), SCHEMA)
+    assert len({text_of(each) for each in ended}) == len(ended)
 
 
-async def test_neighbours_of_a_masked_slot_draw_the_same_tokens_and_logprobs_bit_for_bit() -> None:
+async def test_neighbours_and_successors_of_a_masked_slot_draw_the_same_bits_as_without_it() -> None:
     params = tiny.params()
     plain = [
         tiny.request(f"p{i}", tiny.prompt(i, 4 + 3 * i), 20 + i, seed=i, law=SamplingLaw(temperature=0.5 + 0.5 * i))
@@ -75,27 +79,13 @@ async def test_neighbours_of_a_masked_slot_draw_the_same_tokens_and_logprobs_bit
     with Driver(tiny.engine(), params, grammars=GRAMMARS) as driver:
         alone = await sample_all(driver, plain)
     with Driver(tiny.engine(), params, grammars=GRAMMARS) as driver:
-        *beside, grown = await sample_all(driver, [*plain, masked])
-        (again,) = await sample_all(
-            driver, [tiny.request("m2", masked.prompt_ids, 110, seed=9, grammar=GRAMMAR, stop_ids={STOP})]
-        )
-    for one, other in zip(alone, beside, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.logprobs.view(np.uint32), other.logprobs.view(np.uint32))
-    np.testing.assert_array_equal(grown.token_ids, again.token_ids)
-    assert max(gap(each, params) for each in beside) < 1e-5 < gap(grown, params)
-
-
-async def test_a_slot_that_a_grammar_left_is_free_again() -> None:
-    params = tiny.params()
-    first = tiny.request("first", [5, 6], 110, seed=1, grammar=GRAMMAR, stop_ids={STOP})
-    second = tiny.request("second", [5, 6], 30, seed=1)
-    with Driver(tiny.engine(slots=1), params, grammars=GRAMMARS) as driver:
-        _, after = await sample_all(driver, [first, second])
-    with Driver(tiny.engine(slots=1), params) as driver:
-        (alone,) = await sample_all(driver, [second])
-    np.testing.assert_array_equal(after.token_ids, alone.token_ids)
-    assert gap(after, params) < 1e-5
+        first, *beside = await sample_all(driver, [masked, *plain])
+        after = await sample_all(driver, [replace(each, request_id=f"after {each.request_id}") for each in plain])
+    for one, *others in zip(alone, beside, after, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.logprobs.view(np.uint32), others[0].logprobs.view(np.uint32))
+    assert max(gap(each, params) for each in [*beside, *after]) < 1e-5 < gap(first, params)
 
 
 async def test_a_text_that_is_cut_by_its_limit_is_the_beginning_of_one() -> None:
