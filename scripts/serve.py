@@ -192,7 +192,7 @@ def _word_refusal(option: str, host: str, port: int, error: Exception) -> str:
 async def _warm_up(driver: Driver, config: EngineConfig, stop: asyncio.Event) -> bool:
     """Has every program compiled, so that no request waits for it; False where ``stop`` came first."""
     stopped = asyncio.create_task(stop.wait())
-    for batch in make_warm_ups(config, uuid.uuid4().hex):
+    for batch in make_warm_ups(config, uuid.uuid4().hex, grammars=driver.grammars is not None):
         drawn = asyncio.gather(*(asyncio.wrap_future(driver.submit(request)) for request in batch))
         waits: set[asyncio.Future[Any]] = {drawn, stopped}
         await asyncio.wait(waits, timeout=_WARM_UP_S, return_when=asyncio.FIRST_COMPLETED)

@@ -256,7 +256,7 @@ def _judge_untrainable(request: SampleRequest, completion: Completion, abandoned
     if abandoned:
         return "cancelled"
     if request.grammar is not None:
-        return "grammar"  # the log-probs are those of the masked law, and the trainer knows no masks
+        return "grammar"  # its log-probs are of the law over what the masks allowed, and the trainer knows no masks
     return "sampling_law" if completion.law.truncated else None
 
 
@@ -267,7 +267,7 @@ def _count_well_formed(reply: Reply) -> int:
 def _count(
     metrics: GatewayMetrics, request: SampleRequest, completion: Completion, reply: Reply, builder: ReplyBuilder
 ) -> None:
-    metrics.masked.inc(request.grammar is not None)
+    metrics.bound.inc(request.grammar is not None)
     metrics.turns.labels(completion.finish_reason.value).inc()
     metrics.prompt_tokens.inc(len(completion.prompt_ids))
     metrics.cached_tokens.inc(completion.cached_tokens)

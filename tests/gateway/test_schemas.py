@@ -93,7 +93,7 @@ async def test_the_official_client_parses_what_a_policy_draws_that_knows_nothing
             output_config={"format": {"type": "json_schema", "schema": Found.model_json_schema()}},
         )
         turns = await gateway.close(session.id)
-        masked = gateway.metrics.counts()["masked_turns"]
+        bound = gateway.metrics.counts()["grammar_turns"]
     found = [chat.choices[0].message.parsed for chat in chats]
     assert all(isinstance(each, Found) for each in found) and len({str(each) for each in found}) > 1
     assert isinstance(response.output_parsed, Found) and isinstance(streamed.choices[0].message.parsed, Found)
@@ -103,7 +103,7 @@ async def test_the_official_client_parses_what_a_policy_draws_that_knows_nothing
     assert (status, message["stop_reason"]) == (200, "end_turn")
     assert isinstance(Found.model_validate_json(message["content"][0]["text"]), Found)
     assert plain.choices[0].finish_reason == "length"
-    assert [turn.untrainable for turn in turns] == ["grammar"] * 4 + [None] + ["grammar"] * 2 and masked == 6
+    assert [turn.untrainable for turn in turns] == ["grammar"] * 4 + [None] + ["grammar"] * 2 and bound == 6
     assert all(np.isfinite(turn.completion.logprobs).all() for turn in turns)
 
 

@@ -48,9 +48,15 @@ async def test_a_schema_that_cannot_be_served_is_refused_with_what_is_wrong(sche
 
 
 async def test_a_grammar_is_compiled_once_and_its_matchers_go_their_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, compiled = GrammarCompiler(WORDS), []
+    compiler = GrammarCompiler(WORDS)
+    compiled: list[Grammar] = []
     original = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda grammar: compiled.append(grammar) or original(grammar))
+
+    def note(grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        return original(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", note)
     grammar = Grammar(schema='{"enum": ["ab", "cd"]}')
     await asyncio.gather(*(compiler.prepare(grammar) for _ in range(5)))
     one, other = (compiler.start(grammar, frozenset({END})) for _ in range(2))

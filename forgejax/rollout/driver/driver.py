@@ -44,7 +44,7 @@ class Driver:
 
         Without ``grammars``, of the policy's vocabulary, requests that have a grammar are refused.
         """
-        self.engine, self.request_log, self._grammars = engine, request_log, grammars
+        self.engine, self.request_log, self.grammars = engine, request_log, grammars
         self._box = engine.load_params(params, version)
         self._scheduler = Scheduler(engine.config.slots)
         self._counters = Counters()
@@ -66,11 +66,11 @@ class Driver:
         Raises EngineError at once for a request that cannot be served; the future raises it for one that was lost. A
         grammar is compiled here unless ``prepare`` was awaited.
         """
-        return self._inbox.submit(request, on_draw, start_matcher(self._grammars, request)).future
+        return self._inbox.submit(request, on_draw, start_matcher(self.grammars, request)).future
 
     async def prepare(self, request: SampleRequest) -> None:
         """Does what of ``submit`` takes time, while the event loop goes on. Raises EngineError."""
-        await prepare_grammar(self._grammars, request)
+        await prepare_grammar(self.grammars, request)
 
     def publish(self, params: Any, version: int) -> None:
         """Copies new weights to the engine; each token drawn by a later decode step is theirs.
