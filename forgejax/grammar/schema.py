@@ -12,7 +12,7 @@ from forgejax.errors import GrammarError
 
 MAX_SCHEMA_BYTES = 65_536
 _MAX_DEPTH = 100
-_MAX_MULTIPLE = 100_000  # the automaton of "divisible by n" has n states
+_MAX_MULTIPLE = 10_000  # the automaton of "divisible by n" has n states
 
 
 def read_schema(text: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_what_cannot_be_served_in_bounded_time_is_refused_in_words(text: str, sa
         read_schema(text)
 
 
-@pytest.mark.parametrize("multiple", [0.01, 100, 7, 12.5, 1e-9, -4, 0, "x", True, None])
+@pytest.mark.parametrize("multiple", [0.01, 100, 7, 12.5, 9999, 1e-9, -4, 0, "x", True, None])
 def test_ordinary_multiples_and_words_that_are_none_pass(multiple: Any) -> None:
     assert read_schema(json.dumps({"multipleOf": multiple})) == {"multipleOf": multiple}
 
