@@ -37,12 +37,14 @@ def read_schema(text: str) -> dict[str, Any]:
 
 def _walk(schema: dict[str, Any]) -> Iterator[int]:
     """The digits of every multipleOf, without the powers of ten; wherever the word stands, for that errs on the side of
-    refusing. Raises GrammarError for a schema that is nested too deeply."""
+    refusing. Raises GrammarError for a schema that is nested too deeply, or has numbers that would be others."""
     found: list[tuple[Any, int]] = [(schema, 1)]
     while found:
         value, depth = found.pop()
         if depth > _MAX_DEPTH:
             raise GrammarError(f"the schema is nested more than {_MAX_DEPTH} deep; make it flatter, with $defs")
+        if isinstance(value, int) and not _is_double(value):
+            raise GrammarError(f"the schema has the number {str(value)[:30]}, which no double holds; give one nearby")
         if isinstance(value, list):
             found += [(item, depth + 1) for item in value]
         elif isinstance(value, dict):
@@ -50,3 +52,8 @@ def _walk(schema: dict[str, Any]) -> Iterator[int]:
             multiple = value.get("multipleOf")
             if isinstance(multiple, int | float) and not isinstance(multiple, bool) and math.isfinite(multiple):
                 yield int("".join(map(str, Decimal(str(abs(multiple))).normalize().as_tuple().digits))) or 1
+
+
+def _is_double(value: int) -> bool:
+    """Whether a double holds it: the masks are made with doubles."""
+    return value.bit_length() < 1024 and int(float(value)) == value

@@ -116,7 +116,13 @@ _SCALARS = st.one_of(
     st.builds(lambda n: {"type": "string", "pattern": f"^[a-c]{{1,{n + 1}}}-\\d$"}, _N),
     st.builds(
         lambda words: {"enum": words},
-        st.lists(st.one_of(st.text(max_size=3), st.integers(), st.booleans(), st.none()), min_size=1, max_size=3),
+        st.lists(
+            st.one_of(
+                st.text(max_size=3), st.integers(-(2**53), 2**53), st.floats(-1e9, 1e9), st.booleans(), st.none()
+            ),
+            min_size=1,
+            max_size=3,
+        ),
     ),
     st.sampled_from(
         [{"type": "boolean"}, {"type": "null"}, {"type": "number"}, {"type": ["string", "null"], "maxLength": 4}]

@@ -23,6 +23,8 @@ def test_a_schema_is_read_with_its_properties_in_order() -> None:
         ("[]", "a JSON list; expected an object"),
         ("[" * 100_000, "at most 65536 are served"),
         ("[" * 50_000, "not JSON"),
+        ('{"enum": [1, [9007199254740993]]}', "9007199254740993, which no double holds"),
+        (f'{{"maximum": {10**400}}}', "which no double holds"),
         ('{"multipleOf": 1000003}', "only every 1000003"),
         ('{"allOf": [{"multipleOf": 1009}, {"multipleOf": 10.13}]}', "only every 1022117"),
     ],
