@@ -118,7 +118,11 @@ _SCALARS = st.one_of(
         lambda words: {"enum": words},
         st.lists(
             st.one_of(
-                st.text(max_size=3), st.integers(-(2**53), 2**53), st.floats(-1e9, 1e9), st.booleans(), st.none()
+                st.text(max_size=3),
+                st.integers(-(2**53), 2**53),
+                st.integers(-(10**9), 10**9).map(lambda n: n / 1000),
+                st.booleans(),
+                st.none(),
             ),
             min_size=1,
             max_size=3,
