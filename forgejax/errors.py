@@ -24,6 +24,10 @@ class EngineError(ForgejaxError):
     """The inference engine refused or lost a request."""
 
 
+class GrammarError(ForgejaxError):
+    """A grammar that no masks can be made of: what its schema asks for is not known here, or is too large."""
+
+
 class GatewayError(ForgejaxError):
     """The gateway cannot serve: its port, its tokenizer or its chat template is unusable."""
 

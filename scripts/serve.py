@@ -20,7 +20,9 @@ import jax
 import tyro
 from aiohttp import web
 
+from forgejax.chat import ChatFormat
 from forgejax.errors import ConfigError, EngineError, ForgejaxError
+from forgejax.grammar import GrammarCompiler
 from forgejax.models import Params, PolicyConfig, abstract_policy, init_params, read_policy_config
 from forgejax.models import load_params as load_pretrained
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine, RequestLog, make_warm_ups
@@ -61,6 +63,8 @@ class ServeConfig:
     publish_root: Path | None = None
     """Directory below which POST /publish may load new weights, bare ones or runs/NAME/checkpoints/STEP; without it
     they are refused."""
+    tokenizer: Path | None = None
+    """Tokenizer folder of the policy; requests with a grammar are refused without it."""
     request_log: Path | None = None
     """File that keeps the ids of every request."""
     grpc_stop_ids: tuple[int, ...] = ()
@@ -129,8 +133,11 @@ def make_driver(config: ServeConfig) -> Driver:
         check_engine_memory(find_policy(config), config.engine, there, f"device {config.device}")
     served = load_served(config)
     engine = PolicyEngine(served.policy, config.engine, device)
+    grammars = None
+    if config.tokenizer is not None:
+        grammars = GrammarCompiler(ChatFormat.load(config.tokenizer).codec.spell_vocabulary())
     log = RequestLog(config.request_log) if config.request_log is not None else None
-    return Driver(engine, served.params, served.version, log)
+    return Driver(engine, served.params, served.version, log, grammars)
 
 
 async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
@@ -185,7 +192,7 @@ def _word_refusal(option: str, host: str, port: int, error: Exception) -> str:
 async def _warm_up(driver: Driver, config: EngineConfig, stop: asyncio.Event) -> bool:
     """Has every program compiled, so that no request waits for it; False where ``stop`` came first."""
     stopped = asyncio.create_task(stop.wait())
-    for batch in make_warm_ups(config, uuid.uuid4().hex):
+    for batch in make_warm_ups(config, uuid.uuid4().hex, grammars=driver.grammars is not None):
         drawn = asyncio.gather(*(asyncio.wrap_future(driver.submit(request)) for request in batch))
         waits: set[asyncio.Future[Any]] = {drawn, stopped}
         await asyncio.wait(waits, timeout=_WARM_UP_S, return_when=asyncio.FIRST_COMPLETED)

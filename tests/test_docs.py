@@ -198,7 +198,7 @@ def test_the_rooms_form_no_circle() -> None:
     assert max(above.values()) < len(above)
 
 
-@pytest.mark.parametrize("room", ["agents", "chat", "environments", "gateway", "pool", "report"])
+@pytest.mark.parametrize("room", ["agents", "chat", "environments", "gateway", "grammar", "pool", "report"])
 def test_the_rooms_beside_the_engines_never_import_jax(room: str) -> None:
     modules = [module for path in (ROOT / "forgejax" / room).rglob("*.py") for module in imported(path)]
     assert [module for module in modules if module.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []

@@ -108,7 +108,15 @@ class TextCodec:
         if self._byte_level:
             return bytes(_BYTE_OF[character] for character in token)
         byte = _BYTE_TOKEN.fullmatch(token)
-        return bytes([int(byte[1], 16)]) if byte else self.decode_token(id_).encode()
+        if byte:
+            return bytes([int(byte[1], 16)])
+        # Behind itself, for some decoders leave out the space that a text begins with.
+        alone = self.decode_token(id_)
+        return self._tokenizer.decode([id_, id_], skip_special_tokens=False)[len(alone) :].encode()
+
+    def spell_vocabulary(self) -> list[bytes]:
+        """The bytes of every token, none for hidden ones: what masks over the vocabulary are made from."""
+        return [b"" if id_ in self._hidden else self.spell_token(id_) for id_ in range(self.vocab_size)]
 
     def _encode_inner(self, piece: str) -> Sequence[int]:
         ids = self._cache.get(piece)

@@ -97,6 +97,14 @@ Tool = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplySchema:
+    """The JSON schema that the text of a reply is to follow, as JSON text, and the field of the request it stood in."""
+
+    text: str
+    field: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     """What an agent asks of the policy, whatever wire format it spoke.
 
@@ -113,6 +121,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
+    schema: ReplySchema | None = None
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:

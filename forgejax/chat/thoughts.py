@@ -32,11 +32,13 @@ class ThoughtFormat:
     """Where a chat template looks for what an assistant thought.
 
     ``field`` is the message's field it reads; None where thoughts are written into the content, between the tags.
+    ``known`` is False where the family shows no sign of thinking, and the tags are only what others use.
     """
 
     opening: str
     closing: str
     field: str | None
+    known: bool = True
 
     @classmethod
     def find(cls, render: Callable[[list[TemplateMessage]], str | None], spellings: Iterable[str]) -> ThoughtFormat:
@@ -49,7 +51,7 @@ class ThoughtFormat:
             text = render([asked, {"role": "assistant", "content": _PROBE_WORDS, field: _PROBE_THOUGHT}])
             if text is not None and _PROBE_THOUGHT in text and _PROBE_WORDS in text:
                 return cls(opening=opening, closing=closing, field=field)
-        return cls(opening=opening, closing=closing, field=None)
+        return cls(opening=opening, closing=closing, field=None, known=bool(named))
 
     def spell(self, message: Message) -> TemplateMessage:
         """``message`` as the template reads it. A call whose arguments are no object is text there: templates print

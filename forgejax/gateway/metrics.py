@@ -26,6 +26,7 @@ class GatewayMetrics:
         self.cached_tokens = counter("cached_tokens", "Prompt tokens the engine had in its prefix cache.")
         self.completion_tokens = counter("completion_tokens", "Tokens sampled.")
         self.turns = counter("turns", "Turns recorded, by why they end.", "finish_reason")
+        self.bound = counter("grammar_turns", "Turns whose reply was bound to a schema: they are not trained.")
         self.ignored = counter("ignored_fields", "Fields of requests that have no effect.", "dialect", "field")
         self.retries = counter("retries", "Requests that got the answer recorded for them before.")
         self.undelivered = counter("undelivered", "Answers that were complete and never read.")

@@ -80,5 +80,6 @@ def _digest_request(request: LocatedRequest) -> bytes:
         chat.stop,
         chat.seed,
         chat.logprobs,
+        chat.schema,
     )
     return hashlib.blake2b(b"".join(request.keys) + repr(rest).encode(), digest_size=16).digest()

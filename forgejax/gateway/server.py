@@ -18,6 +18,7 @@ from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
+from forgejax.grammar import GrammarCompiler
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ class Gateway:
     """Implements ``forgejax.types.Sessions``. All of it belongs to the event loop that runs ``start``.
 
     ``context_length`` is the engine's: prompt and reply together never exceed it. ``dialects`` are the wire
-    formats that are served; the first words the errors of paths that are no dialect's. Raises GatewayError where the
-    chat template leaves unclear how the policy calls tools.
+    formats that are served; the first words the errors of paths that are no dialect's. ``grammars``, of the format's
+    vocabulary, may be those of an engine in the same process, so that each schema is compiled once. Raises GatewayError
+    where the chat template leaves unclear how the policy calls tools.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Gateway:
         context_length: int,
         config: GatewayConfig,
         dialects: Sequence[Dialect] = DIALECTS,
+        *,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.metrics = GatewayMetrics()
         self._config = config
@@ -49,6 +53,7 @@ class Gateway:
             context_length=context_length,
             config=config,
             metrics=self.metrics,
+            grammars=grammars or GrammarCompiler(chat_format.codec.spell_vocabulary()),
         )
         self._sessions = SessionTable(self._service)
         self._dialects = dialects

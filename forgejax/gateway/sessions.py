@@ -12,8 +12,10 @@ from forgejax.chat.format import ChatFormat
 from forgejax.chat.messages import ChatRequest
 from forgejax.chat.reply import Reply
 from forgejax.chat.reply_builder import ReplyBuilder
+from forgejax.chat.reply_grammar import make_reply_grammar
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
+from forgejax.errors import GrammarError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.conversation import Conversation, LocatedRequest, Prompt
 from forgejax.gateway.memory import ReplyMemory
@@ -21,7 +23,8 @@ from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_closed_session
 from forgejax.gateway.retries import AnswerLog, RetryHints
-from forgejax.types import Completion, Sampler, SampleRequest, SessionSpec, Turn
+from forgejax.grammar import GrammarCompiler
+from forgejax.types import Completion, Grammar, Sampler, SampleRequest, SessionSpec, Turn
 
 _LONG_CHARACTERS = 20_000  # some 10 ms of encoding
 _UNDELIVERED = "undelivered"
@@ -39,6 +42,7 @@ class Service:
     context_length: int
     config: GatewayConfig
     metrics: GatewayMetrics
+    grammars: GrammarCompiler
 
 
 class SessionLog:
@@ -76,13 +80,13 @@ class SessionLog:
             self._service.metrics.retries.inc()
             recorded.replayed = True
             return recorded
+        service = self._service
         number = self._arrived
         self._arrived += 1
         prompt = await self._render_prompt(located)
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        request = self._make_request(chat, prompt, number)
-        service = self._service
+        request = self._make_request(chat, prompt, number, await self._make_grammar(chat, tool_format, prompt))
         if prompt.branch is not None:
             service.metrics.branches.labels(prompt.branch).inc()
         signature = f"turn-{self.id}-{number}"
@@ -102,11 +106,11 @@ class SessionLog:
                     requested_at=requested_at,
                     finished_at=time.monotonic(),
                     requested_law=chat.law,
-                    untrainable=_judge_untrainable(completion, abandoned),
+                    untrainable=_judge_untrainable(request, completion, abandoned),
                     tool_calls=_count_well_formed(reply),
                     malformed_tool_calls=malformed,
                 )
-            _count(service.metrics, completion, reply, builder)
+            _count(service.metrics, request, completion, reply, builder)
 
         pending = PendingReply(
             sampler=service.sampler,
@@ -171,6 +175,21 @@ class SessionLog:
             raise refuse_closed_session()
         return prompt
 
+    async def _make_grammar(self, chat: ChatRequest, tool_format: ToolCallFormat, prompt: Prompt) -> Grammar | None:
+        """What the reply is bound to, compiled. Raises RefusedError where the schema cannot be served."""
+        thoughts = self._service.chat_format.thoughts
+        grammar = make_reply_grammar(chat, thoughts, tool_format, thinking=prompt.thinking)
+        if grammar is None or chat.schema is None:
+            return None
+        try:
+            await self._service.grammars.prepare(grammar)
+        except GrammarError as error:
+            field = chat.schema.field
+            raise RefusedError(400, f"{field}: {error}", code="invalid_json_schema", param=field) from error
+        if self.closed:
+            raise refuse_closed_session()
+        return grammar
+
     def _choose_tool_format(self, chat: ChatRequest) -> ToolCallFormat:
         if not chat.tools or chat.calls == "none":
             return PlainTextFormat()
@@ -190,7 +209,7 @@ class SessionLog:
         if pending.abandoned:
             self._service.metrics.cancelled.inc()
 
-    def _make_request(self, chat: ChatRequest, prompt: Prompt, number: int) -> SampleRequest:
+    def _make_request(self, chat: ChatRequest, prompt: Prompt, number: int, grammar: Grammar | None) -> SampleRequest:
         room = self._service.context_length - len(prompt.ids)
         if room < 1:
             raise OverflowRefusedError(len(prompt.ids), self._service.context_length)
@@ -204,6 +223,7 @@ class SessionLog:
             max_tokens=min(bound for bound in bounds if bound is not None),
             law=chat.law if self._spec.law is None else self._spec.law,
             stop_ids=self._service.chat_format.stop_ids,
+            grammar=grammar,
             seed=self._choose_seed(chat, number),
             purpose=self._spec.purpose,
             owner=self._spec.owner,
@@ -233,9 +253,11 @@ def _measure(chat: ChatRequest) -> int:
     return said + sum(len(str(tool)) for tool in chat.tools)
 
 
-def _judge_untrainable(completion: Completion, abandoned: bool) -> str | None:
+def _judge_untrainable(request: SampleRequest, completion: Completion, abandoned: bool) -> str | None:
     if abandoned:
         return "cancelled"
+    if request.grammar is not None:
+        return "grammar"  # its log-probs are of the law over what the masks allowed, and the trainer knows no masks
     return "sampling_law" if completion.law.truncated else None
 
 
@@ -243,7 +265,10 @@ def _count_well_formed(reply: Reply) -> int:
     return sum(call.problem is None for call in reply.message.tool_calls)
 
 
-def _count(metrics: GatewayMetrics, completion: Completion, reply: Reply, builder: ReplyBuilder) -> None:
+def _count(
+    metrics: GatewayMetrics, request: SampleRequest, completion: Completion, reply: Reply, builder: ReplyBuilder
+) -> None:
+    metrics.bound.inc(request.grammar is not None)
     metrics.turns.labels(completion.finish_reason.value).inc()
     metrics.prompt_tokens.inc(len(completion.prompt_ids))
     metrics.cached_tokens.inc(completion.cached_tokens)

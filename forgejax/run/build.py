@@ -13,6 +13,7 @@ from forgejax.agents import EpisodeTally, make_scaffold
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
+from forgejax.grammar import GrammarCompiler
 from forgejax.learner import Learner, lay_empty
 from forgejax.models import Params, abstract_policy, init_params, load_params
 from forgejax.pool.journal import Journal
@@ -79,9 +80,10 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     with progress.phase("compiling", f"the train step for {plan.describe()}"):
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
-    engines = _engines(config, place, learner, step, device=device, stack=stack)
+    grammars = GrammarCompiler(chat.codec.spell_vocabulary())
+    engines = _engines(config, place, learner, step, device=device, grammars=grammars, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
-    gateway = Gateway(engines, chat, config.engine.max_context, config.gateway)
+    gateway = Gateway(engines, chat, config.engine.max_context, config.gateway, grammars=grammars)
     tally = EpisodeTally(progress.note)
     service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)
     with progress.phase("starting", "engine, gateway and agents"):
@@ -202,13 +204,21 @@ def _note_attempt(place: RunDir, step: int, progress: Progress) -> None:
 
 
 def _engines(
-    config: TrainConfig, place: RunDir, learner: Learner, step: int, *, device: jax.Device, stack: ExitStack
+    config: TrainConfig,
+    place: RunDir,
+    learner: Learner,
+    step: int,
+    *,
+    device: jax.Device,
+    grammars: GrammarCompiler,
+    stack: ExitStack,
 ) -> Engines:
     """One engine in this process, with the learner's weights; it serves once it is entered."""
     requests = RequestLog(place.requests)
     stack.callback(requests.close)  # where nothing comes to be entered
     engine = PolicyEngine(config.policy, config.engine, device=device)
-    return LocalEngines(Driver(engine, learner.params(), version=step, request_log=requests), requests)
+    driver = Driver(engine, learner.params(), version=step, request_log=requests, grammars=grammars)
+    return LocalEngines(driver, requests)
 
 
 def _service(

@@ -21,6 +21,7 @@ from forgejax.types.pool import (
 from forgejax.types.sampling import (
     Completion,
     FinishReason,
+    Grammar,
     OnTokens,
     Purpose,
     Sampler,
@@ -36,6 +37,7 @@ __all__ = [
     "EpisodeEnds",
     "Failure",
     "FinishReason",
+    "Grammar",
     "Group",
     "GroupSink",
     "Judge",

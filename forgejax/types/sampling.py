@@ -54,8 +54,33 @@ class SamplingLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """The texts a completion may be: JSON that ``schema``, the text of a JSON schema, describes, and nothing behind it.
+
+    With ``thought_closing`` a thought comes first, free up to that tag: it has begun in the prompt, or it may begin
+    with ``thought_opening`` where that is given. A completion that begins with one of ``free_openings`` (behind its
+    thought) is no JSON and free from there on.
+    """
+
+    schema: str
+    thought_opening: str = ""
+    thought_closing: str = ""
+    free_openings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.thought_opening and not self.thought_closing:
+            raise ValueError(f"a thought opens with {self.thought_opening!r} and has no closing tag; give both")
+        if "" in self.free_openings:
+            raise ValueError("an empty free opening would allow every text; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """One prompt for the engine: ids in, nothing about text, chat or agents."""
+    """One prompt for the engine: ids in, and nothing about chat or agents.
+
+    With a ``grammar`` the law is that of the tokens which can still lead to one of its texts, and of ``stop_ids`` where
+    the text is complete.
+    """
 
     request_id: str
     session_id: str = ""  # requests of one session go to one engine, where their prefixes are
@@ -63,11 +88,14 @@ class SampleRequest:
     max_tokens: int
     law: SamplingLaw = SamplingLaw()
     stop_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
     seed: int | None = None
     purpose: Purpose = "train"
     owner: str = ""  # what its tokens are counted with: a group's attempt, an evaluation; "" is nobody
 
     def __post_init__(self) -> None:
+        if self.grammar is not None and not self.stop_ids:
+            raise ValueError(f"request {self.request_id}: a grammar without stop ids could never end; give them")
         if len(self.prompt_ids) == 0:
             raise ValueError(f"request {self.request_id}: the prompt is empty; give at least one token id")
         if self.max_tokens < 1:
@@ -79,7 +107,8 @@ class Completion:
     """What the engine drew for one request. Arrays are parallel to ``token_ids``; a drawn stop id is included.
 
     ``logprobs[t]`` is the log-probability of ``token_ids[t]`` under the whole softmax of policy version
-    ``versions[t]`` at the law's temperature (at 1 where the law is greedy), before any truncation;
+    ``versions[t]`` at the law's temperature (at 1 where the law is greedy), before any truncation, and under a grammar
+    over the tokens that it allowed there;
     ``oldest_versions[t]`` is the oldest policy version in the KV that this token saw. ``queued_s`` is the time spent
     waiting for the engine before prefill began (no fault of the agent), ``generate_s`` the time from then to the end.
     """

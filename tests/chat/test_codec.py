@@ -3,8 +3,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from forgejax.chat import ChatFormat
+from forgejax.chat.codec import TextCodec
 
 TEXT = "naïve — 你好, мир 🙂👩‍👩‍👧 \ufffd end"
 
@@ -46,3 +48,24 @@ def test_ids_outside_the_vocabulary_have_no_text(chat_format: ChatFormat) -> Non
 def test_a_long_text_is_encoded_as_a_short_one_is(chat_format: ChatFormat) -> None:
     text = "the answer is naïve 🙂 " * 500
     assert chat_format.codec.encode(text) == chat_format.codec._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_the_bytes_of_a_vocabulary_joined_are_the_text_and_hidden_tokens_have_none(chat_format: ChatFormat) -> None:
+    codec = chat_format.codec
+    spelled = codec.spell_vocabulary()
+    text = f"{TEXT}<tool_call>"
+    assert b"".join(spelled[id_] for id_ in codec.encode(text)) == text.encode()
+    assert len(spelled) == codec.vocab_size and spelled[chat_format.end_of_turn_id] == b""
+    assert sorted(each for each in spelled if len(each) == 1) == [bytes([byte]) for byte in range(256)]
+
+
+def test_a_vocabulary_that_writes_spaces_as_signs_is_spelled_with_spaces() -> None:
+    words = {"▁": 0, "a": 1, "▁a": 2, "b": 3, "▁ab": 4, "<0xC3>": 5, "<0xA9>": 6, "{": 7}
+    merges = [("▁", "a"), ("▁a", "b")]
+    tokenizer = Tokenizer(models.BPE(words, merges, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    codec = TextCodec(tokenizer, tokenizer, tokenizer, {"<end>"})
+    assert codec.spell_vocabulary() == [b" ", b"a", b" a", b"b", b" ab", b"\xc3", b"\xa9", b"{", b""]

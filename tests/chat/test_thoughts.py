@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_thought_is_cut_off_the_beginning_however_it_comes(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_templates_that_read_the_content_get_thoughts_in_it(tmp_path: Path, family: str) -> None:
     thoughts = ChatFormat.load(save_family(tmp_path, family)).thoughts
-    assert thoughts == FORMAT
+    assert thoughts == replace(FORMAT, known="<think>" in FAMILIES[family][0] or "<think>" in FAMILIES[family][2])
     message = Message(role="assistant", parts=(ReasoningPart(text="hm"), TextPart(text="5")))
     assert thoughts.spell(message) == {"role": "assistant", "content": "<think>\nhm\n</think>\n\n5"}
     assert thoughts.opens("x<think>\n") and not thoughts.opens("x</think>\n")

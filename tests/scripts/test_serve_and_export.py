@@ -1,6 +1,7 @@
 """Weights on their way out of a run: what serve.py serves and export.py writes is what the run has trained."""
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import serve
 
+from forgejax.chat import ChatFormat
 from forgejax.errors import CheckpointError, ConfigError
 from forgejax.models import PolicyConfig, init_params, load_params, read_policy_config
-from forgejax.rollout import Driver, EngineConfig
+from forgejax.rollout import Driver, EngineConfig, LocalSampler
 from forgejax.run import rundir
 from forgejax.run.checkpoint import Checkpoints, save_tree
 from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.types import Grammar
 from tests.models.folders import SETTINGS, tensors_of, write_folder
 from tests.rollout import tiny
 from tests.run.tiny_run import tiny_config
@@ -151,6 +154,21 @@ async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_bef
     await asyncio.wait_for(serving, 60)
     await asyncio.wait_for(serve.serve(config, stop), 60)  # stopped already: it never serves
     assert "serving" not in capsys.readouterr().out
+
+
+async def test_with_a_tokenizer_it_draws_under_grammars_and_has_compiled_for_them(tokenizer_folder: Path) -> None:
+    policy = PolicyConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, vocab_size=405)
+    engine = EngineConfig(slots=1, max_context=128, prefill_buckets=(8,))
+    driver = serve.make_driver(serve.ServeConfig(policy=policy, engine=engine, tokenizer=tokenizer_folder))
+    with driver:
+        assert await serve._warm_up(driver, engine, asyncio.Event())
+        drawn = driver.metrics().tokens_sampled["probe"]
+        grammar = Grammar(schema='{"enum": [true, null]}')
+        asked = tiny.request("r", [1, 2], 100, seed=1, grammar=grammar, stop_ids=frozenset({0}))
+        done = await LocalSampler(driver).sample(asked)
+    codec = ChatFormat.load(tokenizer_folder).codec
+    assert json.loads(codec.decode(done.token_ids[:-1])) in (True, None) and done.token_ids[-1] == 0
+    assert drawn == 2 * 8  # a plain batch, and one under masks
 
 
 def tiny_driver() -> Driver:

@@ -69,8 +69,9 @@ class ToolCallParser(Protocol):
 
 
 class ToolCallFormat(Protocol):
-    """How a family of models writes tool calls. ``markers`` are the tags, which may be special tokens; ``example`` is a
-    call of the function NAME, for policies whose template tells them nothing of tools."""
+    """How a family of models writes tool calls. ``markers`` are the tags, the first of which opens a call; they may be
+    special tokens. ``example`` is a call of the function NAME, for policies whose template tells them nothing of
+    tools."""
 
     @property
     def markers(self) -> tuple[str, ...]: ...

@@ -35,6 +35,7 @@ from forgejax.gateway.dialects.fields import (
     read_stops,
     read_text,
 )
+from forgejax.gateway.dialects.reply_schemas import choose_schema, read_reply_format
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_field
 
@@ -51,6 +52,8 @@ _SERVED = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "output_config",
+        "output_format",
         # these ask for nothing that has an effect on an answer
         "metadata",
         "service_tier",
@@ -96,6 +99,7 @@ class AnthropicMessages:
             read_text(body["model"], "model")
         tools = read_schemas(body.get("tools"))
         choice = _read_choice(body.get("tool_choice"), tools)
+        output = read_mapping(body.get("output_config") or {}, "output_config")
         chat = ChatRequest(
             messages=(*read_system(body.get("system")), *read_dialogue(body.get("messages"))),
             tools=tools,
@@ -104,9 +108,16 @@ class AnthropicMessages:
             law=read_law(body),
             max_tokens=read_limit(body, "max_tokens"),
             stop=read_stops(body, "stop_sequences"),
+            schema=choose_schema(
+                [
+                    read_reply_format(output.get("format"), "output_config.format"),
+                    read_reply_format(body.get("output_format"), "output_format"),
+                ]
+            ),
         )
+        rest = ("output_config",) if output.keys() - {"format"} else ()
         hosted = ("tools",) if has_vendors_tools(body.get("tools")) else ()
-        ignored = (*list_ignored(body, _SERVED), *hosted)
+        ignored = (*list_ignored(body, _SERVED), *rest, *hosted)
         return ParsedRequest(chat=chat, stream=read_boolean(body, "stream"), body=body, ignored=ignored)
 
     def response(self, head: ReplyHead, request: ParsedRequest, reply: Reply) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from forgejax.gateway.dialects.fields import (
     read_stops,
     read_text,
 )
+from forgejax.gateway.dialects.reply_schemas import choose_schema, read_guided_json, read_reply_format
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError, refuse_field
 
@@ -51,6 +52,8 @@ SERVED = frozenset(
         "max_completion_tokens",
         "stop",
         "seed",
+        "response_format",
+        "guided_json",
         "logprobs",
         "top_logprobs",
         "n",
@@ -99,6 +102,12 @@ class ChatCompletions:
             stop=read_stops(body, "stop"),
             seed=read_integer(body, "seed", least=-(2**63), most=2**63 - 1),
             logprobs=read_boolean(body, "logprobs"),
+            schema=choose_schema(
+                [
+                    read_reply_format(body.get("response_format"), "response_format", inside="json_schema"),
+                    read_guided_json(body.get("guided_json")),
+                ]
+            ),
         )
         return ParsedRequest(
             chat=chat, stream=read_boolean(body, "stream"), body=body, ignored=list_ignored(body, SERVED)

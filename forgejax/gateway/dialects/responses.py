@@ -21,6 +21,7 @@ from forgejax.gateway.dialects.fields import (
     read_mapping,
     read_text,
 )
+from forgejax.gateway.dialects.reply_schemas import read_reply_format
 from forgejax.gateway.dialects.responses_items import OfferedTool, read_items, read_offered, word_items
 from forgejax.gateway.dialects.responses_stream import ResponsesStream
 from forgejax.gateway.memory import ReplyMemory
@@ -39,6 +40,7 @@ _SERVED = frozenset(
         "top_k",
         "max_output_tokens",
         "seed",
+        "text",
         "stream",
         "store",
         "include",
@@ -89,6 +91,7 @@ class Responses:
         offered = read_offered(body.get("tools"))
         tools = tuple(each.tool for each in offered)
         choice = _read_choice(body.get("tool_choice"), tools)
+        text = read_mapping(body.get("text") or {}, "text")
         chat = ChatRequest(
             messages=(*system, *history),
             tools=tools,
@@ -97,14 +100,16 @@ class Responses:
             law=read_law(body),
             max_tokens=read_limit(body, "max_output_tokens"),
             seed=read_integer(body, "seed", least=-(2**63), most=2**63 - 1),
+            schema=read_reply_format(text.get("format"), "text.format"),
         )
+        verbosity = () if text.get("verbosity") is None else ("verbosity",)
         return ParsedRequest(
             chat=chat,
             stream=read_boolean(body, "stream"),
             keep=body.get("store") is None or read_boolean(body, "store"),
             history=history,
             body=body,
-            ignored=(*list_ignored(body, _SERVED), *_list_hosted(body)),
+            ignored=(*list_ignored(body, _SERVED), *verbosity, *_list_hosted(body)),
         )
 
     def response(self, head: ReplyHead, request: ParsedRequest, reply: Reply) -> Mapping[str, Any]:
@@ -210,7 +215,7 @@ def _word_response(
         "reasoning": {"effort": None, "summary": None},
         "store": request.keep,
         "temperature": request.chat.law.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
         "tool_choice": body.get("tool_choice") or "auto",
         "tools": body.get("tools") or [],
         "top_p": request.chat.law.top_p,

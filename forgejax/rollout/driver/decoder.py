@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from forgejax.rollout.driver.counters import Counters
 from forgejax.rollout.driver.job import Job
+from forgejax.rollout.driver.masks import SlotMasks
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.engine import PolicyEngine
 from forgejax.rollout.engine.settings import SlotSettings, split_draws
@@ -26,6 +28,8 @@ class Decoder:
         self._cache = engine.make_cache()
         self._state = engine.init_decode_state()
         self._random = np.random.default_rng(engine.config.seed)
+        self._masks = SlotMasks(engine.config.slots, engine.policy.vocab_size)
+        self._mask_SW: NDArray[np.uint32] | None = None  # of the next step
         self.weights: PublishedWeights | None = None
 
     def use(self, weights: PublishedWeights) -> None:
@@ -42,11 +46,19 @@ class Decoder:
                 return
             computed += self._prefill(*admitted)
 
+    def mask(self) -> list[tuple[Job, str]]:
+        """Says what the next ``step`` may draw; frees the slots whose grammar has failed and says why."""
+        self._mask_SW, failed = self._masks.fill(self._scheduler.active)
+        return list(zip(self.drop(list(failed)), failed.values(), strict=True))
+
     def step(self) -> list[tuple[int, FinishReason]]:
-        """Draws a run of tokens for every active slot; those that are over draw no more and are yet to be freed."""
+        """Draws a run of tokens for every active slot; those that are over draw no more and are yet to be freed.
+
+        ``mask`` comes before.
+        """
         assert self.weights is not None
         slots = sorted(self._scheduler.active)
-        self._state, result = self._engine.generate(self.weights, self._state, self._scheduler.rows)
+        self._state, result = self._engine.generate(self.weights, self._state, self._scheduler.rows, self._mask_SW)
         self._counters.steps += 1
         finished: list[tuple[int, FinishReason]] = []
         for drawn in split_draws(result, slots):

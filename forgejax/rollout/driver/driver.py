@@ -14,11 +14,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from forgejax.errors import EngineError
+from forgejax.grammar import GrammarCompiler
 from forgejax.rollout.driver.counters import Counters, DriverMetrics
 from forgejax.rollout.driver.decoder import Decoder
 from forgejax.rollout.driver.endings import Endings
 from forgejax.rollout.driver.inbox import Inbox
 from forgejax.rollout.driver.job import Job, OnDraw
+from forgejax.rollout.driver.masks import prepare_grammar, start_matcher
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.engine import PolicyEngine
@@ -31,10 +33,18 @@ class Driver:
     """Serves requests with one engine, from ``start`` to ``stop``. All public methods may be called from any thread."""
 
     def __init__(
-        self, engine: PolicyEngine, params: Any = None, version: int = 0, request_log: RequestLog | None = None
+        self,
+        engine: PolicyEngine,
+        params: Any = None,
+        version: int = 0,
+        request_log: RequestLog | None = None,
+        grammars: GrammarCompiler | None = None,
     ):
-        """``params`` are copied to the engine's device (None: random ones). The request log stays the caller's."""
-        self.engine, self.request_log = engine, request_log
+        """``params`` are copied to the engine's device (None: random ones). The request log stays the caller's.
+
+        Without ``grammars``, of the policy's vocabulary, requests that have a grammar are refused.
+        """
+        self.engine, self.request_log, self.grammars = engine, request_log, grammars
         self._box = engine.load_params(params, version)
         self._scheduler = Scheduler(engine.config.slots)
         self._counters = Counters()
@@ -53,9 +63,14 @@ class Driver:
     def submit(self, request: SampleRequest, on_draw: OnDraw | None = None) -> Future[Completion]:
         """Queues a request. Cancelling the future frees its slot before the next decode step.
 
-        Raises EngineError at once for a request that cannot be served; the future raises it for one that was lost.
+        Raises EngineError at once for a request that cannot be served; the future raises it for one that was lost. A
+        grammar is compiled here unless ``prepare`` was awaited.
         """
-        return self._inbox.submit(request, on_draw).future
+        return self._inbox.submit(request, on_draw, start_matcher(self.grammars, request)).future
+
+    async def prepare(self, request: SampleRequest) -> None:
+        """Does what of ``submit`` takes time, while the event loop goes on. Raises EngineError."""
+        await prepare_grammar(self.grammars, request)
 
     def publish(self, params: Any, version: int) -> None:
         """Copies new weights to the engine; each token drawn by a later decode step is theirs.
@@ -122,11 +137,13 @@ class Driver:
             self._endings.abandon(cause)
 
     def _turn(self, decoder: Decoder) -> None:
-        """One round: new weights, ended requests out, waiting ones in, one decode step."""
+        """One round: new weights, ended requests out, waiting ones in, masks, one decode step."""
         if self._box.current is not decoder.weights:
             decoder.use(self._box.current)
         self._drop_ended(decoder)
         decoder.admit()
+        for job, why in decoder.mask():
+            self._endings.lose(job, why)
         if self._scheduler.active:
             finished = decoder.step()
             now = time.monotonic()

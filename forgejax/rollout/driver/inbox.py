@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from forgejax.errors import EngineError
+from forgejax.grammar import TextMatcher
 from forgejax.rollout.driver.job import Job, OnDraw
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.config import EngineConfig
@@ -36,14 +37,15 @@ class Inbox:
         with self._wake:
             self.refusal = None
 
-    def submit(self, request: SampleRequest, on_draw: OnDraw | None) -> Job:
-        """Opens a request. Raises EngineError for one that cannot be served."""
+    def submit(self, request: SampleRequest, on_draw: OnDraw | None, matcher: TextMatcher | None = None) -> Job:
+        """Opens a request, with the matcher of its grammar. Raises EngineError for one that cannot be served."""
         job = Job(
             request=request,
             prompt_ids=_check_request(request, self._config, self._vocab_size),
             budget=min(request.max_tokens, self._config.max_context - len(request.prompt_ids)),
             on_draw=on_draw,
             submitted_at=time.monotonic(),
+            matcher=matcher,
         )
         with self._wake:
             if self.refusal is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgejax.errors import EngineError
+from forgejax.grammar import TextMatcher
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.rollout.engine.settings import SlotDraw
 from forgejax.rollout.engine.weights import PublishedWeights
@@ -42,6 +43,7 @@ class Job:
     budget: int  # tokens it may draw
     on_draw: OnDraw | None
     submitted_at: float
+    matcher: TextMatcher | None = None  # of its grammar, if it has one
     future: Future[Completion] = field(default_factory=Future)
     started_at: float | None = None
     only_weights: PublishedWeights | None = None  # those that computed all its keys and values, if one set did
@@ -69,6 +71,8 @@ class Job:
                 f"tokens with log-probs {drawn.logprobs.tolist()}; expected finite ones: are the published weights "
                 "finite?"
             )
+        if self.matcher is not None:
+            self.matcher.accept(drawn.token_ids.tolist())
         asked_to_stop = self.on_draw is not None and self._tell(self.on_draw, draw)
         if int(drawn.token_ids[-1]) in self.request.stop_ids or asked_to_stop:
             return FinishReason.STOP

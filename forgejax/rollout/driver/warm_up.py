@@ -5,25 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.types import SampleRequest
+from forgejax.types import Grammar, SampleRequest
 
 _TOKENS = 8
+_LONG_TEXT = Grammar(schema='{"type": "string", "minLength": 1000}')
 
 
-def make_warm_ups(config: EngineConfig, owner: str) -> list[list[SampleRequest]]:
+def make_warm_ups(config: EngineConfig, owner: str, *, grammars: bool = False) -> list[list[SampleRequest]]:
     """Batches to be drawn one after another, the requests of each at once: every prefill length, every number of busy
-    slots that a decode program exists for. Their ids begin with ``owner``."""
+    slots that a decode program exists for; with ``grammars`` those under masks as well. Their ids begin with
+    ``owner``."""
     lengths = [max(1, min(bucket + 1, config.max_context - _TOKENS)) for bucket in config.prefill_buckets]
     return [
         [
             SampleRequest(
-                request_id=f"{owner}-{busy}-{number}",
+                request_id=f"{owner}-{busy}-{number}{'' if grammar is None else '-grammar'}",
                 prompt_ids=np.zeros(lengths[number % len(lengths)], np.int32),
                 max_tokens=_TOKENS,
+                grammar=grammar,
+                stop_ids=frozenset() if grammar is None else frozenset({0}),
                 purpose="probe",
                 owner=owner,
             )
             for number in range(busy)
         ]
+        for grammar in ((None, _LONG_TEXT) if grammars else (None,))
         for busy in config.decode_rows
     ]

@@ -5,7 +5,7 @@ draws the first token, and a prefix may be continued by more tokens at any time.
 ``generate``, ``insert`` or ``release`` only the returned state may be used.
 
 ``ResultTokens.data`` is int32 [slots, 3k + 2]: k tokens, k valid flags, the drawn length, k log-probs (the bits of a
-float32) and the version of the weights that drew them; k is ``tokens_per_step``.
+float32) and the version of the weights that drew them; k is ``tokens_per_step``, and 1 in a step under masks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from numpy.typing import NDArray
 
 from forgejax.models import Policy, PolicyConfig
 from forgejax.rollout.engine._jetstream import engine_api, tokenizer_api, tokenizer_pb2
@@ -92,17 +93,23 @@ class PolicyEngine(engine_api.Engine):
         return self._programs.insert(prefix, decode_state, np.int32(slot), settings.to_arrays(self.config.max_stop_ids))
 
     def generate(
-        self, params: Any, decode_state: DecodeState, rows: int | None = None
+        self,
+        params: Any,
+        decode_state: DecodeState,
+        rows: int | None = None,
+        mask_SW: NDArray[np.uint32] | None = None,
     ) -> tuple[DecodeState, engine_api.ResultTokens]:
         """Draws up to k tokens for every active slot; a slot that meets a stop id or its budget freezes at once.
 
         ``rows``: only the first slots up to this many are served (all by default), at the cost of those alone.
+        ``mask_SW``, of all slots, says what may be drawn (see ``draw_tokens``): then k is 1 in this step.
         """
         weights = _take_current(params)
         served = self.config.slots if rows is None else rows
         bucket = min(bucket for bucket in self.config.decode_rows if bucket >= served)
-        state, data = self._programs.generate(bucket, weights.params, decode_state, np.int32(weights.version))
-        k = self.config.tokens_per_step
+        mask = None if mask_SW is None else self._put(mask_SW[:bucket])
+        state, data = self._programs.generate(bucket, weights.params, decode_state, np.int32(weights.version), mask)
+        k = self.config.tokens_per_step if mask_SW is None else 1
         return state, engine_api.ResultTokens(data, (0, k), (k, 2 * k), (2 * k, 2 * k + 1), 1)
 
     def init_decode_state(self) -> DecodeState:

@@ -97,9 +97,12 @@ class Programs:
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=AS_WRITTEN)
     def generate(
-        self, count: int, params: Any, state: DecodeState, version: jax.Array
+        self, count: int, params: Any, state: DecodeState, version: jax.Array, mask_SW: jax.Array | None = None
     ) -> tuple[DecodeState, jax.Array]:
-        """Draws ``tokens_per_step`` tokens for the first ``count`` slots, packed as ``engine`` says; donates state."""
+        """Draws ``tokens_per_step`` tokens for the first ``count`` slots, packed as ``engine`` says; donates state.
+
+        Under a mask, of those slots, it is one token: the next mask depends on it.
+        """
         policy = self._policy(params)
 
         def one_token(
@@ -108,12 +111,13 @@ class Programs:
             kv, slots = carry
             attend = kv.attend(slots.position_S[:, None], _find_longest(slots) + 1)
             hidden_S1D, kv = policy(slots.token_S[:, None], slots.position_S[:, None], attend, kv)
-            token_S, logp_S = draw_tokens(policy.logits(hidden_S1D[:, 0]), slots.laws, slots.position_S + 1)
+            logits_SV = policy.logits(hidden_S1D[:, 0])
+            token_S, logp_S = draw_tokens(logits_SV, slots.laws, slots.position_S + 1, mask_SW)
             return (kv, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
 
         served = jax.tree.map(lambda x: x[:count], state.slots)
         (kv, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
-            one_token, (state.kv, served), None, length=self.tokens_per_step
+            one_token, (state.kv, served), None, length=self.tokens_per_step if mask_SW is None else 1
         )
         slots = jax.tree.map(lambda every, some: every.at[:count].set(some), state.slots, served)
         columns = [

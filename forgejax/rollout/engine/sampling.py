@@ -20,13 +20,20 @@ class Laws:
     key_S2: jax.Array
 
 
-def draw_tokens(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def draw_tokens(
+    logits_SV: jax.Array, laws: Laws, positions_S: jax.Array, mask_SW: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Draws one token per slot; returns ids and log-probs [S].
 
     The log-prob is that of the whole softmax(logits / temperature), without the truncation of top_k and top_p; at
     temperature 0 the most likely token is taken and the log-prob is that of temperature 1. A draw depends on the slot's
-    logits, law, key and position alone, never on its neighbours.
+    logits, law, key, position and mask alone, never on its neighbours.
+
+    ``mask_SW``: token t may be drawn where bit t % 32 of word t // 32 is set, at least one for each slot. All of this
+    is then said of the logits of those tokens alone.
     """
+    if mask_SW is not None:
+        logits_SV = jnp.where(_unpack_bits(mask_SW, logits_SV.shape[-1]), logits_SV, -jnp.inf)
     greedy_S = laws.temperature_S == 0.0
     scale_S = jnp.where(greedy_S, 1.0, laws.temperature_S)
     # The largest logit is taken off first, which makes it exactly 0 at any temperature: near 0 its rounding error
@@ -44,6 +51,11 @@ def draw_tokens(logits_SV: jax.Array, laws: Laws, positions_S: jax.Array) -> tup
     sampled_S = _choose(weight_SV, _draw_uniforms(laws.key_S2, positions_S))
     token_S = jnp.where(greedy_S, jnp.argmax(logp_SV, axis=-1), sampled_S).astype(jnp.int32)
     return token_S, jnp.take_along_axis(logp_SV, token_S[:, None], axis=-1)[:, 0]
+
+
+def _unpack_bits(mask_SW: jax.Array, vocab_size: int) -> jax.Array:
+    bits_SW32 = (mask_SW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
+    return bits_SW32.reshape(len(mask_SW), -1)[:, :vocab_size] == 1
 
 
 def _draw_uniforms(key_S2: jax.Array, positions_S: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ class LocalSampler:
 
         Cancelled while the driver is ending the request, it gives the completion all the same: it counts as given.
         """
+        if request.grammar is not None:
+            await self._driver.prepare(request)
         drawn = self._driver.submit(request, _adapt(on_tokens))
         try:
             return await asyncio.wrap_future(drawn)

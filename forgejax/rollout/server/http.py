@@ -80,6 +80,7 @@ class RolloutServer:
             return _refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
+            await self._driver.prepare(sample)
             future = _submit(self._driver, sample, lines)
         except ForgejaxError as error:
             return _refuse(409 if self._driver.healthy else 503, str(error))

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from forgejax.rollout.driver.job import Draw
-from forgejax.types import Completion, FinishReason, Purpose, SampleRequest, SamplingLaw
+from forgejax.types import Completion, FinishReason, Grammar, Purpose, SampleRequest, SamplingLaw
 
 
 class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,6 +21,15 @@ class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+
+class GrammarBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``types.Grammar``; ``schema`` is JSON text."""
+
+    schema: str
+    thought_opening: str = ""
+    thought_closing: str = ""
+    free_openings: list[str] = []
 
 
 class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -36,6 +45,7 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     session_id: str = ""
     law: LawBody = LawBody()
     stop_ids: list[int] = []
+    grammar: GrammarBody | None = None
     seed: int | None = None
     purpose: Purpose = "train"
     owner: str = ""
@@ -76,6 +86,7 @@ def encode_request(request: SampleRequest) -> bytes:
         max_tokens=request.max_tokens,
         law=LawBody(temperature=law.temperature, top_p=law.top_p, top_k=law.top_k),
         stop_ids=sorted(request.stop_ids),
+        grammar=_encode_grammar(request.grammar),
         seed=request.seed,
         purpose=request.purpose,
         owner=request.owner,
@@ -95,9 +106,32 @@ def decode_request(body: bytes, made_up_id: str) -> SampleRequest:
         max_tokens=given.max_tokens,
         law=SamplingLaw(temperature=given.law.temperature, top_p=given.law.top_p, top_k=given.law.top_k),
         stop_ids=frozenset(given.stop_ids),
+        grammar=_decode_grammar(given.grammar),
         seed=given.seed,
         purpose=given.purpose,
         owner=given.owner,
+    )
+
+
+def _encode_grammar(grammar: Grammar | None) -> GrammarBody | None:
+    if grammar is None:
+        return None
+    return GrammarBody(
+        schema=grammar.schema,
+        thought_opening=grammar.thought_opening,
+        thought_closing=grammar.thought_closing,
+        free_openings=list(grammar.free_openings),
+    )
+
+
+def _decode_grammar(given: GrammarBody | None) -> Grammar | None:
+    if given is None:
+        return None
+    return Grammar(
+        schema=given.schema,
+        thought_opening=given.thought_opening,
+        thought_closing=given.thought_closing,
+        free_openings=tuple(given.free_openings),
     )
 
 

@@ -47,6 +47,11 @@ SAMPLES: dict[str, Any] = {
     "n": 2,
     "top_logprobs": 2,
     "background": True,
+    "response_format": {"type": "json_object"},
+    "guided_json": {"type": "object"},
+    "text": {"format": {"type": "json_object"}},
+    "output_config": {"format": {"type": "json_schema", "schema": {}}},
+    "output_format": {"type": "json_schema", "schema": {}},
 }
 
 

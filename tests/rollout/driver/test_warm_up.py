@@ -13,3 +13,13 @@ def test_every_prefill_length_and_every_number_of_busy_slots_is_asked_for_within
     assert all(len(request.prompt_ids) + request.max_tokens <= 64 for request in requests)
     assert len({request.request_id for request in requests}) == len(requests)
     assert {request.purpose for request in requests} == {"probe"}
+    assert all(request.grammar is None for request in requests)
+
+
+def test_with_grammars_every_number_of_busy_slots_is_asked_for_under_masks_as_well() -> None:
+    config = EngineConfig(slots=4, prefill_buckets=(8,))
+    batches = make_warm_ups(config, "a", grammars=True)
+    asked = [(len(batch), {request.grammar is not None for request in batch}) for batch in batches]
+    assert asked == [(1, {False}), (4, {False}), (1, {True}), (4, {True})]
+    ids = [request.request_id for batch in batches for request in batch]
+    assert len(set(ids)) == len(ids)

@@ -97,3 +97,55 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_share() -> None:
     tokens, _ = draw(jnp.zeros((200, 50_000)), _laws(200, SamplingLaw()), jnp.arange(200))
     spread = np.asarray(tokens) / len(logits)
     assert abs(spread.mean() - 0.5) < 0.09 and len(np.unique(tokens)) > 190
+
+
+def _pack(allowed_SV: np.ndarray) -> jax.Array:
+    """Masks as the engine takes them."""
+    S, V = allowed_SV.shape
+    bits = np.zeros((S, -(-V // 32) * 32), np.uint8)
+    bits[:, :V] = allowed_SV
+    return jnp.asarray(np.packbits(bits, axis=1, bitorder="little").view(np.uint32))
+
+
+def test_under_a_mask_the_law_is_that_of_the_allowed_tokens() -> None:
+    random = np.random.default_rng(4)
+    logits, allowed = random.normal(size=(37,)) * 2.0, random.random(37) < 0.3
+    count = 40_000
+    tokens, logps = draw(
+        jnp.tile(jnp.asarray(logits, jnp.float32)[None], (count, 1)),
+        _laws(count, SamplingLaw(temperature=0.7)),
+        jnp.arange(count),
+        _pack(np.tile(allowed, (count, 1))),
+    )
+    expected = np.where(allowed, np.exp(logits / 0.7), 0.0)
+    expected /= expected.sum()
+    # 37 tokens at most: the 99.99 % quantile of 36 degrees of freedom is 75.
+    assert _chi_square(np.bincount(np.asarray(tokens), minlength=37) / count, expected) < 75
+    np.testing.assert_allclose(logps, np.log(expected[tokens]), atol=1e-5)
+
+
+def test_slots_that_may_draw_anything_draw_the_same_bits_beside_masked_ones() -> None:
+    random = np.random.default_rng(5)
+    logits = jnp.asarray(random.normal(size=(64, 1000)) * 3.0, jnp.float32)
+    laws = Laws(
+        temperature_S=jnp.asarray(random.choice([0.0, 0.5, 1.0, 2.0], 64), jnp.float32),
+        top_p_S=jnp.asarray(random.choice([0.5, 1.0], 64), jnp.float32),
+        top_k_S=jnp.asarray(random.choice([0, 5], 64), jnp.int32),
+        key_S2=_laws(64, SamplingLaw()).key_S2,
+    )
+    free = random.random(64) < 0.5
+    allowed = free[:, None] | (random.random((64, 1000)) < 0.05)
+    plain = [np.asarray(x) for x in draw(logits, laws, jnp.arange(64))]
+    masked = [np.asarray(x) for x in draw(logits, laws, jnp.arange(64), _pack(allowed))]
+    for one, other in zip(plain, masked, strict=True):
+        np.testing.assert_array_equal(one[free].view(np.uint32), other[free].view(np.uint32))
+    assert allowed[np.arange(64), masked[0]].all() and not allowed[np.arange(64), plain[0]].all()
+
+
+def test_top_k_and_greedy_choose_among_the_allowed() -> None:
+    logits = jnp.asarray([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]] * 200)
+    allowed = np.tile(np.array([False, False, True, False, True, True]), (200, 1))
+    for law, seen in ((SamplingLaw(top_k=2), {2, 4}), (SamplingLaw(temperature=0.0), {2})):
+        tokens, logps = (np.asarray(x) for x in draw(logits, _laws(200, law), jnp.arange(200), _pack(allowed)))
+        assert set(tokens) == seen
+        assert abs(logps[tokens == 2][0] - np.log(_softmax(np.array([3.0, 1.0, 0.0]))[0])) < 1e-6

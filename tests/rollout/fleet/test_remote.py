@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import replace
 
+import jsonschema
 import numpy as np
 import pytest
 from aiohttp import web
@@ -11,8 +14,9 @@ from aiohttp import web
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalSampler, RemoteSampler
 from forgejax.rollout.server.http import RolloutServer
-from forgejax.types import Completion, FinishReason, SamplingLaw
+from forgejax.types import Completion, FinishReason, Grammar, SampleRequest, SamplingLaw
 from tests.rollout import tiny
+from tests.rollout.driver.test_masks import GRAMMAR, GRAMMARS, SCHEMA, STOP, text_of
 from tests.rollout.serving import served
 
 
@@ -32,6 +36,20 @@ async def test_a_remote_sampler_gets_exactly_what_a_local_one_gets() -> None:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert (one.law, one.finish_reason, one.request_id) == (other.law, other.finish_reason, other.request_id)
     assert len(seen) == sum(len(each.token_ids) for each in there) and set(there[0].versions.tolist()) == {4}
+
+
+async def test_a_grammar_travels_to_the_engine_and_its_masks_hold_there() -> None:
+    def ask(name: str) -> SampleRequest:
+        return tiny.request(name, [5, 6], 110, seed=4, grammar=GRAMMAR, stop_ids={STOP})
+
+    with Driver(tiny.engine(), tiny.params(), grammars=GRAMMARS) as driver:
+        async with served(RolloutServer(driver).make_app()) as url, RemoteSampler(url) as remote:
+            there, here = await remote.sample(ask("a")), await LocalSampler(driver).sample(ask("b"))
+            with pytest.raises(EngineError, match="Unimplemented keys"):
+                await remote.sample(replace(ask("c"), grammar=Grammar(schema='{"not": {}}')))
+    jsonschema.validate(json.loads(text_of(there)), SCHEMA)
+    np.testing.assert_array_equal(there.token_ids, here.token_ids)
+    np.testing.assert_array_equal(there.logprobs, here.logprobs)
 
 
 async def test_leaving_a_remote_request_or_asking_it_to_stop_frees_its_slot() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end, encode_request, join_completion
-from forgejax.types import Completion, FinishReason, SampleRequest, SamplingLaw
+from forgejax.types import Completion, FinishReason, Grammar, SampleRequest, SamplingLaw
 
 REQUEST = SampleRequest(
     request_id="r1",
@@ -18,6 +18,7 @@ REQUEST = SampleRequest(
     max_tokens=9,
     law=SamplingLaw(temperature=0.5, top_p=0.9, top_k=3),
     stop_ids=frozenset({8, 2}),
+    grammar=Grammar(schema='{"type": "null"}', thought_closing="</t>", free_openings=("<call>", "[c]")),
     seed=11,
     purpose="evaluation",
     owner="group-3.1",
@@ -25,7 +26,7 @@ REQUEST = SampleRequest(
 
 
 def _same(one: SampleRequest, other: SampleRequest) -> bool:
-    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "seed", "purpose", "owner")
+    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "grammar", "seed", "purpose", "owner")
     return one.prompt_ids.tolist() == other.prompt_ids.tolist() and all(
         getattr(one, name) == getattr(other, name) for name in names
     )
