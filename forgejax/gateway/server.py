@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 from collections.abc import Sequence
 
@@ -88,6 +89,8 @@ class Gateway:
             await runner.cleanup()
             raise GatewayError(f"the gateway cannot listen on {host}:{port}: {error}; set gateway.host/port") from error
         self._runner = runner
+        # A full collection would else walk all that the process has loaded, while every agent waits: 0.2 s, and more.
+        gc.freeze()
         everywhere = host in ("0.0.0.0", "::", "")
         name = self._config.public_host or ("127.0.0.1" if everywhere else host)
         self._url = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
@@ -99,6 +102,7 @@ class Gateway:
             runner, self._runner, self._url = self._runner, None, None
             await self._sessions.close_all()
             await runner.cleanup()
+            gc.unfreeze()
 
     def open(self, spec: SessionSpec) -> Session:
         base_url = f"{self.url}/v1"

@@ -8,6 +8,8 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from forgejax.chat.format import ChatFormat
 from forgejax.chat.messages import ChatRequest
 from forgejax.chat.reply import Reply
@@ -229,7 +231,7 @@ def _open_call(chat: ChatRequest, tool_format: ToolCallFormat) -> str:
 def _measure(chat: ChatRequest) -> int:
     """Roughly the characters of a prompt."""
     said = sum(len(m.text) + len(m.reasoning) + sum(len(c.raw) for c in m.tool_calls) for m in chat.messages)
-    return said + sum(len(str(tool)) for tool in chat.tools)
+    return said + len(msgspec.json.encode(chat.tools))
 
 
 def _judge_untrainable(completion: Completion, abandoned: bool) -> str | None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _harness import clocked, medians, show
-from _peer import TunixPeer, named_weights
+from sides.tunix import TunixPeer, named_weights
 from _profile import profile
 from _step_cases import CASES, MODELS, Draw, Groups
 from _unmerged import unmerged_forest
