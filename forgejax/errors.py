@@ -24,6 +24,10 @@ class EngineError(ForgejaxError):
     """The inference engine refused or lost a request."""
 
 
+class OverloadedError(EngineError):
+    """As many requests wait for the inference engine as it takes; the same request may be served later."""
+
+
 class GatewayError(ForgejaxError):
     """The gateway cannot serve: its port, its tokenizer or its chat template is unusable."""
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from forgejax.chat.reply import Delta, Reply, TextDelta
 from forgejax.chat.reply_builder import ReplyBuilder
-from forgejax.errors import EngineError
-from forgejax.gateway.refusals import RefusedError
+from forgejax.errors import EngineError, OverloadedError
+from forgejax.gateway.refusals import RefusedError, refuse_overloaded
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
+
+_OVERLOAD_S = 2.0  # until an engine whose queue is full may have room
 
 RecordReply = Callable[[Completion, Reply, bool], None]
 """Records what the engine returned: the completion, the reply, and whether the request was abandoned."""
@@ -129,6 +131,8 @@ class PendingReply:
         if self.task.cancelled():
             raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
         error = self.task.exception()
+        if isinstance(error, OverloadedError):
+            raise refuse_overloaded("the engine", _OVERLOAD_S) from error
         if isinstance(error, EngineError):
             raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
         return self.task.result()

@@ -16,6 +16,8 @@ from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
 from forgejax.gateway.http.deliveries import Deliveries
+from forgejax.gateway.keys import get_logger
+from forgejax.gateway.limits import Limits
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
@@ -50,6 +52,7 @@ class Gateway:
             context_length=context_length,
             config=config,
             metrics=self.metrics,
+            limits=Limits(config.limits, self.metrics),
         )
         self._sessions = SessionTable(self._service)
         self._dialects = dialects
@@ -66,17 +69,20 @@ class Gateway:
     async def start(self, host: str | None = None, port: int | None = None) -> str:
         """Listens on ``host:port`` (the configuration's by default), or on a free port if that one is taken.
 
-        Returns ``url``. Raises GatewayError where it cannot listen at all, or its dialects do not go together.
+        Returns ``url``. Raises GatewayError where it cannot listen at all, or its dialects do not go together;
+        ConfigError where strangers would be served without a key.
         """
         if self._runner is not None:
             raise GatewayError(f"the gateway already runs at {self.url}; stop it first")
         host = self._config.host if host is None else host
         port = self._config.port if port is None else port
+        self._config.check_host(host)
         # An agent that closes its connection ends its request.
         deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
             build_app(self._service, self._sessions, self._dialects, deliveries),
             access_log=None,
+            logger=get_logger("forgejax.gateway.http.server"),
             handler_cancellation=True,
             shutdown_timeout=5.0,
         )

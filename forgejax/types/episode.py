@@ -157,6 +157,8 @@ class SessionSpec:
     purpose: Purpose = "train"
     law: SamplingLaw | None = None  # overrides what the agent asks for; None: the agent's own law holds
     seed: int | None = None
+    task_id: str = ""  # what it is opened for; named in the log
+    deadline_s: float | None = None  # from its opening on; past it the session's key opens nothing any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ class Session:
 
     id: str
     base_url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 class Sessions(Protocol):

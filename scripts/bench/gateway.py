@@ -1,8 +1,9 @@
 """The gateway under load, over a sampler that costs nothing: what it adds to every request.
 
 ``load``: requests of one prompt at some concurrencies, sessions of ``session_requests`` each. ``long_prompt``: how
-prompts of a megabyte in one session delay another's requests. ``streams``: many streams at once, for a time. The gateway
-runs in one process and the load in another; ``--peer litellm`` asks litellm's proxy, which answers by itself, the same.
+prompts of a megabyte in one session delay another's requests. ``streams``: many streams at once, for a time. The
+gateway runs in one process and the load in another; ``--peer litellm`` asks the same of litellm's proxy, which
+answers by itself.
 """
 
 from __future__ import annotations

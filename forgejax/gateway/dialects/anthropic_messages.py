@@ -36,7 +36,7 @@ from forgejax.gateway.dialects.fields import (
     read_text,
 )
 from forgejax.gateway.memory import ReplyMemory
-from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_field
+from forgejax.gateway.refusals import OVERLOADED, OverflowRefusedError, RefusedError, refuse_field
 
 _SERVED = frozenset(
     {
@@ -78,6 +78,7 @@ class AnthropicMessages:
 
     name = "messages"
     routes = (Route(path="/v1/messages"),)
+    statuses: Mapping[str, int] = {OVERLOADED: 529}
     credential_form = "x-api-key: KEY"
     streamed_failures: frozenset[str] = frozenset()
 

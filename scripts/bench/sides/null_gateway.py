@@ -1,7 +1,7 @@
 """The gateway in a process of its own, over a sampler that costs nothing. Lines of JSON in, lines of JSON out.
 
-``{"open": 3}`` opens sessions and gives their ``keys``; ``{"close": true}`` closes all and gives how many ``turns`` they
-had; both give what memory and processor time the process has used.
+``{"open": 3}`` opens sessions and gives their ``keys``; ``{"close": true}`` closes all and gives how many ``turns``
+they had; both give what memory and processor time the process has used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forgejax.gateway import Gateway, GatewayConfig
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest, SessionSpec
 
 _CONTEXT = 4_000_000
-_WORDS = "the agent looks at a file and says what it has found there ".split()
+_WORDS = ["the", "agent", "looks", "at", "a", "file", "and", "says", "what", "it", "has", "found", "there"]
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
