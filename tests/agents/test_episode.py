@@ -18,7 +18,7 @@ from tests.agents.fakes import FakeScaffold, FakeSessions, SumTasks, make_task, 
 
 AGENT = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.1)
 # 60 s to open the workspace, twice 5 s to cancel what will not end, and the agent's own time.
-OPENED = SessionSpec(seed=5, task_id="task-0", deadline_s=60.0 + 2 * 5.0 + 0.1 + 0.1)
+OPENED = SessionSpec(seed=5, task_id="task-0", deadline_s=60.0 + 0.1 + 0.1 + 2 * 5.0)
 
 
 async def answer_one(episode: EpisodeSpec) -> AgentResult:

@@ -41,7 +41,7 @@ async def test_ids_of_another_session_are_as_unknown_as_random_ones(chat_format:
             assert (await ask(http, f"{url}/{id_}", theirs, method="DELETE"))[0] == 404
             status, body = await ask(http, url, theirs, {"input": "?", "previous_response_id": id_})
             assert (status, body["error"]["code"]) == (400, "previous_response_not_found")
-        assert (await ask(http, url, theirs, {"input": [{"type": "item_reference", "id": item}]}))[0] == 400
+        assert (await ask(http, url, theirs, {"input": [{"type": "item_reference", "id": item}]}))[0] == 404
         assert (await ask(http, f"{url}/{first['id']}", mine, method="GET"))[1] == first
     await gateway.stop()
 
