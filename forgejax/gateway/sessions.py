@@ -93,7 +93,6 @@ class SessionLog:
         With ``stream`` its deltas come while they are drawn, else when the reply is complete.
         """
         requested_at = time.monotonic()
-        self._service.limits.check_request(chat)
         tool_format = self._choose_tool_format(chat)
         located = self._conversation.locate(chat)
         recorded = self._answers.find(located, hints)
@@ -119,7 +118,6 @@ class SessionLog:
             said = None if abandoned else reply.message
             self._conversation.add_turn(number, prompt, completion, said, signature)
             if len(completion.token_ids) > 0:
-                malformed = len(builder.malformed)
                 self._turns[number] = Turn(
                     index=number,
                     completion=completion,
@@ -129,7 +127,7 @@ class SessionLog:
                     requested_law=chat.law,
                     untrainable=_judge_untrainable(completion, abandoned),
                     tool_calls=_count_well_formed(reply),
-                    malformed_tool_calls=malformed,
+                    malformed_tool_calls=len(builder.malformed),
                 )
             service.metrics.count_turn(completion, _count_well_formed(reply), len(builder.malformed))
             self._store(_measure_turn(completion, located))
@@ -151,7 +149,6 @@ class SessionLog:
 
     async def count_tokens(self, chat: ChatRequest) -> int:
         """How many tokens the prompt of ``chat`` would have. Raises RefusedError."""
-        self._service.limits.check_request(chat)
         self._choose_tool_format(chat)
         return len((await self._render_prompt(self._conversation.locate(chat))).ids)
 
@@ -217,6 +214,8 @@ class SessionLog:
         return prompt
 
     def _choose_tool_format(self, chat: ChatRequest) -> ToolCallFormat:
+        """How calls are read from the reply. Raises RefusedError for a request that asks for more than is served."""
+        self._service.limits.check_request(chat)
         if not chat.tools or chat.calls == "none":
             return PlainTextFormat()
         if self._service.tool_format is None:

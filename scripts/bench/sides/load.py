@@ -81,15 +81,16 @@ class Connection(asyncio.Protocol):
         """Follows a stream until ``until``: seconds to its first event, events, and whether it was alive by then."""
         asked = time.perf_counter()
         self._transport.write(request)
-        first, events = 0.0, 0
+        first, events, headed = 0.0, 0, False
         while time.perf_counter() < until and not self.lost:
             try:
                 async with asyncio.timeout(until - time.perf_counter()):
                     await self._wait()
             except TimeoutError:
                 break
-            if not events and not self._received.startswith(b"HTTP/1.1 200"):
+            if not headed and not self._received.startswith(b"HTTP/1.1 200"):
                 return 0.0, 0, False
+            headed = True
             counted = self._received.count(b"data: ")
             first = first or (time.perf_counter() - asked if counted else 0.0)
             events += counted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from forgejax.chat import ChatFormat
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
-from forgejax.gateway.keys import get_logger, hide_keys, make_key
+from forgejax.gateway.keys import make_key
 from tests.gateway.asking import GOOD, USER, status_of
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
 from tests.gateway.http.test_doors import BuggySampler
@@ -96,9 +95,8 @@ async def test_no_key_is_written_to_any_log(chat_format: ChatFormat, caplog: pyt
     async with aiohttp.ClientSession() as http:
         for path in (f"/key/{key}/v1/messages", f"/key/{key}/v1/nothing", f"/{key}", "/v1/responses"):
             for body in (GOOD, {**GOOD, "stream": True}, {"input": key}):
-                await ask(http, gateway.url + path, key, body) if "stream" not in body else await http.post(
-                    gateway.url + path, json=body, headers={"x-api-key": key}
-                )
+                async with http.post(gateway.url + path, json=body, headers={"x-api-key": key}) as response:
+                    await response.read()
     for sent in (
         f"POST /key/{key}/v1/messages HTTP/9.9\r\n\r\n",
         f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {key}\r\n\r\n",
@@ -115,18 +113,6 @@ async def test_no_key_is_written_to_any_log(chat_format: ChatFormat, caplog: pyt
     await gateway.stop()
     assert "a bug" in written and "/key/fjx-.../v1/messages failed" in written
     assert key not in caplog.text and key not in repr(session)
-
-
-def test_a_traceback_that_quotes_a_key_is_written_without_it(caplog: pytest.LogCaptureFixture) -> None:
-    key = make_key()
-    log = get_logger("forgejax.gateway.test")
-    assert get_logger("forgejax.gateway.test").filters == log.filters and len(log.filters) == 1
-    try:
-        raise ValueError(f"Bearer {key}")
-    except ValueError:
-        log.exception("%s failed", key)
-    assert caplog.text.count("fjx-...") >= 2 and key not in caplog.text
-    assert hide_keys(f"/key/{key}/v1") == "/key/fjx-.../v1"
 
 
 async def test_whoever_is_not_on_this_machine_needs_a_key(chat_format: ChatFormat) -> None:
@@ -154,5 +140,5 @@ async def test_random_keys_open_nothing(chat_format: ChatFormat) -> None:
         "fjx-",
     ):
         assert await status_of(session, key) == (401, "invalid_api_key")
-    assert json.dumps({"turns": len(await gateway.close(session.id))}) == '{"turns": 0}'
+    assert await gateway.close(session.id) == ()
     await gateway.stop()
