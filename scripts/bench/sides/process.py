@@ -16,11 +16,9 @@ _ANSWER_S = 180.0
 class SideProcess:
     """A context manager. Raises SystemExit with its last words where it gives no answer."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=env
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
 
     def __enter__(self) -> SideProcess:
         return self
@@ -31,10 +29,6 @@ class SideProcess:
         self._process.kill()
         self._process.wait()
         self._log.close()
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
