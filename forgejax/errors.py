@@ -28,6 +28,10 @@ class GrammarError(ForgejaxError):
     """A grammar that no masks can be made of: what its schema asks for is not known here, or is too large."""
 
 
+class OverloadedError(EngineError):
+    """As many requests wait for the inference engine as it takes; the same request may be served later."""
+
+
 class GatewayError(ForgejaxError):
     """The gateway cannot serve: its port, its tokenizer or its chat template is unusable."""
 

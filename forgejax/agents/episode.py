@@ -82,6 +82,11 @@ class EpisodeRunner:
         steps = (_OPEN_S, 0.0, _CLOSE_S, _SCORE_S, _CLOSE_S)  # workspace, agent, session, score, workspace
         return self.agent.longest_s + sum(steps) + len(steps) * _CANCEL_S
 
+    @property
+    def play_s(self) -> float:
+        """The most seconds from the opening of a session until its agent has ended."""
+        return _OPEN_S + self.agent.deadline_s + self.agent.grace_s + 2 * _CANCEL_S
+
     async def run(
         self,
         task: Task,
@@ -114,7 +119,7 @@ class EpisodeRunner:
         """What became of one play, but for its rewards; and whether an accident cut it off."""
         started_at = time.monotonic()
         try:
-            opened = self.sessions.open(session)
+            opened = self.sessions.open(replace(session, task_id=task.id, deadline_s=self.play_s))
         except ForgejaxError as error:
             return _make_unopened(task, member, started_at, error), False
         workspace, result = await self._play(task, opened)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 from forgejax.errors import ConfigError
+from forgejax.gateway.limits import LimitsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,9 @@ class GatewayConfig:
     of the context. ``max_tokens_limit`` bounds every reply, whatever the agent asks for. ``body_timeout_s`` is how long
     an agent may take to send its request or to read a piece of a stream; ``cancel_grace_s`` how long a cancelled
     request may take to hand back the tokens it has drawn; ``heartbeat_s`` how long a stream may be silent before a
-    comment is sent, for agents that give up on one. ``tool_format`` is how the policy writes tool calls; ``auto`` takes
-    the format its chat template writes.
+    comment is sent, for agents that give up on one. ``limits`` bounds what agents may ask for. ``allow_anonymous``
+    serves requests without a key, in sessions that nothing is kept of; on this machine only. ``tool_format`` is how the
+    policy writes tool calls; ``auto`` takes the format its chat template writes.
     """
 
     host: str = "127.0.0.1"
@@ -33,7 +36,7 @@ class GatewayConfig:
     body_timeout_s: float = 30.0
     cancel_grace_s: float = 2.0
     heartbeat_s: float = 10.0
-    max_body_bytes: int = 16 * 1024 * 1024
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     allow_anonymous: bool = False
 
     def __post_init__(self) -> None:
@@ -46,8 +49,24 @@ class GatewayConfig:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise ConfigError(f"gateway.{name} is {given}; give at least 1, or leave it out")
-        for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "heartbeat_s", "max_body_bytes"):
+        for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "heartbeat_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")
         if not self.host or not self.model_name:
             raise ConfigError("gateway.host and gateway.model_name must not be empty")
+        self.check_host(self.host)
+
+    def check_host(self, host: str) -> None:
+        """Raises ConfigError where whoever reaches ``host`` from another machine would be served without a key."""
+        if self.allow_anonymous and not is_loopback(host):
+            raise ConfigError(
+                f"gateway.allow_anonymous would serve whoever reaches {host!r}; listen on 127.0.0.1, or ask for keys"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -11,12 +11,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from forgejax.chat.messages import Message, Tool, ToolCallPart, canonicalize_json
 
 
 def digest_tools(tools: Sequence[Tool]) -> bytes:
     """Where every history that is held with these tools begins."""
-    return _digest(b"", _dump(list(tools)))
+    return _digest(b"", msgspec.json.encode(list(tools), order="sorted"))
 
 
 def digest_turn(number: int) -> bytes:

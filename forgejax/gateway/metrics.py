@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from forgejax.types import Completion
+
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -28,6 +30,7 @@ class GatewayMetrics:
         self.turns = counter("turns", "Turns recorded, by why they end.", "finish_reason")
         self.bound = counter("grammar_turns", "Turns whose reply was bound to a schema: they are not trained.")
         self.ignored = counter("ignored_fields", "Fields of requests that have no effect.", "dialect", "field")
+        self.limited = counter("limited", "Requests refused for a limit of gateway.limits.", "limit")
         self.retries = counter("retries", "Requests that got the answer recorded for them before.")
         self.undelivered = counter("undelivered", "Answers that were complete and never read.")
         self.cancelled = counter("cancelled", "Requests whose agent went away, or whose session or time ended.")
@@ -37,6 +40,16 @@ class GatewayMetrics:
         self.in_flight = Gauge("forgejax_gateway_in_flight", "Requests in the engine.", registry=self.registry)
         self.request_s = histogram("request_seconds", "Seconds from a request's arrival to its answer.")
         self.queued_s = histogram("queued_seconds", "Seconds a request waited for the engine.")
+
+    def count_turn(self, completion: Completion, well_formed: int, malformed: int) -> None:
+        """Counts what the engine returned for one request, and the calls found in it."""
+        self.turns.labels(completion.finish_reason.value).inc()
+        self.prompt_tokens.inc(len(completion.prompt_ids))
+        self.cached_tokens.inc(completion.cached_tokens)
+        self.completion_tokens.inc(len(completion.token_ids))
+        self.queued_s.observe(completion.queued_s)
+        self.tool_calls.labels("well_formed").inc(well_formed)
+        self.tool_calls.labels("malformed").inc(malformed)
 
     def counts(self) -> dict[str, float]:
         """Every counter, by name and labels: ``branches_history``, ``tool_calls_malformed``, ``prompt_tokens``."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from forgejax.chat.reply import Delta, Reply, TextDelta
 from forgejax.chat.reply_builder import ReplyBuilder
-from forgejax.errors import EngineError
-from forgejax.gateway.refusals import RefusedError
+from forgejax.errors import EngineError, OverloadedError
+from forgejax.gateway.refusals import RefusedError, refuse_overloaded
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
+
+_OVERLOAD_S = 2.0  # until an engine whose queue is full may have room
 
 RecordReply = Callable[[Completion, Reply, bool], None]
 """Records what the engine returned: the completion, the reply, and whether the request was abandoned."""
@@ -19,10 +21,10 @@ RecordReply = Callable[[Completion, Reply, bool], None]
 class PendingReply:
     """One request, sampled in a task of its own, so that an agent that goes away does not lose the tokens drawn for it.
 
-    Belongs to the event loop it was made on; only ``_on_tokens`` may run on another thread (the engine's). With
+    Belongs to the event loop it was made on; only the tokens may arrive on another thread (the engine's). With
     ``live`` the reply is built while it is drawn (to stream it, or to see a stop string), else when it is complete.
     ``begun`` is what of the reply is there before anything is drawn. ``record`` is called once for every completion the
-    engine returned.
+    engine returned. Sessions keep these to the end, for what is asked again: once sampled, the request is let go of.
     """
 
     SILENCE: Sequence[Delta] = (TextDelta(part=-1, text=""),)
@@ -39,12 +41,7 @@ class PendingReply:
         grace_s: float,
         record: RecordReply,
     ) -> None:
-        self._sampler = sampler
-        self._request = request
-        self._builder = builder
-        self._live = live
         self._grace_s = grace_s
-        self._record = record
         self._loop = asyncio.get_running_loop()
         self._deltas: deque[Delta] = deque(begun)
         self._news = asyncio.Event()
@@ -55,7 +52,7 @@ class PendingReply:
         self.undelivered = False  # the answer was complete, and the agent went away without it
         self.left = False  # the connection it was answered on is closed
         self.replayed = False  # this is a recorded answer, asked for again
-        self.task = asyncio.create_task(self._sample())
+        self.task = asyncio.create_task(self._sample(sampler, request, builder, record, live))
         self.task.add_done_callback(self._wake)
 
     @property
@@ -100,26 +97,28 @@ class PendingReply:
             self._news.clear()
         return [self._deltas.popleft() for _ in range(len(self._deltas))]
 
-    async def _sample(self) -> Reply:
-        completion = await self._sampler.sample(self._request, self._on_tokens)
-        deltas, reply = self._builder.finish(completion)
+    async def _sample(
+        self, sampler: Sampler, request: SampleRequest, builder: ReplyBuilder, record: RecordReply, live: bool
+    ) -> Reply:
+        def take_tokens(ids: Sequence[int]) -> bool:
+            self._drawn = True
+            if self._abandoned is not None:
+                return True
+            if not live:
+                return False
+            deltas = builder.feed(ids)
+            if deltas:
+                self._deltas.extend(deltas)
+                self._loop.call_soon_threadsafe(self._news.set)
+            return builder.stopped
+
+        completion = await sampler.sample(request, take_tokens)
+        deltas, reply = builder.finish(completion)
         self._deltas.extend(deltas)
         if completion.finish_reason is FinishReason.CANCELLED and self._abandoned is None:
             self._abandoned = RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
-        self._record(completion, reply, self._abandoned is not None)
+        record(completion, reply, self._abandoned is not None)
         return reply
-
-    def _on_tokens(self, ids: Sequence[int]) -> bool:
-        self._drawn = True
-        if self._abandoned is not None:
-            return True
-        if not self._live:
-            return False
-        deltas = self._builder.feed(ids)
-        if deltas:
-            self._deltas.extend(deltas)
-            self._loop.call_soon_threadsafe(self._news.set)
-        return self._builder.stopped
 
     def _wake(self, task: asyncio.Task[Reply]) -> None:
         self._news.set()
@@ -132,6 +131,8 @@ class PendingReply:
         if self.task.cancelled():
             raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
         error = self.task.exception()
+        if isinstance(error, OverloadedError):
+            raise refuse_overloaded("the engine", _OVERLOAD_S) from error
         if isinstance(error, EngineError):
             raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
         return self.task.result()

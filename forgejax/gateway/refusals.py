@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+OVERLOADED = "overloaded"
+"""The code of refusals for too much at once, by all sessions together."""
+
 
 class RefusedError(Exception):
     """A request that gets an HTTP error. The message says what was given, what was expected and what to do.
@@ -50,6 +53,18 @@ class OverflowRefusedError(RefusedError):
 def refuse_closed_session() -> RefusedError:
     """What every later request of a closed session gets (410)."""
     return RefusedError(410, "this session has ended; nothing more is answered under its key", code="session_closed")
+
+
+def refuse_late_session() -> RefusedError:
+    """What every request gets once its session's deadline has passed (410)."""
+    return RefusedError(410, "this session's deadline has passed; nothing more is answered", code="session_expired")
+
+
+def refuse_overloaded(who: str, retry_after_s: float) -> RefusedError:
+    """More is asked than can be answered at once (503, or what a dialect's agents know for it)."""
+    return RefusedError(
+        503, f"{who} is overloaded. Please try again later.", code=OVERLOADED, retry_after_s=retry_after_s
+    )
 
 
 def refuse_field(name: str, given: object, expected: str) -> RefusedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
 from forgejax.gateway.http.deliveries import Deliveries
+from forgejax.gateway.keys import get_logger
+from forgejax.gateway.limits import Limits
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
@@ -54,6 +57,7 @@ class Gateway:
             config=config,
             metrics=self.metrics,
             grammars=grammars or GrammarCompiler(chat_format.codec.spell_vocabulary()),
+            limits=Limits(config.limits, self.metrics),
         )
         self._sessions = SessionTable(self._service)
         self._dialects = dialects
@@ -70,17 +74,20 @@ class Gateway:
     async def start(self, host: str | None = None, port: int | None = None) -> str:
         """Listens on ``host:port`` (the configuration's by default), or on a free port if that one is taken.
 
-        Returns ``url``. Raises GatewayError where it cannot listen at all, or its dialects do not go together.
+        Returns ``url``. Raises GatewayError where it cannot listen at all, or its dialects do not go together;
+        ConfigError where strangers would be served without a key.
         """
         if self._runner is not None:
             raise GatewayError(f"the gateway already runs at {self.url}; stop it first")
         host = self._config.host if host is None else host
         port = self._config.port if port is None else port
+        self._config.check_host(host)
         # An agent that closes its connection ends its request.
         deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
             build_app(self._service, self._sessions, self._dialects, deliveries),
             access_log=None,
+            logger=get_logger("forgejax.gateway.http.server"),
             handler_cancellation=True,
             shutdown_timeout=5.0,
         )
@@ -93,6 +100,8 @@ class Gateway:
             await runner.cleanup()
             raise GatewayError(f"the gateway cannot listen on {host}:{port}: {error}; set gateway.host/port") from error
         self._runner = runner
+        # A full collection would else walk all that the process has loaded, while every agent waits: 0.2 s, and more.
+        gc.freeze()
         everywhere = host in ("0.0.0.0", "::", "")
         name = self._config.public_host or ("127.0.0.1" if everywhere else host)
         self._url = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
@@ -104,6 +113,7 @@ class Gateway:
             runner, self._runner, self._url = self._runner, None, None
             await self._sessions.close_all()
             await runner.cleanup()
+            gc.unfreeze()
 
     def open(self, spec: SessionSpec) -> Session:
         base_url = f"{self.url}/v1"

@@ -34,15 +34,17 @@ class SessionTable:
     def find(self, api_key: str | None, credential_form: str) -> SessionLog:
         """The open session of a key; ``credential_form`` says how keys are sent, for whoever sent none.
 
-        Raises RefusedError: 410 for a session that is closed, 401 for no or an unknown key.
+        Raises RefusedError: 410 for a session that is closed or past its deadline, 401 for no or an unknown key.
         """
         session = None if api_key is None else self._by_key.get(api_key)
-        if session is not None and not session.closed:
+        if session is not None:
+            if session.refusal is not None:
+                raise session.refusal
             return session
-        if session is not None or api_key in self._late_keys:
+        if api_key in self._late_keys:
             raise refuse_closed_session()
         if self._service.config.allow_anonymous:
-            return SessionLog(self._service, SessionSpec(purpose="evaluation"))
+            return SessionLog(self._service, SessionSpec(purpose="evaluation"), kept=False)
         given = "no API key was sent" if api_key is None else "the API key is unknown"
         raise RefusedError(401, f"{given}; send the session's key as '{credential_form}'", code="invalid_api_key")
 

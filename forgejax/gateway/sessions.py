@@ -6,10 +6,14 @@ import asyncio
 import hashlib
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
 
 from forgejax.chat.format import ChatFormat
-from forgejax.chat.messages import ChatRequest
+from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply import Reply
 from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.reply_grammar import make_reply_grammar
@@ -18,10 +22,17 @@ from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.errors import GrammarError
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.conversation import Conversation, LocatedRequest, Prompt
+from forgejax.gateway.keys import make_key
+from forgejax.gateway.limits import Limits
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.pending import PendingReply
-from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_closed_session
+from forgejax.gateway.refusals import (
+    OverflowRefusedError,
+    RefusedError,
+    refuse_closed_session,
+    refuse_late_session,
+)
 from forgejax.gateway.retries import AnswerLog, RetryHints
 from forgejax.grammar import GrammarCompiler
 from forgejax.types import Completion, Grammar, Sampler, SampleRequest, SessionSpec, Turn
@@ -43,17 +54,25 @@ class Service:
     config: GatewayConfig
     metrics: GatewayMetrics
     grammars: GrammarCompiler
+    limits: Limits
 
 
 class SessionLog:
     """One session: asks the engine for it and records every completion the engine returns, in exactly one turn.
 
-    Turns are numbered by the arrival of their request; requests that brought no token leave a gap until ``turns``.
+    Turns are numbered by the arrival of their request; requests that brought no token leave a gap until ``turns``. One
+    that is not ``kept`` is let go of after its request, and nothing of it counts as stored.
     """
 
-    def __init__(self, service: Service, spec: SessionSpec) -> None:
+    def __init__(self, service: Service, spec: SessionSpec, *, kept: bool = True) -> None:
         self.id = secrets.token_hex(8)
-        self.api_key = f"fjx-{secrets.token_urlsafe(24)}"
+        self.api_key = make_key()
+        self.budget = service.limits.make_budget(f"session {self.id} of task {spec.task_id or 'unnamed'}")
+        self._kept = kept
+        self._late: RefusedError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if spec.deadline_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(spec.deadline_s, self._expire)
         self._service = service
         self._spec = spec
         example = None if service.tool_format is None or not service.tell_tools else service.tool_format.example
@@ -65,6 +84,11 @@ class SessionLog:
         self._closed_with: tuple[Turn, ...] | None = None
         self.closed = False
         self.memory = ReplyMemory()
+
+    @property
+    def refusal(self) -> RefusedError | None:
+        """Why nothing is answered any more: the session is closed, or its deadline has passed."""
+        return refuse_closed_session() if self.closed else self._late
 
     async def ask(self, chat: ChatRequest, *, stream: bool, hints: RetryHints) -> PendingReply:
         """Sends a request on its way, or gives the recorded answer of one that is sent again. Raises RefusedError
@@ -98,7 +122,6 @@ class SessionLog:
             said = None if abandoned else reply.message
             self._conversation.add_turn(number, prompt, completion, said, signature)
             if len(completion.token_ids) > 0:
-                malformed = len(builder.malformed)
                 self._turns[number] = Turn(
                     index=number,
                     completion=completion,
@@ -108,9 +131,11 @@ class SessionLog:
                     requested_law=chat.law,
                     untrainable=_judge_untrainable(request, completion, abandoned),
                     tool_calls=_count_well_formed(reply),
-                    malformed_tool_calls=malformed,
+                    malformed_tool_calls=len(builder.malformed),
                 )
-            _count(service.metrics, request, completion, reply, builder)
+            service.metrics.count_turn(completion, _count_well_formed(reply), len(builder.malformed))
+            service.metrics.bound.inc(request.grammar is not None)
+            self._store(_measure_turn(completion, located))
 
         pending = PendingReply(
             sampler=service.sampler,
@@ -132,9 +157,17 @@ class SessionLog:
         self._choose_tool_format(chat)
         return len((await self._render_prompt(self._conversation.locate(chat))).ids)
 
+    def remember(self, reply_id: str, history: Sequence[Message], reply: Message, body: Mapping[str, Any]) -> None:
+        """Keeps a reply under its id, for agents that send only what is new."""
+        if self.refusal is None:
+            self.memory.remember(reply_id, (*history, reply), body)
+            self._store(_measure_text(history))
+
     async def close(self) -> tuple[Turn, ...]:
         """Ends the open requests and gives the turns, renumbered 0, 1, 2, ..."""
         self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self.memory.forget()
         tasks = [pending.task for pending in self._pending]
         for pending in tuple(self._pending):
@@ -146,7 +179,17 @@ class SessionLog:
             self._closed_with = self.turns()
             self._conversation.forget()
             self._answers.forget()
+            self._service.limits.release(self.budget)
         return self._closed_with
+
+    def _expire(self) -> None:
+        self._late = refuse_late_session()
+        for pending in tuple(self._pending):
+            pending.abandon(self._late)
+
+    def _store(self, added: int) -> None:
+        if self._kept and not self.closed:
+            self._service.limits.store(self.budget, added)
 
     def turns(self) -> tuple[Turn, ...]:
         index_of = {number: index for index, number in enumerate(sorted(self._turns))}
@@ -171,8 +214,8 @@ class SessionLog:
             prompt = await asyncio.to_thread(self._conversation.make_prompt, located)
         except TemplateError as error:
             raise RefusedError(400, str(error), code="invalid_messages", param="messages") from error
-        if self.closed:
-            raise refuse_closed_session()
+        if self.refusal is not None:
+            raise self.refusal
         return prompt
 
     async def _make_grammar(self, chat: ChatRequest, tool_format: ToolCallFormat, prompt: Prompt) -> Grammar | None:
@@ -186,11 +229,13 @@ class SessionLog:
         except GrammarError as error:
             field = chat.schema.field
             raise RefusedError(400, f"{field}: {error}", code="invalid_json_schema", param=field) from error
-        if self.closed:
-            raise refuse_closed_session()
+        if self.refusal is not None:
+            raise self.refusal
         return grammar
 
     def _choose_tool_format(self, chat: ChatRequest) -> ToolCallFormat:
+        """How calls are read from the reply. Raises RefusedError for a request that asks for more than is served."""
+        self._service.limits.check_request(chat)
         if not chat.tools or chat.calls == "none":
             return PlainTextFormat()
         if self._service.tool_format is None:
@@ -249,8 +294,18 @@ def _open_call(chat: ChatRequest, tool_format: ToolCallFormat) -> str:
 
 def _measure(chat: ChatRequest) -> int:
     """Roughly the characters of a prompt."""
-    said = sum(len(m.text) + len(m.reasoning) + sum(len(c.raw) for c in m.tool_calls) for m in chat.messages)
-    return said + sum(len(str(tool)) for tool in chat.tools)
+    return _measure_text(chat.messages) + len(msgspec.json.encode(chat.tools))
+
+
+def _measure_text(messages: Sequence[Message]) -> int:
+    return sum(len(m.text) + len(m.reasoning) + sum(len(c.raw) for c in m.tool_calls) for m in messages)
+
+
+def _measure_turn(completion: Completion, located: LocatedRequest) -> int:
+    """Roughly the bytes that are kept of a turn: of its messages those that no earlier turn has."""
+    drawn = (completion.token_ids, completion.logprobs, completion.versions, completion.oldest_versions)
+    known = 0 if located.turn is None else located.known
+    return completion.prompt_ids.nbytes + sum(each.nbytes for each in drawn) + _measure_text(located.messages[known:])
 
 
 def _judge_untrainable(request: SampleRequest, completion: Completion, abandoned: bool) -> str | None:
@@ -263,16 +318,3 @@ def _judge_untrainable(request: SampleRequest, completion: Completion, abandoned
 
 def _count_well_formed(reply: Reply) -> int:
     return sum(call.problem is None for call in reply.message.tool_calls)
-
-
-def _count(
-    metrics: GatewayMetrics, request: SampleRequest, completion: Completion, reply: Reply, builder: ReplyBuilder
-) -> None:
-    metrics.bound.inc(request.grammar is not None)
-    metrics.turns.labels(completion.finish_reason.value).inc()
-    metrics.prompt_tokens.inc(len(completion.prompt_ids))
-    metrics.cached_tokens.inc(completion.cached_tokens)
-    metrics.completion_tokens.inc(len(completion.token_ids))
-    metrics.queued_s.observe(completion.queued_s)
-    metrics.tool_calls.labels("well_formed").inc(_count_well_formed(reply))
-    metrics.tool_calls.labels("malformed").inc(len(builder.malformed))

@@ -158,6 +158,8 @@ class SessionSpec:
     law: SamplingLaw | None = None  # overrides what the agent asks for; None: the agent's own law holds
     seed: int | None = None
     owner: str = ""  # see ``SampleRequest``
+    task_id: str = ""  # what it is opened for; named in the log
+    deadline_s: float | None = None  # from its opening on; past it the session's key opens nothing any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,7 @@ class Session:
 
     id: str
     base_url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 class Sessions(Protocol):

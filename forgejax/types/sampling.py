@@ -142,7 +142,8 @@ class Sampler(Protocol):
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
         """Draws one completion. Cancelling the awaiting task cancels the request in the engine.
 
-        Raises EngineError if the engine cannot serve it (too long a prompt, a dead engine, a passed deadline).
+        Raises EngineError if the engine cannot serve it (too long a prompt, a dead engine, a passed deadline),
+        OverloadedError if it cannot for now.
         """
         ...
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _harness import clocked, medians, show
-from _peer import TunixPeer, named_weights
 from _profile import profile
 from _step_cases import CASES, MODELS, Draw, Groups
 from _unmerged import unmerged_forest
+from sides.tunix import TunixPeer, named_weights
 
 from forgejax.learner import LossConfig, PackConfig, PackedStep, Sample, StepConfig, make_train_step
 from forgejax.learner.packing.forest import Forest

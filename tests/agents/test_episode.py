@@ -17,6 +17,8 @@ from forgejax.types import FinishReason, Reward, Session, SessionSpec, StopReaso
 from tests.agents.fakes import FakeScaffold, FakeSessions, SumTasks, make_task, make_turn
 
 AGENT = AgentConfig(command=("agent",), deadline_s=0.1, grace_s=0.1)
+# 60 s to open the workspace, twice 5 s to cancel what will not end, and the agent's own time.
+OPENED = SessionSpec(seed=5, task_id="task-0", deadline_s=60.0 + 0.1 + 0.1 + 2 * 5.0)
 
 
 async def answer_one(episode: EpisodeSpec) -> AgentResult:
@@ -44,7 +46,7 @@ async def test_a_right_answer_is_scored_and_rewarded_at_its_end() -> None:
     assert (trajectory.outcome, trajectory.answer, trajectory.stop_reason) == (1.0, "1", StopReason.COMPLETED)
     assert trajectory.total_reward == 2.0
     assert trajectory.masked is None
-    assert sessions.opened == [SessionSpec(seed=5)]
+    assert sessions.opened == [OPENED]
     assert sessions.closed == ["s1"]
 
 
@@ -161,7 +163,7 @@ async def test_an_episode_that_an_accident_cut_off_is_played_again_in_a_session_
     trajectory = await runner.run(make_task(), session=SessionSpec(seed=5), on_cut_off=lost.append)
     assert (trajectory.session_id, trajectory.outcome, trajectory.masked) == ("s2", 1.0, None)
     assert (deadlines, lost) == ([0.1, 0.1], [3]), "the whole deadline again, and no token uncounted"
-    assert sessions.opened == [SessionSpec(seed=5)] * 2 and sessions.closed == ["s1", "s2"]
+    assert sessions.opened == [OPENED] * 2 and sessions.closed == ["s1", "s2"]
     assert (environment.opened, environment.closed) == (2, 2)
 
 

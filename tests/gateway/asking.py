@@ -79,6 +79,8 @@ def _accumulate(frames: list[str]) -> dict[str, Any]:
     block: dict[str, Any] | None = None
     partial, seen = "", []
     for frame in frames:
+        if frame.startswith(":"):  # nothing was drawn for a while
+            continue
         name, data = frame.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"

@@ -19,7 +19,7 @@ class EpisodeSpec:
     id: str
     question: str
     base_url: str
-    api_key: str
+    api_key: str = field(repr=False)
     deadline_s: float
     workspace: Workspace = field(default_factory=Workspace)
 

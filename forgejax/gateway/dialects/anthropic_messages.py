@@ -37,7 +37,7 @@ from forgejax.gateway.dialects.fields import (
 )
 from forgejax.gateway.dialects.reply_schemas import choose_schema, read_reply_format
 from forgejax.gateway.memory import ReplyMemory
-from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_field
+from forgejax.gateway.refusals import OVERLOADED, OverflowRefusedError, RefusedError, refuse_field
 
 _SERVED = frozenset(
     {
@@ -81,6 +81,7 @@ class AnthropicMessages:
 
     name = "messages"
     routes = (Route(path="/v1/messages"),)
+    statuses: Mapping[str, int] = {OVERLOADED: 529}
     credential_form = "x-api-key: KEY"
     streamed_failures: frozenset[str] = frozenset()
 

@@ -113,6 +113,11 @@ class Dialect(Protocol):
         ...
 
     @property
+    def statuses(self) -> Mapping[str, int]:
+        """HTTP statuses of refusals, by their code, where this format has others for them."""
+        ...
+
+    @property
     def credential_form(self) -> str:
         """How a key is sent, in words for whoever sent none: ``Authorization: Bearer KEY``."""
         ...

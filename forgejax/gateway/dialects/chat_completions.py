@@ -77,6 +77,7 @@ class ChatCompletions:
     name = "chat_completions"
     routes = (Route(path="/v1/chat/completions"),)
     pages: Sequence[Page] = ()
+    statuses: Mapping[str, int] = {}
     credential_form = "Authorization: Bearer KEY"
     streamed_failures: frozenset[str] = frozenset()
 

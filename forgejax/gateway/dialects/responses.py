@@ -64,6 +64,7 @@ class Responses:
 
     name = "responses"
     routes = (Route(path="/v1/responses"),)
+    statuses: Mapping[str, int] = {}
     credential_form = "Authorization: Bearer KEY"
     streamed_failures = frozenset({"context_length_exceeded"})
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from aiohttp import web
@@ -18,13 +18,14 @@ from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead
 from forgejax.gateway.http.bodies import read_body
 from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
+from forgejax.gateway.keys import KEYED, get_logger
 from forgejax.gateway.pending import PendingReply
-from forgejax.gateway.refusals import RefusedError, refuse_closed_session
+from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.retries import RetryHints
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service, SessionLog
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 _STATUS_S = 0.05  # a stream waits so long for its first token before it answers 200
 
@@ -38,7 +39,7 @@ def build_app(
     """
     _check_routes(dialects)
     config, metrics = service.config, service.metrics
-    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[word_errors(dialects, metrics)])
+    app = web.Application(client_max_size=config.limits.body_bytes, middlewares=[word_errors(dialects, metrics)])
     app.on_response_prepare.append(allow_origin)
     for dialect in dialects:
         handler = ChatHandler(service, sessions, dialect, deliveries)
@@ -77,6 +78,7 @@ def build_app(
 
     app.router.add_get("/", show_health)  # and HEAD, which some agents send first
     app.router.add_get("/health", show_health)
+    app.router.add_get(KEYED, show_health)
     app.router.add_get("/metrics", show_metrics)
     for path in list_paths("/v1/models"):
         app.router.add_get(path, list_models)
@@ -114,7 +116,8 @@ class ChatHandler:
         arrived = time.monotonic()
         try:
             session = self._find_session(http)
-            return await self._answer(http, session, await read_body(http, self._service.config))
+            with self._admit(http, session):
+                return await self._answer(http, session, await read_body(http, self._service.config))
         except RecursionError as error:
             raise RefusedError(400, "the body is nested too deeply; send it flatter", code="invalid_json") from error
         finally:
@@ -125,17 +128,24 @@ class ChatHandler:
 
         async def answer(http: web.Request) -> web.Response:
             session = self._find_session(http)
-            body = await read_body(http, self._service.config) if page.method in ("POST", "PUT") else {}
-            return web.json_response(await page.answer(session, body, dict(http.match_info)))
+            with self._admit(http, session):
+                body = await read_body(http, self._service.config) if page.method in ("POST", "PUT") else {}
+                return web.json_response(await page.answer(session, body, dict(http.match_info)))
 
         return answer
 
     def _find_session(self, http: web.Request) -> SessionLog:
-        return self._sessions.find(self._dialect.credential(http.headers), self._dialect.credential_form)
+        key = http.match_info.get("key") or self._dialect.credential(http.headers)
+        return self._sessions.find(key, self._dialect.credential_form)
+
+    def _admit(self, http: web.Request, session: SessionLog) -> AbstractContextManager[None]:
+        limits = self._service.config.limits
+        size = limits.body_bytes if http.content_length is None else min(http.content_length, limits.body_bytes)
+        return self._service.limits.admit(session.budget, size)
 
     async def _answer(self, http: web.Request, session: SessionLog, body: dict[str, Any]) -> web.StreamResponse:
-        if session.closed:
-            raise refuse_closed_session()
+        if session.refusal is not None:
+            raise session.refusal
         request = self._dialect.parse(body, session.memory)
         for field in request.ignored:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()
@@ -242,9 +252,9 @@ class ChatHandler:
 
 
 def _keep_reply(session: SessionLog, head: ReplyHead, request: ParsedRequest, reply: Reply, body: Any) -> None:
-    if request.keep and not session.closed:
+    if request.keep:
         history = request.chat.messages if request.history is None else request.history
-        session.memory.remember(head.id, (*history, reply.message), body)
+        session.remember(head.id, history, reply.message, body)
 
 
 def _frame(events: Iterable[Event]) -> bytes:

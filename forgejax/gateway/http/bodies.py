@@ -20,10 +20,10 @@ async def read_body(http: web.Request, config: GatewayConfig) -> dict[str, Any]:
     Raises RefusedError: 400 for what is no JSON object, 408 for what does not arrive, 413 for what is too large.
     """
     try:
-        async with asyncio.timeout(config.body_timeout_s):
+        async with asyncio.timeout(None if http.content.is_eof() else config.body_timeout_s):
             raw = await http.read()
     except web.HTTPRequestEntityTooLarge as error:
-        message = f"the body has more than {config.max_body_bytes} bytes; send fewer or shorter messages"
+        message = f"the body has more than {config.limits.body_bytes} bytes; send fewer or shorter messages"
         raise RefusedError(413, message, code="body_too_large") from error
     except web.RequestPayloadError as error:
         message = f"the body cannot be read: {error.__cause__ or error}; check its Content-Encoding"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+import math
+import re
 from collections.abc import Sequence
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from forgejax.gateway.dialects import Dialect
+from forgejax.gateway.keys import KEYED, get_logger, hide_keys
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.refusals import RefusedError
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
+_KEYED = re.compile("^" + re.escape(KEYED).replace(re.escape("{key}"), "[^/]+"))
 _NOBODYS = "none"
 _CORS = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
@@ -22,12 +25,11 @@ _CORS = {
 
 
 def list_paths(path: str) -> tuple[str, ...]:
-    """The ways agents spell ``path``: with a slash behind it, and with the ``/v1`` of their base address left out, or
-    there twice where an agent adds its own to one that ends in it."""
-    if not path.startswith("/v1/"):
-        return path, f"{path}/"
+    """The ways agents spell ``path``: with a slash behind it, with the ``/v1`` of their base address left out, or there
+    twice where an agent adds its own to one that ends in it; and each of these behind a key."""
     bare = path.removeprefix("/v1")
-    return tuple(f"{spelled}{slash}" for spelled in (path, bare, f"/v1{path}") for slash in ("", "/"))
+    spelled = [path, bare, f"/v1{path}"] if path.startswith("/v1/") else [path]
+    return tuple(f"{keyed}{each}{slash}" for keyed in ("", KEYED) for each in spelled for slash in ("", "/"))
 
 
 async def allow_origin(_: web.Request, response: web.StreamResponse) -> None:
@@ -47,13 +49,16 @@ def word_errors(dialects: Sequence[Dialect], metrics: GatewayMetrics) -> Middlew
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            reason = f"{request.method} {request.path}: {error.reason}; served are {served}"
+            reason = f"{request.method} {hide_keys(request.path)}: {error.reason}; served are {served}"
             refusal = RefusedError(error.status, reason, code="not_served")
         except Exception:  # noqa: BLE001 (a bug of ours is the agent's 500 and our log's traceback)
             _log.exception("%s %s failed", request.method, request.path)
             refusal = RefusedError(500, "the gateway failed; its log says why", code="internal_error")
-        headers = {} if refusal.retry_after_s is None else {"Retry-After": f"{refusal.retry_after_s:.0f}"}
-        return web.json_response(dialect.error(refusal), status=refusal.status, headers=headers)
+        headers = (
+            {} if refusal.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(refusal.retry_after_s)))}
+        )
+        status = dialect.statuses.get(refusal.code or "", refusal.status)
+        return web.json_response(dialect.error(refusal), status=status, headers=headers)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -71,6 +76,7 @@ def word_errors(dialects: Sequence[Dialect], metrics: GatewayMetrics) -> Middlew
 
 def _find_dialect(dialects: Sequence[Dialect], path: str) -> Dialect | None:
     """The dialect of the longest route that covers ``path``."""
+    path = _KEYED.sub("", path)
     bare = "/" + path.strip("/").removeprefix("v1/").removeprefix("v1/")
     covering = [
         (len(route.path), dialect)

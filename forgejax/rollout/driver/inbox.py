@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineError, OverloadedError
 from forgejax.grammar import TextMatcher
 from forgejax.rollout.driver.job import Job, OnDraw
 from forgejax.rollout.driver.scheduler import Scheduler
@@ -38,7 +38,8 @@ class Inbox:
             self.refusal = None
 
     def submit(self, request: SampleRequest, on_draw: OnDraw | None, matcher: TextMatcher | None = None) -> Job:
-        """Opens a request, with the matcher of its grammar. Raises EngineError for one that cannot be served."""
+        """Opens a request, with the matcher of its grammar. Raises EngineError for one that cannot be served,
+        OverloadedError now."""
         job = Job(
             request=request,
             prompt_ids=_check_request(request, self._config, self._vocab_size),
@@ -51,7 +52,7 @@ class Inbox:
             if self.refusal is not None:
                 raise EngineError(f"request {request.request_id}: {self.refusal}")
             if len(self._fresh) + self._scheduler.waiting >= self._config.max_queued:
-                raise EngineError(
+                raise OverloadedError(
                     f"request {request.request_id}: {self._config.max_queued} requests are waiting already; "
                     "ask again later or raise engine.max_queued"
                 )

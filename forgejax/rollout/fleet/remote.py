@@ -9,7 +9,7 @@ from typing import Self
 import aiohttp
 import msgspec
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineError, OverloadedError
 from forgejax.rollout.server.wire import DrawBody, EndBody, Line, encode_request, join_completion
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
@@ -51,7 +51,8 @@ class RemoteSampler:
         try:
             async with self._session.post(f"{self._url}/generate", data=encode_request(request)) as response:
                 if response.status != 200:
-                    raise EngineError(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
+                    kind = OverloadedError if response.status == 429 else EngineError
+                    raise kind(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
                 return await _read_lines(request, response, on_tokens)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise EngineError(

@@ -20,7 +20,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
-from forgejax.errors import EngineError, ForgejaxError
+from forgejax.errors import EngineError, ForgejaxError, OverloadedError
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.server.metrics import DriverCollector
@@ -82,6 +82,8 @@ class RolloutServer:
         try:
             await self._driver.prepare(sample)
             future = _submit(self._driver, sample, lines)
+        except OverloadedError as error:
+            return _refuse(429, str(error))
         except ForgejaxError as error:
             return _refuse(409 if self._driver.healthy else 503, str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})

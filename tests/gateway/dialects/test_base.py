@@ -14,6 +14,7 @@ from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply import Delta, PartEnd, Reply, TextDelta
 from forgejax.gateway.dialects import DIALECTS
 from forgejax.gateway.dialects.base import AskingSession, Event, Page, ParsedRequest, ReplyHead, Route, find_bearer
+from forgejax.gateway.limits import LimitsConfig
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError, refuse_field
 from forgejax.types import SamplingLaw, Session
@@ -26,6 +27,7 @@ class Telegram:
     name = "telegram"
     routes = (Route(path="/telegram"), Route(method="PUT", path="/telegram/wire"))
     credential_form = "X-Stamp: KEY"
+    statuses: Mapping[str, int] = {}
     streamed_failures = frozenset({"context_length_exceeded"})
 
     @property
@@ -163,7 +165,7 @@ async def test_what_a_dialect_asks_to_keep_the_session_remembers_and_no_other_se
 
 async def test_every_refusal_under_a_dialects_paths_is_in_its_own_shape_and_no_other(chat_format: ChatFormat) -> None:
     dialects = (*DIALECTS, Telegram())
-    gateway = await started(ScriptedSampler(chat_format), dialects=dialects, max_body_bytes=1000)
+    gateway = await started(ScriptedSampler(chat_format), dialects=dialects, limits=LimitsConfig(body_bytes=1000))
     session = gateway.open(TRAINING)
     url, key = host(session), session.api_key
     refusals = {

@@ -13,6 +13,7 @@ import pytest
 from forgejax.chat import ChatFormat
 from forgejax.errors import EngineError, GatewayError
 from forgejax.gateway.dialects import DIALECTS
+from forgejax.gateway.limits import LimitsConfig
 from forgejax.types import Completion, OnTokens, SampleRequest
 from tests.gateway.asking import BODY, GOOD, USER, client, post, until
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
@@ -29,7 +30,7 @@ async def test_dialects_that_share_a_route_and_none_at_all_are_refused_before_an
 
 
 async def test_a_body_over_the_limit_is_a_413(chat_format: ChatFormat) -> None:
-    gateway = await started(ScriptedSampler(chat_format), max_body_bytes=1000)
+    gateway = await started(ScriptedSampler(chat_format), limits=LimitsConfig(body_bytes=1000))
     status, error = await post(gateway.open(TRAINING), b" " * 2000)
     await gateway.stop()
     assert (status, error["code"]) == (413, "body_too_large")

@@ -20,7 +20,7 @@ import numpy as np
 from forgejax.learner import Sample
 from forgejax.models import PolicyConfig
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _PACKAGE = "google-tunix==0.1.7"
 _INSTALL_S, _ANSWER_S = 1800, 900
 

@@ -1,25 +1,29 @@
-"""Long random conversations in every dialect: what the agent is given is what was drawn, and the tree is the one the
-agent walked."""
+"""Long random conversations through the vendors' own clients, in every dialect: what the agent is given is what was
+drawn, and the tree is the one the agent walked."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import anthropic
 import numpy as np
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openai import AsyncOpenAI
 
 from forgejax.chat import ChatFormat
 from forgejax.gateway import Gateway
 from forgejax.types import Session, Turn
 from tests.chat.families import load_families
-from tests.gateway.asking import ask_messages, client
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
 
+Dialect = Literal["chat", "responses", "messages"]
+DIALECTS: tuple[Dialect, ...] = ("chat", "responses", "messages")
+FINAL = {"chat": "get_final_completion", "responses": "get_final_response", "messages": "get_final_message"}
 NAMES = ("sh", "nope")
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "number"}}}
 WORDS = st.sampled_from(["", "So.", "I look: é🙂", "a < b </tool> {"])
@@ -57,13 +61,59 @@ REPLIES = st.builds(
 ).filter(lambda reply: bool(reply.text or reply.calls))
 
 
+class Clients:
+    """The clients of a session, sync and async; a request goes through one of them, whole or streamed."""
+
+    def __init__(self, session: Session) -> None:
+        options: Any = {"api_key": session.api_key, "max_retries": 0, "timeout": 60}
+        bare = session.base_url.removesuffix("/v1")  # anthropic's client adds its own
+        self._openai = openai.OpenAI(base_url=session.base_url, **options)
+        self._openai_async = openai.AsyncOpenAI(base_url=session.base_url, **options)
+        self._anthropic = anthropic.Anthropic(base_url=bare, **options)
+        self._anthropic_async = anthropic.AsyncAnthropic(base_url=bare, **options)
+
+    async def close(self) -> None:
+        self._openai.close()
+        self._anthropic.close()
+        await self._openai_async.close()
+        await self._anthropic_async.close()
+
+    async def ask(self, dialect: Dialect, body: dict[str, Any], *, stream: bool, sync: bool) -> Any:
+        """The client's own object for the answer: a chat completion, a response or a message."""
+        openai_, anthropic_ = self._openai, self._anthropic
+        if sync:
+            resources: Any = {"chat": openai_.chat.completions, "responses": openai_.responses}
+            return await asyncio.to_thread(
+                ask_sync, (resources | {"messages": anthropic_.messages})[dialect], body, stream
+            )
+        resource: Any = {
+            "chat": self._openai_async.chat.completions,
+            "responses": self._openai_async.responses,
+            "messages": self._anthropic_async.messages,
+        }[dialect]
+        if not stream:
+            return await resource.create(**body)
+        async with resource.stream(**body) as events:
+            seen = [event async for event in events]
+            assert seen
+            return await getattr(events, FINAL[dialect])()
+
+
+def ask_sync(resource: Any, body: dict[str, Any], stream: bool) -> Any:
+    if not stream:
+        return resource.create(**body)
+    with resource.stream(**body) as events:
+        assert list(events)
+        final = next(name for name in FINAL.values() if hasattr(events, name))
+        return getattr(events, final)()
+
+
 @dataclass
 class Agent:
     """One branch of a conversation, in a dialect; ``said`` is what it was given."""
 
-    dialect: Literal["chat", "responses", "messages"]
-    session: Session
-    openai: AsyncOpenAI
+    dialect: Dialect
+    clients: Clients
     history: list[Any] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)  # unanswered: id and kind
 
@@ -80,20 +130,20 @@ class Agent:
             results = [{"type": "tool_result", "tool_use_id": id_, "content": text} for id_, _ in calls]
             self.history.append({"role": "user", "content": results})
 
-    async def ask(self, *, stream: bool, keep: bool) -> tuple[str, str, list[tuple[str, Any]]]:
+    async def ask(self, *, stream: bool, sync: bool, keep: bool) -> tuple[str, str, list[tuple[str, Any]]]:
         """The thought, the text and the calls of the next reply, which goes into the history."""
-        thought, text, calls = await getattr(self, f"_ask_{self.dialect}")(stream, keep)
+        body = getattr(self, f"_word_{self.dialect}")()
+        answer = await self.clients.ask(self.dialect, body, stream=stream, sync=sync)
+        thought, text, calls = getattr(self, f"_read_{self.dialect}")(answer, keep)
         return thought, text, [(name, json.loads(raw)) for name, raw in calls]
 
-    async def _ask_chat(self, stream: bool, keep: bool) -> Any:
+    def _word_chat(self) -> dict[str, Any]:
         functions = [{"name": name, "parameters": SCHEMA} for name in NAMES]
         tools = [{"type": "function", "function": function} for function in functions]
-        body: dict[str, Any] = {"model": "m", "messages": self.history, "tools": tools}
-        if stream:
-            async with self.openai.chat.completions.stream(**body) as events:
-                message = (await events.get_final_completion()).choices[0].message
-        else:
-            message = (await self.openai.chat.completions.create(**body)).choices[0].message
+        return {"model": "m", "messages": self.history, "tools": tools}
+
+    def _read_chat(self, completion: Any, keep: bool) -> Any:
+        message = completion.choices[0].message
         made = message.tool_calls or []
         wired = [
             {"id": c.id, "type": "function", "function": c.function.model_dump(include={"name", "arguments"})}
@@ -105,14 +155,11 @@ class Agent:
         self.calls = [(call.id, "function") for call in made]
         return thought, message.content or "", [(call.function.name, call.function.arguments) for call in made]
 
-    async def _ask_responses(self, stream: bool, keep: bool) -> Any:
+    def _word_responses(self) -> dict[str, Any]:
         tools = [{"type": "function", "name": name, "parameters": SCHEMA, "strict": False} for name in NAMES]
-        body: dict[str, Any] = {"model": "m", "input": self.history, "tools": tools, "store": False}
-        if stream:
-            async with self.openai.responses.stream(**body) as events:
-                response: Any = await events.get_final_response()
-        else:
-            response = await self.openai.responses.create(**body)
+        return {"model": "m", "input": self.history, "tools": tools, "store": False}
+
+    def _read_responses(self, response: Any, keep: bool) -> Any:
         thought, text, calls = "", "", []
         for item in response.output:
             echo = item.model_dump(exclude_none=True, exclude={"parsed_arguments"})
@@ -128,10 +175,12 @@ class Agent:
                 self.history.append(echo)
         return thought, text, calls
 
-    async def _ask_messages(self, stream: bool, keep: bool) -> Any:
+    def _word_messages(self) -> dict[str, Any]:
         tools = [{"name": name, "input_schema": SCHEMA} for name in NAMES]
-        _, message = await ask_messages(self.session, messages=self.history, tools=tools, stream=stream, max_tokens=999)
-        blocks = message["content"]
+        return {"model": "m", "messages": self.history, "tools": tools, "max_tokens": 999}
+
+    def _read_messages(self, message: Any, keep: bool) -> Any:
+        blocks = [block.model_dump(exclude_none=True) for block in message.content]
         kept = [block for block in blocks if keep or block["type"] != "thinking"]
         self.history.append({"role": "assistant", "content": kept})
         calls = [block for block in blocks if block["type"] == "tool_use"]
@@ -157,19 +206,22 @@ async def walk(
     """Plays some branches, each forked off an earlier one; gives the turns, and the parents as they were walked."""
     session = gateway.open(TRAINING)
     parents: list[int | None] = []
-    async with client(session) as openai:
+    clients = Clients(session)
+    try:
         for _ in range(data.draw(st.integers(1, 2))):
-            dialect: Any = data.draw(st.sampled_from(["chat", "responses", "messages"]))
-            agent, parent = Agent(dialect, session, openai), None
+            agent, parent = Agent(data.draw(st.sampled_from(DIALECTS)), clients), None
             agent.say(f"Question {len(parents)}?")
             for _ in range(data.draw(st.integers(1, 4))):
                 reply = data.draw(REPLIES)
                 sampler.script.append(spell_ids(sampler.chat_format, reply))
-                given_ = await agent.ask(stream=data.draw(st.booleans()), keep=data.draw(st.booleans()))
+                stream, sync, keep = data.draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+                given_ = await agent.ask(stream=stream, sync=sync, keep=keep)
                 assert given_ == (reply.thought, reply.text, list(reply.calls))
                 parents.append(parent)
                 parent = len(parents) - 1
                 agent.say(data.draw(st.sampled_from(["out", "é🙂", "<|im_end|>"])))
+    finally:
+        await clients.close()
     return await gateway.close(session.id), parents
 
 
