@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 from forgejax.errors import ConfigError
+from forgejax.gateway.side_calls.rules import SideCall, SideCallRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class GatewayConfig:
     an agent may take to send its request or to read a piece of a stream; ``cancel_grace_s`` how long a cancelled
     request may take to hand back the tokens it has drawn; ``heartbeat_s`` how long a stream may be silent before a
     comment is sent, for agents that give up on one. ``tool_format`` is how the policy writes tool calls; ``auto`` takes
-    the format its chat template writes.
+    the format its chat template writes. ``record`` is a folder in which sessions are kept, each in a file of its own;
+    ``side_calls`` are the rules for requests that are no part of a task.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +37,8 @@ class GatewayConfig:
     heartbeat_s: float = 10.0
     max_body_bytes: int = 16 * 1024 * 1024
     allow_anonymous: bool = False
+    record: str | None = None
+    side_calls: tuple[SideCall, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -49,5 +53,6 @@ class GatewayConfig:
         for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "heartbeat_s", "max_body_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")
+        SideCallRules(self.side_calls)
         if not self.host or not self.model_name:
             raise ConfigError("gateway.host and gateway.model_name must not be empty")

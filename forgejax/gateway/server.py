@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from aiohttp import web
 
@@ -16,8 +17,11 @@ from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
 from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.metrics import GatewayMetrics
+from forgejax.gateway.records.base import SessionRecords
+from forgejax.gateway.records.writer import RecordFolder
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
+from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)
@@ -49,11 +53,18 @@ class Gateway:
             context_length=context_length,
             config=config,
             metrics=self.metrics,
+            side_calls=SideCallRules(config.side_calls),
+            records=self._open_records(context_length),
         )
         self._sessions = SessionTable(self._service)
         self._dialects = dialects
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
+
+    def _open_records(self, context_length: int) -> SessionRecords:
+        if self._config.record is None:
+            return SessionRecords()
+        return RecordFolder(Path(self._config.record), self._config, context_length, self.metrics)
 
     @property
     def url(self) -> str:

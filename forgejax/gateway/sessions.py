@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from forgejax.chat.format import ChatFormat
 from forgejax.chat.messages import ChatRequest
@@ -14,13 +14,17 @@ from forgejax.chat.reply import Reply
 from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
+from forgejax.gateway.calls import AskedCall
 from forgejax.gateway.config import GatewayConfig
-from forgejax.gateway.conversation import Conversation, LocatedRequest, Prompt
+from forgejax.gateway.conversation import Branch, Conversation, LocatedRequest, Prompt
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.pending import PendingReply
+from forgejax.gateway.records.base import RecordedDraw, SessionRecords
 from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_closed_session
-from forgejax.gateway.retries import AnswerLog, RetryHints
+from forgejax.gateway.retries import AnswerLog
+from forgejax.gateway.side_calls.canned import Answering, CannedReply
+from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.types import Completion, Sampler, SampleRequest, SessionSpec, Turn
 
 _LONG_CHARACTERS = 20_000  # some 10 ms of encoding
@@ -39,6 +43,8 @@ class Service:
     context_length: int
     config: GatewayConfig
     metrics: GatewayMetrics
+    side_calls: SideCallRules = field(default_factory=SideCallRules)
+    records: SessionRecords = field(default_factory=SessionRecords)
 
 
 class SessionLog:
@@ -47,8 +53,8 @@ class SessionLog:
     Turns are numbered by the arrival of their request; requests that brought no token leave a gap until ``turns``.
     """
 
-    def __init__(self, service: Service, spec: SessionSpec) -> None:
-        self.id = secrets.token_hex(8)
+    def __init__(self, service: Service, spec: SessionSpec, session_id: str | None = None) -> None:
+        self.id = secrets.token_hex(8) if session_id is None else session_id
         self.api_key = f"fjx-{secrets.token_urlsafe(24)}"
         self._service = service
         self._spec = spec
@@ -61,20 +67,40 @@ class SessionLog:
         self._closed_with: tuple[Turn, ...] | None = None
         self.closed = False
         self.memory = ReplyMemory()
+        self._branches: dict[int, Branch | None] = {}  # by number, as turns
+        self._canned = 0
+        self._record = service.records.open(self.id, spec)
 
-    async def ask(self, chat: ChatRequest, *, stream: bool, hints: RetryHints) -> PendingReply:
-        """Sends a request on its way, or gives the recorded answer of one that is sent again. Raises RefusedError
-        where it cannot be sampled.
+    async def ask(self, asked: AskedCall) -> Answering:
+        """Sends a request on its way, or gives the recorded answer of one that is sent again, or that of a rule for
+        side calls. Raises RefusedError where it cannot be sampled.
 
-        With ``stream`` its deltas come while they are drawn, else when the reply is complete.
+        Where it streams, its deltas come while they are drawn, else when the reply is complete.
         """
+        call = self._record.begin(asked, self._answers.list_undelivered(), self._answers.list_left())
+        rule = asked.side_call
+        if rule is not None:
+            self._service.metrics.side_calls.labels(rule.name, "canned" if rule.canned else "policy").inc()
+        if rule is not None and rule.canned:
+            self._record.can(call, rule)
+            self._canned += 1
+            return CannedReply(f"{self.id}-side{self._canned}", rule.answer)
+        try:
+            return await self._sample(asked, call)
+        except RefusedError as refusal:
+            self._record.refuse(call, refusal)
+            raise
+
+    async def _sample(self, asked: AskedCall, call: int) -> PendingReply:
         requested_at = time.monotonic()
+        chat = asked.chat
         tool_format = self._choose_tool_format(chat)
         located = self._conversation.locate(chat)
-        recorded = self._answers.find(located, hints)
+        recorded = self._answers.find(located, asked.hints)
         if recorded is not None:
             self._service.metrics.retries.inc()
             recorded.replayed = True
+            self._record.repeat(call, int(recorded.id.rpartition("-")[2]))
             return recorded
         number = self._arrived
         self._arrived += 1
@@ -83,29 +109,44 @@ class SessionLog:
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
         request = self._make_request(chat, prompt, number)
         service = self._service
-        if prompt.branch is not None:
+        if prompt.branch is not None and asked.side_call is None:
             service.metrics.branches.labels(prompt.branch).inc()
         signature = f"turn-{self.id}-{number}"
         builder = ReplyBuilder(
             service.chat_format, tool_format, chat, number=number, signature=signature, thinking=prompt.thinking
         )
 
+        side_reason = None if asked.side_call is None else asked.side_call.reason
+
         def record(completion: Completion, reply: Reply, abandoned: bool) -> None:
             said = None if abandoned else reply.message
             self._conversation.add_turn(number, prompt, completion, said, signature)
+            turn = None
             if len(completion.token_ids) > 0:
                 malformed = len(builder.malformed)
-                self._turns[number] = Turn(
+                turn = Turn(
                     index=number,
                     completion=completion,
                     parent=prompt.parent,
                     requested_at=requested_at,
                     finished_at=time.monotonic(),
                     requested_law=chat.law,
-                    untrainable=_judge_untrainable(completion, abandoned),
+                    untrainable=side_reason or _judge_untrainable(completion, abandoned),
                     tool_calls=_count_well_formed(reply),
                     malformed_tool_calls=malformed,
                 )
+                self._turns[number], self._branches[number] = turn, prompt.branch
+            self._record.draw(
+                call,
+                RecordedDraw(
+                    number=number,
+                    prompt=prompt,
+                    request=request,
+                    completion=completion,
+                    turn=turn,
+                    abandoned=abandoned,
+                ),
+            )
             _count(service.metrics, completion, reply, builder)
 
         pending = PendingReply(
@@ -113,14 +154,14 @@ class SessionLog:
             request=request,
             builder=builder,
             begun=builder.begin(prompt.forced),
-            live=stream or bool(chat.stop),
+            live=asked.stream or bool(chat.stop),
             grace_s=service.config.cancel_grace_s,
             record=record,
         )
-        self._answers.add(located, hints, number, pending)
+        self._answers.add(located, asked.hints, number, pending)
         self._pending.add(pending)
         service.metrics.in_flight.inc()
-        pending.task.add_done_callback(lambda _: self._drop(pending))
+        pending.task.add_done_callback(lambda task: self._drop(pending, task, call, number))
         return pending
 
     async def count_tokens(self, chat: ChatRequest) -> int:
@@ -140,9 +181,15 @@ class SessionLog:
             await asyncio.wait(tasks, timeout=2 * self._service.config.cancel_grace_s)
         if self._closed_with is None:
             self._closed_with = self.turns()
+            self._record.close(self._answers.list_undelivered())
             self._conversation.forget()
             self._answers.forget()
         return self._closed_with
+
+    @property
+    def branches(self) -> tuple[Branch | None, ...]:
+        """Why each of the turns goes on from no earlier one, None where it does or is the first."""
+        return tuple(branch for _, branch in sorted(self._branches.items()))
 
     def turns(self) -> tuple[Turn, ...]:
         index_of = {number: index for index, number in enumerate(sorted(self._turns))}
@@ -184,8 +231,11 @@ class SessionLog:
             )
         return self._service.tool_format
 
-    def _drop(self, pending: PendingReply) -> None:
+    def _drop(self, pending: PendingReply, task: asyncio.Task[Reply], call: int, number: int) -> None:
         self._pending.discard(pending)
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
+            self._record.fail(call, number, "cancelled" if error is None else str(error))
         self._service.metrics.in_flight.dec()
         if pending.abandoned:
             self._service.metrics.cancelled.inc()
