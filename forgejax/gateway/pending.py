@@ -12,6 +12,8 @@ from forgejax.errors import EngineError
 from forgejax.gateway.refusals import RefusedError
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
 
+_ENGINE_RETRY_S = 2.0
+
 RecordReply = Callable[[Completion, Reply, bool], None]
 """Records what the engine returned: the completion, the reply, and whether the request was abandoned."""
 
@@ -133,5 +135,7 @@ class PendingReply:
             raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
         error = self.task.exception()
         if isinstance(error, EngineError):
-            raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
+            raise RefusedError(
+                503, f"the engine failed: {error}", code="engine_error", retry_after_s=_ENGINE_RETRY_S
+            ) from error
         return self.task.result()

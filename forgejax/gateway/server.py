@@ -16,12 +16,14 @@ from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
 from forgejax.gateway.http.deliveries import Deliveries
+from forgejax.gateway.http.session_pages import add_session_pages
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.records.base import SessionRecords
 from forgejax.gateway.records.writer import RecordFolder
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
 from forgejax.gateway.side_calls.rules import SideCallRules
+from forgejax.gateway.walk_in import StandAlone, WalkInSessions
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
 _log = logging.getLogger(__name__)
@@ -31,8 +33,9 @@ class Gateway:
     """Implements ``forgejax.types.Sessions``. All of it belongs to the event loop that runs ``start``.
 
     ``context_length`` is the engine's: prompt and reply together never exceed it. ``dialects`` are the wire
-    formats that are served; the first words the errors of paths that are no dialect's. Raises GatewayError where the
-    chat template leaves unclear how the policy calls tools.
+    formats that are served; the first words the errors of paths that are no dialect's. With ``alone`` it opens sessions
+    for whoever comes, and has pages for its owner. Raises GatewayError where the chat template leaves unclear how the
+    policy calls tools, or where nothing can be recorded.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Gateway:
         context_length: int,
         config: GatewayConfig,
         dialects: Sequence[Dialect] = DIALECTS,
+        *,
+        alone: StandAlone | None = None,
     ) -> None:
         self.metrics = GatewayMetrics()
         self._config = config
@@ -57,6 +62,7 @@ class Gateway:
             records=self._open_records(context_length),
         )
         self._sessions = SessionTable(self._service)
+        self._alone = alone
         self._dialects = dialects
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
@@ -85,7 +91,7 @@ class Gateway:
         # An agent that closes its connection ends its request.
         deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
-            build_app(self._service, self._sessions, self._dialects, deliveries),
+            self._build_app(deliveries),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=5.0,
@@ -103,6 +109,14 @@ class Gateway:
         name = self._config.public_host or ("127.0.0.1" if everywhere else host)
         self._url = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
         return self._url
+
+    def _build_app(self, deliveries: Deliveries) -> web.Application:
+        if self._alone is None:
+            return build_app(self._service, self._sessions, self._dialects, deliveries)
+        walk_ins = WalkInSessions(self._sessions, self._alone)
+        app = build_app(self._service, walk_ins, self._dialects, deliveries)
+        add_session_pages(app, walk_ins, self._alone, self._config, lambda: self.url)
+        return app
 
     async def stop(self) -> None:
         """Closes every session and the port. Idempotent."""

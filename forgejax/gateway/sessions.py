@@ -108,14 +108,28 @@ class SessionLog:
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
         request = self._make_request(chat, prompt, number)
-        service = self._service
+        pending = self._send(asked, tool_format, prompt, request, call=call, number=number, requested_at=requested_at)
+        self._answers.add(located, asked.hints, number, pending)
+        return pending
+
+    def _send(
+        self,
+        asked: AskedCall,
+        tool_format: ToolCallFormat,
+        prompt: Prompt,
+        request: SampleRequest,
+        *,
+        call: int,
+        number: int,
+        requested_at: float,
+    ) -> PendingReply:
+        chat, service = asked.chat, self._service
         if prompt.branch is not None and asked.side_call is None:
             service.metrics.branches.labels(prompt.branch).inc()
         signature = f"turn-{self.id}-{number}"
         builder = ReplyBuilder(
             service.chat_format, tool_format, chat, number=number, signature=signature, thinking=prompt.thinking
         )
-
         side_reason = None if asked.side_call is None else asked.side_call.reason
 
         def record(completion: Completion, reply: Reply, abandoned: bool) -> None:
@@ -136,17 +150,10 @@ class SessionLog:
                     malformed_tool_calls=malformed,
                 )
                 self._turns[number], self._branches[number] = turn, prompt.branch
-            self._record.draw(
-                call,
-                RecordedDraw(
-                    number=number,
-                    prompt=prompt,
-                    request=request,
-                    completion=completion,
-                    turn=turn,
-                    abandoned=abandoned,
-                ),
+            drawn = RecordedDraw(
+                number=number, prompt=prompt, request=request, completion=completion, turn=turn, abandoned=abandoned
             )
+            self._record.draw(call, drawn)
             _count(service.metrics, completion, reply, builder)
 
         pending = PendingReply(
@@ -158,7 +165,6 @@ class SessionLog:
             grace_s=service.config.cancel_grace_s,
             record=record,
         )
-        self._answers.add(located, asked.hints, number, pending)
         self._pending.add(pending)
         service.metrics.in_flight.inc()
         pending.task.add_done_callback(lambda task: self._drop(pending, task, call, number))

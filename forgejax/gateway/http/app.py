@@ -22,7 +22,7 @@ from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import RefusedError, refuse_closed_session
 from forgejax.gateway.retries import RetryHints
-from forgejax.gateway.session_table import SessionTable
+from forgejax.gateway.session_table import SessionFinder
 from forgejax.gateway.sessions import Service, SessionLog
 from forgejax.gateway.side_calls.canned import Answering
 
@@ -32,7 +32,7 @@ _STATUS_S = 0.05  # a stream waits so long for its first token before it answers
 
 
 def build_app(
-    service: Service, sessions: SessionTable, dialects: Sequence[Dialect], deliveries: Deliveries
+    service: Service, sessions: SessionFinder, dialects: Sequence[Dialect], deliveries: Deliveries
 ) -> web.Application:
     """An application that serves ``sessions`` in every one of ``dialects``.
 
@@ -105,7 +105,7 @@ def _check_routes(dialects: Sequence[Dialect]) -> None:
 class ChatHandler:
     """Reads a request, samples for its session and writes the answer in its wire format."""
 
-    def __init__(self, service: Service, sessions: SessionTable, dialect: Dialect, deliveries: Deliveries) -> None:
+    def __init__(self, service: Service, sessions: SessionFinder, dialect: Dialect, deliveries: Deliveries) -> None:
         self._service = service
         self._sessions = sessions
         self._dialect = dialect

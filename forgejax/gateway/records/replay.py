@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from forgejax.chat.format import ChatFormat
 from forgejax.chat.tool_calls import ToolFormatName
 from forgejax.chat.tool_format import choose_tool_format, shows_tools
 from forgejax.gateway.config import GatewayConfig
-from forgejax.gateway.dialects import DIALECTS
+from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.records.lines import TurnLine
 from forgejax.gateway.records.player import Player, Prompter
@@ -31,7 +32,10 @@ class ReplayedSession:
 
 
 async def replay_session(
-    recorded: RecordedSession, chat_format: ChatFormat, tool_format: ToolFormatName | None = None
+    recorded: RecordedSession,
+    chat_format: ChatFormat,
+    tool_format: ToolFormatName | None = None,
+    dialects: Sequence[Dialect] = DIALECTS,
 ) -> ReplayedSession:
     """Plays ``recorded`` with the settings it was recorded with, or another ``tool_format``.
 
@@ -59,8 +63,8 @@ async def replay_session(
     )
     spec = SessionSpec(purpose=opening.purpose, law=opening.law, seed=opening.seed)
     session = SessionLog(service, spec, opening.session)
-    dialects = {dialect.name: dialect for dialect in DIALECTS}
-    player = Player(recorded, service, session, prompter=prompter, witness=witness, dialects=dialects)
+    speaks = {dialect.name: dialect for dialect in dialects}
+    player = Player(recorded, service, session, prompter=prompter, witness=witness, dialects=speaks)
     try:
         await player.play()
     finally:

@@ -36,7 +36,7 @@ class VllmClient:
         if not gives_logprobs_of(request.law):
             raise EngineError(
                 f"request {request.request_id} asks for temperature {request.law.temperature:g}, and vLLM gives "
-                "log-probabilities at temperature 1 alone; set the law of every request with --law.temperature 1"
+                "log-probabilities at temperature 1 alone; set the law of every request with --temperature 1"
             )
         if self._model is None:
             await self.look()
