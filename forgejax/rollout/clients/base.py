@@ -74,7 +74,9 @@ class HttpClient:
                     raise EngineError(f"{where} answers {response.status}: {(await response.text())[:500]}")
                 return json.loads(await response.read())
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise EngineError(f"no answer from {where} ({error!r}); is a server of tokens running there?") from error
+            raise EngineError(
+                f"no answer from {where} ({str(error) or repr(error)}); is a server of tokens running there?"
+            ) from error
         except ValueError as error:
             raise EngineError(f"{where} does not answer in JSON ({error}); is it the address of another?") from error
 
@@ -98,7 +100,9 @@ class HttpClient:
                         return
                     yield _read_event(data, name)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise EngineError(f"request {name}: no answer from {where} ({error!r}); is the server running?") from error
+            raise EngineError(
+                f"request {name}: no answer from {where} ({str(error) or repr(error)}); is the server running?"
+            ) from error
         raise EngineError(f"request {name}: {where} closed its answer before the end; ask again")
 
     def _require_session(self) -> aiohttp.ClientSession:
