@@ -14,7 +14,7 @@ from forgejax.chat.reply import Reply
 from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
-from forgejax.gateway.calls import AskedCall
+from forgejax.gateway.asked import AskedRequest
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.conversation import Branch, Conversation, LocatedRequest, Prompt
 from forgejax.gateway.memory import ReplyMemory
@@ -71,27 +71,27 @@ class SessionLog:
         self._canned = 0
         self._record = service.records.open(self.id, spec)
 
-    async def ask(self, asked: AskedCall) -> Answering:
+    async def ask(self, asked: AskedRequest) -> Answering:
         """Sends a request on its way, or gives the recorded answer of one that is sent again, or that of a rule for
         side calls. Raises RefusedError where it cannot be sampled.
 
         Where it streams, its deltas come while they are drawn, else when the reply is complete.
         """
-        call = self._record.begin(asked, self._answers.list_undelivered(), self._answers.list_left())
+        ask = self._record.begin(asked, self._answers.list_undelivered(), self._answers.list_left())
         rule = asked.side_call
         if rule is not None:
             self._service.metrics.side_calls.labels(rule.name, "canned" if rule.canned else "policy").inc()
         if rule is not None and rule.canned:
-            self._record.can(call, rule)
+            self._record.can(ask, rule)
             self._canned += 1
             return CannedReply(f"{self.id}-side{self._canned}", rule.answer)
         try:
-            return await self._sample(asked, call)
+            return await self._sample(asked, ask)
         except RefusedError as refusal:
-            self._record.refuse(call, refusal)
+            self._record.refuse(ask, refusal)
             raise
 
-    async def _sample(self, asked: AskedCall, call: int) -> PendingReply:
+    async def _sample(self, asked: AskedRequest, ask: int) -> PendingReply:
         requested_at = time.monotonic()
         chat = asked.chat
         tool_format = self._choose_tool_format(chat)
@@ -100,7 +100,7 @@ class SessionLog:
         if recorded is not None:
             self._service.metrics.retries.inc()
             recorded.replayed = True
-            self._record.repeat(call, int(recorded.id.rpartition("-")[2]))
+            self._record.repeat(ask, int(recorded.id.rpartition("-")[2]))
             return recorded
         number = self._arrived
         self._arrived += 1
@@ -108,18 +108,18 @@ class SessionLog:
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
         request = self._make_request(chat, prompt, number)
-        pending = self._send(asked, tool_format, prompt, request, call=call, number=number, requested_at=requested_at)
+        pending = self._send(asked, tool_format, prompt, request, ask=ask, number=number, requested_at=requested_at)
         self._answers.add(located, asked.hints, number, pending)
         return pending
 
     def _send(
         self,
-        asked: AskedCall,
+        asked: AskedRequest,
         tool_format: ToolCallFormat,
         prompt: Prompt,
         request: SampleRequest,
         *,
-        call: int,
+        ask: int,
         number: int,
         requested_at: float,
     ) -> PendingReply:
@@ -153,7 +153,7 @@ class SessionLog:
             drawn = RecordedDraw(
                 number=number, prompt=prompt, request=request, completion=completion, turn=turn, abandoned=abandoned
             )
-            self._record.draw(call, drawn)
+            self._record.draw(ask, drawn)
             _count(service.metrics, completion, reply, builder)
 
         pending = PendingReply(
@@ -167,7 +167,7 @@ class SessionLog:
         )
         self._pending.add(pending)
         service.metrics.in_flight.inc()
-        pending.task.add_done_callback(lambda task: self._drop(pending, task, call, number))
+        pending.task.add_done_callback(lambda task: self._drop(pending, task, ask, number))
         return pending
 
     async def count_tokens(self, chat: ChatRequest) -> int:
@@ -237,11 +237,11 @@ class SessionLog:
             )
         return self._service.tool_format
 
-    def _drop(self, pending: PendingReply, task: asyncio.Task[Reply], call: int, number: int) -> None:
+    def _drop(self, pending: PendingReply, task: asyncio.Task[Reply], ask: int, number: int) -> None:
         self._pending.discard(pending)
         error = None if task.cancelled() else task.exception()
         if task.cancelled() or error is not None:
-            self._record.fail(call, number, "cancelled" if error is None else str(error))
+            self._record.fail(ask, number, "cancelled" if error is None else str(error))
         self._service.metrics.in_flight.dec()
         if pending.abandoned:
             self._service.metrics.cancelled.inc()

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from forgejax.chat.reply import Delta, Reply, list_deltas
 from forgejax.errors import GatewayError
-from forgejax.gateway.calls import make_call
+from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream, remember_reply
 from forgejax.gateway.http.bodies import read_body
@@ -143,7 +143,7 @@ class ChatHandler:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()
         try:
             hints = RetryHints.read(http.headers)
-            pending = await session.ask(make_call(self._service.side_calls, self._dialect, request, hints))
+            pending = await session.ask(make_asked(self._service.side_calls, self._dialect, request, hints))
         except RefusedError as refusal:
             if request.stream and refusal.code in self._dialect.streamed_failures:
                 return await self._stream_refusal(http, request, refusal)

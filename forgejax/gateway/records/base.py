@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forgejax.gateway.calls import AskedCall
+from forgejax.gateway.asked import AskedRequest
 from forgejax.gateway.conversation import Prompt
 from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.side_calls.rules import SideCall
@@ -30,23 +30,23 @@ class SessionRecord:
     ``unread`` and ``left`` are the numbers of the answers that nobody read, or whose connection was closed, by then.
     """
 
-    def begin(self, call: AskedCall, unread: frozenset[int], left: frozenset[int]) -> int:
+    def begin(self, asked: AskedRequest, unread: frozenset[int], left: frozenset[int]) -> int:
         """A request has come; gives the number by which the rest is told."""
         return 0
 
-    def repeat(self, call: int, number: int) -> None:
+    def repeat(self, ask: int, number: int) -> None:
         """It got the answer recorded for the request ``number``."""
 
-    def can(self, call: int, rule: SideCall) -> None:
+    def can(self, ask: int, rule: SideCall) -> None:
         """It got the text of a rule."""
 
-    def draw(self, call: int, drawn: RecordedDraw) -> None:
+    def draw(self, ask: int, drawn: RecordedDraw) -> None:
         """The engine has returned a completion for it."""
 
-    def refuse(self, call: int, refusal: RefusedError) -> None:
+    def refuse(self, ask: int, refusal: RefusedError) -> None:
         """It was refused before it was sampled."""
 
-    def fail(self, call: int, number: int, why: str) -> None:
+    def fail(self, ask: int, number: int, why: str) -> None:
         """The engine gave no completion for it: it failed, or was cancelled before it had drawn."""
 
     def close(self, unread: frozenset[int]) -> None:

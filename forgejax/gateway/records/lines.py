@@ -1,13 +1,13 @@
 """The lines of a session's file, format 1: one JSON object each, told apart by ``event``.
 
-The file begins with ``open``. Each request is a ``call``; it ends in one of ``turn``, ``again``, ``canned``,
-``refused`` and ``failed``. ``close`` is the last line of a session that ended. Calls are numbered 0, 1, 2, ... as they
-came, and turns as the session numbers its requests, so that gaps are possible. Times are in seconds on the clock of the
-process that wrote them.
+The file begins with ``open``. Each request is an ``ask``; it ends in one of ``turn``, ``again``, ``canned``,
+``refused`` and ``failed``. ``close`` is the last line of a session that ended. Requests are numbered 0, 1, 2, ... as
+they came, and turns as the session numbers what it samples, so that gaps are possible. Times are in seconds on the
+clock of the process that wrote them.
 
 Ids are ``types.compact`` bytes in base64, log-probabilities little-endian float32 in base64, versions runs of
 ``[value, count]``. A prompt is the first ``shared`` ids of the sequence (prompt and reply) of turn ``like``, then its
-own; a body's list of messages the first ``shared`` items of that of call ``like``, then its own.
+own; a body's list of messages the first ``shared`` items of that of the request ``like``, then its own.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class OpenLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     side_calls: tuple[SideCall, ...] = ()
 
 
-class CallLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="call"):
-    call: int
+class AskLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="ask"):
+    ask: int
     dialect: str
     stream: bool = False
     retries: int = 0
@@ -58,7 +58,7 @@ class CallLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 class TurnLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="turn"):
     """A completion. ``prompt`` holds the ids behind the shared ones; ``untrainable`` and the calls are the turn's."""
 
-    call: int
+    ask: int
     number: int
     parent: int | None = None
     branch: str | None = None
@@ -85,17 +85,17 @@ class TurnLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 
 
 class AgainLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="again"):
-    call: int
+    ask: int
     number: int
 
 
 class CannedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="canned"):
-    call: int
+    ask: int
     rule: str
 
 
 class RefusedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="refused"):
-    call: int
+    ask: int
     status: int
     code: str | None = None
     message: str
@@ -104,7 +104,7 @@ class RefusedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 class FailedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="event", tag="failed"):
     """``why`` is "cancelled" or what the engine said."""
 
-    call: int
+    ask: int
     number: int
     why: str
 
@@ -113,7 +113,7 @@ class CloseLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
     unread: list[int] = []
 
 
-RecordLine = OpenLine | CallLine | TurnLine | AgainLine | CannedLine | RefusedLine | FailedLine | CloseLine
+RecordLine = OpenLine | AskLine | TurnLine | AgainLine | CannedLine | RefusedLine | FailedLine | CloseLine
 
 encode_line = msgspec.json.Encoder().encode
 decode_line = msgspec.json.Decoder(RecordLine).decode

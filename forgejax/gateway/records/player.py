@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from forgejax.errors import EngineError, GatewayError
-from forgejax.gateway.calls import make_call
+from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects.base import Dialect, ReplyHead, remember_reply
 from forgejax.gateway.pending import PendingReply
-from forgejax.gateway.records.lines import CallLine, CloseLine, FailedLine, OpenLine, TurnLine
+from forgejax.gateway.records.lines import AskLine, CloseLine, FailedLine, OpenLine, TurnLine
 from forgejax.gateway.records.reader import RecordedSession
 from forgejax.gateway.records.witness import Witness
 from forgejax.gateway.refusals import RefusedError
@@ -23,8 +23,8 @@ _GONE = RefusedError(499, "the agent closed the connection", code="cancelled")
 
 
 @dataclass(kw_only=True, eq=False)
-class PlayedCall:
-    """A call. ``pending`` is there once the sampler was asked for it; ``problem`` is what it was refused with."""
+class PlayedAsk:
+    """A request. ``pending`` is there once the sampler was asked for it; ``problem`` is what it was refused with."""
 
     task: asyncio.Task[None] | None = None
     pending: PendingReply | None = None
@@ -70,7 +70,7 @@ class Player:
     ) -> None:
         self._recorded, self._service, self._session = recorded, service, session
         self._prompter, self._witness, self._dialects = prompter, witness, dialects
-        self.calls: dict[int, PlayedCall] = {}
+        self.asks: dict[int, PlayedAsk] = {}
 
     async def play(self) -> None:
         """Plays all lines. Raises GatewayError where a request does not get on."""
@@ -79,38 +79,38 @@ class Player:
                 raise GatewayError(f"the record of session {line.session} begins twice; give one file a session")
             if isinstance(line, CloseLine):
                 self._mark(line.unread, ())
-            elif isinstance(line, CallLine):
+            elif isinstance(line, AskLine):
                 self._mark(line.unread, line.left)
                 await self._ask(line)
             else:
-                await self._end(line.call, line if isinstance(line, TurnLine | FailedLine) else None)
+                await self._end(line.ask, line if isinstance(line, TurnLine | FailedLine) else None)
 
     def _mark(self, unread: Iterable[int], left: Iterable[int]) -> None:
-        for call in self.calls.values():
-            if call.pending is not None:
-                number = int(call.pending.id.rpartition("-")[2])
-                call.pending.undelivered, call.pending.left = number in unread, number in left
+        for ask in self.asks.values():
+            if ask.pending is not None:
+                number = int(ask.pending.id.rpartition("-")[2])
+                ask.pending.undelivered, ask.pending.left = number in unread, number in left
 
-    async def _ask(self, line: CallLine) -> None:
+    async def _ask(self, line: AskLine) -> None:
         if line.dialect not in self._dialects:
             raise GatewayError(
-                f"call {line.call} was made in the dialect {line.dialect}; known are {', '.join(self._dialects)}"
+                f"request {line.ask} was made in the dialect {line.dialect}; known are {', '.join(self._dialects)}"
             )
-        call = self.calls[line.call] = PlayedCall()
-        call.task = asyncio.create_task(self._serve(line, self._dialects[line.dialect], call))
+        ask = self.asks[line.ask] = PlayedAsk()
+        ask.task = asyncio.create_task(self._serve(line, self._dialects[line.dialect], ask))
         await asyncio.sleep(0)  # by now it has found its place among the turns there are
 
-    async def _serve(self, line: CallLine, dialect: Dialect, call: PlayedCall) -> None:
-        session, body = self._session, self._recorded.bodies[line.call]
-        self._witness.next_call = line.call
+    async def _serve(self, line: AskLine, dialect: Dialect, ask: PlayedAsk) -> None:
+        session, body = self._session, self._recorded.bodies[line.ask]
+        self._witness.next_ask = line.ask
         try:
             request = dialect.parse(body, session.memory)
             hints = RetryHints(count=line.retries, key=line.key)
-            pending = await session.ask(make_call(self._service.side_calls, dialect, request, hints))
+            pending = await session.ask(make_asked(self._service.side_calls, dialect, request, hints))
             if isinstance(pending, PendingReply) and pending.id not in self._prompter.answers and not pending.answered:
-                await self._wait_until(lambda: pending.id in self._prompter.answers, line.call)
+                await self._wait_until(lambda: pending.id in self._prompter.answers, line.ask)
             if isinstance(pending, PendingReply):
-                call.pending = pending
+                ask.pending = pending
                 self._prompter.news.set()
             reply = await pending.wait_reply()
             head = ReplyHead(
@@ -121,17 +121,17 @@ class Player:
             )
             remember_reply(session.memory, head, request, reply, dialect.response(head, request, reply))
         except RefusedError as refusal:
-            call.problem = refusal.message
+            ask.problem = refusal.message
         finally:
             self._prompter.news.set()
 
     async def _end(self, number: int, line: TurnLine | FailedLine | None) -> None:
-        """Lets a call end as it did: with a completion, a failure, or without having been sampled."""
-        call = self.calls[number]
-        task = call.task
+        """Lets a request end as it did: with a completion, a failure, or without having been sampled."""
+        ask = self.asks[number]
+        task = ask.task
         assert task is not None
-        await self._wait_until(lambda: task.done() or call.pending is not None, number)
-        pending = call.pending
+        await self._wait_until(lambda: task.done() or ask.pending is not None, number)
+        pending = ask.pending
         if pending is not None and not pending.task.done():
             answer = self._prompter.answers[pending.id]
             if isinstance(line, TurnLine):
@@ -146,11 +146,11 @@ class Player:
         await self._wait_until(task.done, number)
         task.result()
 
-    async def _wait_until(self, condition: Callable[[], bool], call: int) -> None:
+    async def _wait_until(self, condition: Callable[[], bool], ask: int) -> None:
         try:
             async with asyncio.timeout(_WAIT_S):
                 while not condition():
                     self._prompter.news.clear()
                     await self._prompter.news.wait()
         except TimeoutError as error:
-            raise GatewayError(f"call {call} did not get on within {_WAIT_S:g} s when it was played again") from error
+            raise GatewayError(f"request {ask} did not get on within {_WAIT_S:g} s when it was played again") from error

@@ -15,7 +15,7 @@ from forgejax.errors import GatewayError
 from forgejax.gateway.records.lines import (
     FORMAT,
     ITEM_LISTS,
-    CallLine,
+    AskLine,
     OpenLine,
     RecordLine,
     TurnLine,
@@ -31,8 +31,8 @@ from forgejax.types.compact import unpack_ids
 class RecordedSession:
     """A session as its file tells it.
 
-    ``lines`` are all but the first, ``bodies`` the whole bodies of its calls and ``completions`` those of its turns, by
-    their numbers. ``torn``: the last line was cut off by the end of the process, and is left out.
+    ``lines`` are all but the first, ``bodies`` the whole bodies of its requests and ``completions`` those of its turns,
+    by their numbers. ``torn``: the last line was cut off by the end of the process, and is left out.
     """
 
     opening: OpenLine
@@ -59,8 +59,8 @@ def read_session(path: Path) -> RecordedSession:
     completions: dict[int, Completion] = {}
     for number, line in enumerate(later, start=2):
         try:
-            if isinstance(line, CallLine):
-                bodies[line.call] = _join_body(line, bodies)
+            if isinstance(line, AskLine):
+                bodies[line.ask] = _join_body(line, bodies)
             elif isinstance(line, TurnLine):
                 completions[line.number] = _join_completion(opening.session, line, completions)
         except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -77,7 +77,7 @@ def _read_line(path: Path, number: int, line: bytes) -> RecordLine:
         raise GatewayError(f"{path}, line {number} cannot be read: {error}; it is damaged") from error
 
 
-def _join_body(line: CallLine, bodies: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+def _join_body(line: AskLine, bodies: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
     body: dict[str, Any] = json.loads(bytes(line.body))
     if line.like is None:
         return body

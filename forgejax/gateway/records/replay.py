@@ -79,11 +79,11 @@ def _compare(recorded: RecordedSession, player: Player, witness: Witness, chat_f
         before = describe_end(line)
         if before is None:
             continue
-        call = line.call  # type: ignore[union-attr]  # all that end one have it
-        problem = player.calls[call].problem
-        now = witness.ends.get(call, "never came to its session")
+        ask = line.ask  # type: ignore[union-attr]  # all that end one have it
+        problem = player.asks[ask].problem
+        now = witness.ends.get(ask, "never came to its session")
         if before != now:
-            found.append(f"call {call}: it {before}, and now {now}{f': {problem}' if problem else ''}")
+            found.append(f"request {ask}: it {before}, and now {now}{f': {problem}' if problem else ''}")
         elif isinstance(line, TurnLine):
             found += compare_turn(line, recorded.completions[line.number], witness.draws[line.number], chat_format)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from forgejax.chat.format import ChatFormat
-from forgejax.gateway.calls import AskedCall
+from forgejax.gateway.asked import AskedRequest
 from forgejax.gateway.records.base import RecordedDraw, SessionRecord, SessionRecords
 from forgejax.gateway.records.lines import AgainLine, CannedLine, FailedLine, RecordLine, RefusedLine, TurnLine
 from forgejax.gateway.refusals import RefusedError
@@ -16,41 +16,41 @@ _SHOWN = 12  # ids of a difference
 
 
 class Witness(SessionRecord, SessionRecords):
-    """Remembers how each call ended, in words, and what was drawn for each number. Its own ``SessionRecords``.
+    """Remembers how each request ended, in words, and what was drawn for each number. Its own ``SessionRecords``.
 
-    ``next_call`` is the number of the call that comes next.
+    ``next_ask`` is the number of the call that comes next.
     """
 
     def __init__(self) -> None:
-        self.next_call = 0
+        self.next_ask = 0
         self.ends: dict[int, str] = {}
         self.draws: dict[int, RecordedDraw] = {}
 
     def open(self, session_id: str, spec: SessionSpec) -> SessionRecord:
         return self
 
-    def begin(self, call: AskedCall, unread: frozenset[int], left: frozenset[int]) -> int:
-        return self.next_call
+    def begin(self, asked: AskedRequest, unread: frozenset[int], left: frozenset[int]) -> int:
+        return self.next_ask
 
-    def repeat(self, call: int, number: int) -> None:
-        self.ends[call] = f"got the answer of turn {number} again"
+    def repeat(self, ask: int, number: int) -> None:
+        self.ends[ask] = f"got the answer of turn {number} again"
 
-    def can(self, call: int, rule: SideCall) -> None:
-        self.ends[call] = f"got the text of the rule {rule.name}"
+    def can(self, ask: int, rule: SideCall) -> None:
+        self.ends[ask] = f"got the text of the rule {rule.name}"
 
-    def draw(self, call: int, drawn: RecordedDraw) -> None:
-        self.ends[call] = f"was drawn as turn {drawn.number}"
+    def draw(self, ask: int, drawn: RecordedDraw) -> None:
+        self.ends[ask] = f"was drawn as turn {drawn.number}"
         self.draws[drawn.number] = drawn
 
-    def refuse(self, call: int, refusal: RefusedError) -> None:
-        self.ends[call] = f"was refused ({refusal.code or refusal.status})"
+    def refuse(self, ask: int, refusal: RefusedError) -> None:
+        self.ends[ask] = f"was refused ({refusal.code or refusal.status})"
 
-    def fail(self, call: int, number: int, why: str) -> None:
-        self.ends[call] = "was not answered by the engine"
+    def fail(self, ask: int, number: int, why: str) -> None:
+        self.ends[ask] = "was not answered by the engine"
 
 
 def describe_end(line: RecordLine) -> str | None:
-    """The words ``Witness`` has for the same; None where the line ends no call."""
+    """The words ``Witness`` has for the same; None where the line ends no request."""
     if isinstance(line, AgainLine):
         return f"got the answer of turn {line.number} again"
     if isinstance(line, CannedLine):

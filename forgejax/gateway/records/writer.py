@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from forgejax.errors import GatewayError
-from forgejax.gateway.calls import AskedCall
+from forgejax.gateway.asked import AskedRequest
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.records.base import RecordedDraw, SessionRecord, SessionRecords
@@ -21,7 +21,7 @@ from forgejax.gateway.records.lines import (
     FORMAT,
     ITEM_LISTS,
     AgainLine,
-    CallLine,
+    AskLine,
     CannedLine,
     CloseLine,
     FailedLine,
@@ -39,7 +39,7 @@ from forgejax.types import SessionSpec
 from forgejax.types.compact import Tip, Tips, pack_ids
 
 _log = logging.getLogger(__name__)
-_CALLS_KEPT = 8  # whose messages a later one may begin with
+_ASKS_KEPT = 8  # whose messages a later one may begin with
 
 
 class RecordFolder(SessionRecords):
@@ -84,18 +84,18 @@ class FileRecord(SessionRecord):
         self._failed = False
         self._calls = 0
         self._tips: Tips[int] = Tips()
-        self._lists: deque[tuple[int, list[bytes]]] = deque(maxlen=_CALLS_KEPT)
+        self._lists: deque[tuple[int, list[bytes]]] = deque(maxlen=_ASKS_KEPT)
 
-    def begin(self, call: AskedCall, unread: frozenset[int], left: frozenset[int]) -> int:
+    def begin(self, asked: AskedRequest, unread: frozenset[int], left: frozenset[int]) -> int:
         number, self._calls = self._calls, self._calls + 1
-        like, shared, body = self._share_items(number, call.body)
+        like, shared, body = self._share_items(number, asked.body)
         self._write(
-            CallLine(
-                call=number,
-                dialect=call.dialect,
-                stream=call.stream,
-                retries=call.hints.count,
-                key=call.hints.key,
+            AskLine(
+                ask=number,
+                dialect=asked.dialect,
+                stream=asked.stream,
+                retries=asked.hints.count,
+                key=asked.hints.key,
                 unread=sorted(unread),
                 left=sorted(left),
                 like=like,
@@ -105,20 +105,20 @@ class FileRecord(SessionRecord):
         )
         return number
 
-    def repeat(self, call: int, number: int) -> None:
-        self._write(AgainLine(call=call, number=number))
+    def repeat(self, ask: int, number: int) -> None:
+        self._write(AgainLine(ask=ask, number=number))
 
-    def can(self, call: int, rule: SideCall) -> None:
-        self._write(CannedLine(call=call, rule=rule.name))
+    def can(self, ask: int, rule: SideCall) -> None:
+        self._write(CannedLine(ask=ask, rule=rule.name))
 
-    def draw(self, call: int, drawn: RecordedDraw) -> None:
+    def draw(self, ask: int, drawn: RecordedDraw) -> None:
         completion, turn = drawn.completion, drawn.turn
         prompt_ids = np.asarray(drawn.prompt.ids, np.int32)
         tip = Tip(key=drawn.number, prompt_ids=prompt_ids, sampled_ids=np.asarray(completion.token_ids, np.int32))
         like, shared = self._tips.add(tip)
         self._write(
             TurnLine(
-                call=call,
+                ask=ask,
                 number=drawn.number,
                 parent=drawn.prompt.parent,
                 branch=drawn.prompt.branch,
@@ -145,11 +145,11 @@ class FileRecord(SessionRecord):
             )
         )
 
-    def refuse(self, call: int, refusal: RefusedError) -> None:
-        self._write(RefusedLine(call=call, status=refusal.status, code=refusal.code, message=refusal.message))
+    def refuse(self, ask: int, refusal: RefusedError) -> None:
+        self._write(RefusedLine(ask=ask, status=refusal.status, code=refusal.code, message=refusal.message))
 
-    def fail(self, call: int, number: int, why: str) -> None:
-        self._write(FailedLine(call=call, number=number, why=why))
+    def fail(self, ask: int, number: int, why: str) -> None:
+        self._write(FailedLine(ask=ask, number=number, why=why))
 
     def close(self, unread: frozenset[int]) -> None:
         if self._file is not None:
@@ -159,16 +159,16 @@ class FileRecord(SessionRecord):
         self._failed = True  # nothing more is written
 
     def _share_items(self, number: int, body: Mapping[str, Any]) -> tuple[int | None, int, Mapping[str, Any]]:
-        """The earlier call whose messages this one's begin with, with how many of them, and the body without these."""
+        """The earlier request whose messages this one's begin with, how many of them, and the body without these."""
         field = next((name for name in ITEM_LISTS if isinstance(body.get(name), list)), None)
         if field is None:
             return None, 0, body
         digests = [hashlib.blake2b(msgspec.json.encode(item), digest_size=16).digest() for item in body[field]]
         like, shared = None, 0
-        for call, earlier in self._lists:
+        for ask, earlier in self._lists:
             same = _count_same(earlier, digests)
             if same > shared:
-                like, shared = call, same
+                like, shared = ask, same
         self._lists.append((number, digests))
         return like, shared, body if like is None else {**body, field: body[field][shared:]}
 

@@ -68,9 +68,9 @@ async def test_what_a_history_repeats_is_stored_once(chat_format: ChatFormat, tm
     path = await converse(chat_format, tmp_path, turns=9, words=60)
     session = read_session(path)
     lines = path.read_bytes().split(b"\n")
-    calls = [len(line) for line in lines if b'"event":"call"' in line]
+    asks = [len(line) for line in lines if b'"event":"ask"' in line]
     turns = [len(line) for line in lines if b'"event":"turn"' in line]
-    assert max(calls) < calls[0] + 200 and max(turns) < turns[0] + 200
+    assert max(asks) < asks[0] + 200 and max(turns) < turns[0] + 200
     assert len(session.bodies[8]["messages"]) == 17
     assert [line.shared for line in session.lines if isinstance(line, TurnLine)][-1] > 1000
 

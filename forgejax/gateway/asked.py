@@ -13,7 +13,7 @@ from forgejax.gateway.side_calls.rules import SideCall, SideCallRules
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedCall:
+class AskedRequest:
     """``dialect`` understood ``body`` as ``chat``; ``side_call`` is the rule that holds for it."""
 
     dialect: str
@@ -24,9 +24,9 @@ class AskedCall:
     side_call: SideCall | None = None
 
 
-def make_call(rules: SideCallRules, dialect: Dialect, request: ParsedRequest, hints: RetryHints) -> AskedCall:
+def make_asked(rules: SideCallRules, dialect: Dialect, request: ParsedRequest, hints: RetryHints) -> AskedRequest:
     """``request``, which ``dialect`` has read, with the rule that holds for it."""
-    return AskedCall(
+    return AskedRequest(
         dialect=dialect.name,
         body=request.body,
         chat=request.chat,
