@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from forgejax.chat.tool_calls import TOOL_CALL_FORMATS, ToolFormatName
 from forgejax.errors import ConfigError
 from forgejax.gateway.limits import LimitsConfig
+from forgejax.gateway.side_calls.rules import SideCall, SideCallRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class GatewayConfig:
     request may take to hand back the tokens it has drawn; ``heartbeat_s`` how long a stream may be silent before a
     comment is sent, for agents that give up on one. ``limits`` bounds what agents may ask for. ``allow_anonymous``
     serves requests without a key, in sessions that nothing is kept of; on this machine only. ``tool_format`` is how the
-    policy writes tool calls; ``auto`` takes the format its chat template writes.
+    policy writes tool calls; ``auto`` takes the format its chat template writes. ``record`` is a folder in which
+    sessions are kept, each in a file of its own; ``side_calls`` are the rules for requests that are no part of a task.
     """
 
     host: str = "127.0.0.1"
@@ -38,6 +40,8 @@ class GatewayConfig:
     heartbeat_s: float = 10.0
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     allow_anonymous: bool = False
+    record: str | None = None
+    side_calls: tuple[SideCall, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -52,6 +56,7 @@ class GatewayConfig:
         for name in ("request_timeout_s", "body_timeout_s", "cancel_grace_s", "heartbeat_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; give a positive, finite number")
+        SideCallRules(self.side_calls)
         if not self.host or not self.model_name:
             raise ConfigError("gateway.host and gateway.model_name must not be empty")
         self.check_host(self.host)

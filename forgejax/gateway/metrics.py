@@ -36,6 +36,8 @@ class GatewayMetrics:
         self.cancelled = counter("cancelled", "Requests whose agent went away, or whose session or time ended.")
         self.branches = counter("branches", "Prompts that could not go on from an earlier turn.", "reason")
         self.tool_calls = counter("tool_calls", "Tool calls found in replies.", "result")
+        self.side_calls = counter("side_calls", "Requests that a rule for side calls answered.", "rule", "answer")
+        self.record_errors = counter("record_errors", "Sessions whose record ends early, for it could not be written.")
         self.sessions = Gauge("forgejax_gateway_sessions", "Open sessions.", registry=self.registry)
         self.in_flight = Gauge("forgejax_gateway_in_flight", "Requests in the engine.", registry=self.registry)
         self.request_s = histogram("request_seconds", "Seconds from a request's arrival to its answer.")

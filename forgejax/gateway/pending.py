@@ -13,6 +13,7 @@ from forgejax.gateway.refusals import RefusedError, refuse_overloaded
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
 
 _OVERLOAD_S = 2.0  # until an engine whose queue is full may have room
+_ENGINE_RETRY_S = 2.0
 
 RecordReply = Callable[[Completion, Reply, bool], None]
 """Records what the engine returned: the completion, the reply, and whether the request was abandoned."""
@@ -134,5 +135,7 @@ class PendingReply:
         if isinstance(error, OverloadedError):
             raise refuse_overloaded("the engine", _OVERLOAD_S) from error
         if isinstance(error, EngineError):
-            raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
+            raise RefusedError(
+                503, f"the engine failed: {error}", code="engine_error", retry_after_s=_ENGINE_RETRY_S
+            ) from error
         return self.task.result()

@@ -62,9 +62,13 @@ class AnswerLog:
         self._asked[_digest_request(request)] = asked
         self._all.append(asked)
 
-    def list_undelivered(self) -> set[int]:
+    def list_undelivered(self) -> frozenset[int]:
         """The numbers of the requests whose answer was complete and never read."""
-        return {asked.number for asked in self._all if asked.pending.undelivered}
+        return frozenset(asked.number for asked in self._all if asked.pending.undelivered)
+
+    def list_left(self) -> frozenset[int]:
+        """The numbers of the requests whose connection was closed after they were answered."""
+        return frozenset(asked.number for asked in self._all if asked.pending.left)
 
     def forget(self) -> None:
         self._asked, self._all = {}, []

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from aiohttp import web
 
@@ -16,11 +17,16 @@ from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.dialects import DIALECTS, Dialect
 from forgejax.gateway.http.app import build_app
 from forgejax.gateway.http.deliveries import Deliveries
+from forgejax.gateway.http.session_pages import add_session_pages
 from forgejax.gateway.keys import get_logger
 from forgejax.gateway.limits import Limits
 from forgejax.gateway.metrics import GatewayMetrics
+from forgejax.gateway.records.base import SessionRecords
+from forgejax.gateway.records.writer import RecordFolder
 from forgejax.gateway.session_table import SessionTable
 from forgejax.gateway.sessions import Service
+from forgejax.gateway.side_calls.rules import SideCallRules
+from forgejax.gateway.walk_in import StandAlone, WalkInSessions
 from forgejax.grammar import GrammarCompiler
 from forgejax.types import Sampler, Session, SessionSpec, Turn
 
@@ -32,8 +38,9 @@ class Gateway:
 
     ``context_length`` is the engine's: prompt and reply together never exceed it. ``dialects`` are the wire
     formats that are served; the first words the errors of paths that are no dialect's. ``grammars``, of the format's
-    vocabulary, may be those of an engine in the same process, so that each schema is compiled once. Raises GatewayError
-    where the chat template leaves unclear how the policy calls tools.
+    vocabulary, may be those of an engine in the same process, so that each schema is compiled once. With ``alone`` it
+    opens sessions for whoever comes, and has pages for its owner. Raises GatewayError where the chat template leaves
+    unclear how the policy calls tools, or where nothing can be recorded.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class Gateway:
         dialects: Sequence[Dialect] = DIALECTS,
         *,
         grammars: GrammarCompiler | None = None,
+        alone: StandAlone | None = None,
     ) -> None:
         self.metrics = GatewayMetrics()
         self._config = config
@@ -58,11 +66,19 @@ class Gateway:
             metrics=self.metrics,
             grammars=grammars or GrammarCompiler(chat_format.codec.spell_vocabulary()),
             limits=Limits(config.limits, self.metrics),
+            side_calls=SideCallRules(config.side_calls),
+            records=self._open_records(context_length),
         )
         self._sessions = SessionTable(self._service)
+        self._alone = alone
         self._dialects = dialects
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
+
+    def _open_records(self, context_length: int) -> SessionRecords:
+        if self._config.record is None:
+            return SessionRecords()
+        return RecordFolder(Path(self._config.record), self._config, context_length, self.metrics)
 
     @property
     def url(self) -> str:
@@ -85,7 +101,7 @@ class Gateway:
         # An agent that closes its connection ends its request.
         deliveries = Deliveries(self.metrics)
         runner = web.AppRunner(
-            build_app(self._service, self._sessions, self._dialects, deliveries),
+            self._build_app(deliveries),
             access_log=None,
             logger=get_logger("forgejax.gateway.http.server"),
             handler_cancellation=True,
@@ -106,6 +122,14 @@ class Gateway:
         name = self._config.public_host or ("127.0.0.1" if everywhere else host)
         self._url = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
         return self._url
+
+    def _build_app(self, deliveries: Deliveries) -> web.Application:
+        if self._alone is None:
+            return build_app(self._service, self._sessions, self._dialects, deliveries)
+        walk_ins = WalkInSessions(self._sessions, self._alone)
+        app = build_app(self._service, walk_ins, self._dialects, deliveries)
+        add_session_pages(app, walk_ins, self._alone, self._config, lambda: self.url)
+        return app
 
     async def stop(self) -> None:
         """Closes every session and the port. Idempotent."""

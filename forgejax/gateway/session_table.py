@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from dataclasses import replace
+from typing import Protocol
 
 from forgejax.errors import GatewayError
+from forgejax.gateway.records.base import SessionRecords
 from forgejax.gateway.refusals import RefusedError, refuse_closed_session
 from forgejax.gateway.sessions import Service, SessionLog
 from forgejax.types import SessionSpec, Turn
 
 _CLOSED_KEPT = 64  # sessions that can be closed again; their turns take memory
 _KEYS_KEPT = 1024  # of sessions closed before those
+
+
+class SessionFinder(Protocol):
+    """Tells whose request it is that carries a key."""
+
+    def find(self, api_key: str | None, credential_form: str) -> SessionLog:
+        """The open session of a key; ``credential_form`` says how keys are sent, for whoever sent none.
+
+        Raises RefusedError.
+        """
+        ...
 
 
 class SessionTable:
@@ -44,7 +58,8 @@ class SessionTable:
         if api_key in self._late_keys:
             raise refuse_closed_session()
         if self._service.config.allow_anonymous:
-            return SessionLog(self._service, SessionSpec(purpose="evaluation"), kept=False)
+            unrecorded = replace(self._service, records=SessionRecords())
+            return SessionLog(unrecorded, SessionSpec(purpose="evaluation"), kept=False)
         given = "no API key was sent" if api_key is None else "the API key is unknown"
         raise RefusedError(401, f"{given}; send the session's key as '{credential_form}'", code="invalid_api_key")
 

@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -20,20 +20,24 @@ from forgejax.chat.reply_grammar import make_reply_grammar
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.errors import GrammarError
+from forgejax.gateway.asked import AskedRequest
 from forgejax.gateway.config import GatewayConfig
-from forgejax.gateway.conversation import Conversation, LocatedRequest, Prompt
+from forgejax.gateway.conversation import Branch, Conversation, LocatedRequest, Prompt
 from forgejax.gateway.keys import make_key
 from forgejax.gateway.limits import Limits
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.pending import PendingReply
+from forgejax.gateway.records.base import RecordedDraw, SessionRecords
 from forgejax.gateway.refusals import (
     OverflowRefusedError,
     RefusedError,
     refuse_closed_session,
     refuse_late_session,
 )
-from forgejax.gateway.retries import AnswerLog, RetryHints
+from forgejax.gateway.retries import AnswerLog
+from forgejax.gateway.side_calls.canned import Answering, CannedReply
+from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.grammar import GrammarCompiler
 from forgejax.types import Completion, Grammar, Sampler, SampleRequest, SessionSpec, Turn
 
@@ -55,6 +59,8 @@ class Service:
     metrics: GatewayMetrics
     grammars: GrammarCompiler
     limits: Limits
+    side_calls: SideCallRules = field(default_factory=SideCallRules)
+    records: SessionRecords = field(default_factory=SessionRecords)
 
 
 class SessionLog:
@@ -64,8 +70,10 @@ class SessionLog:
     that is not ``kept`` is let go of after its request, and nothing of it counts as stored.
     """
 
-    def __init__(self, service: Service, spec: SessionSpec, *, kept: bool = True) -> None:
-        self.id = secrets.token_hex(8)
+    def __init__(
+        self, service: Service, spec: SessionSpec, *, session_id: str | None = None, kept: bool = True
+    ) -> None:
+        self.id = secrets.token_hex(8) if session_id is None else session_id
         self.api_key = make_key()
         self.budget = service.limits.make_budget(f"session {self.id} of task {spec.task_id or 'unnamed'}")
         self._kept = kept
@@ -84,55 +92,100 @@ class SessionLog:
         self._closed_with: tuple[Turn, ...] | None = None
         self.closed = False
         self.memory = ReplyMemory()
+        self._branches: dict[int, Branch | None] = {}  # by number, as turns
+        self._canned = 0
+        self._record = service.records.open(self.id, spec)
 
     @property
     def refusal(self) -> RefusedError | None:
         """Why nothing is answered any more: the session is closed, or its deadline has passed."""
         return refuse_closed_session() if self.closed else self._late
 
-    async def ask(self, chat: ChatRequest, *, stream: bool, hints: RetryHints) -> PendingReply:
-        """Sends a request on its way, or gives the recorded answer of one that is sent again. Raises RefusedError
-        where it cannot be sampled.
+    async def ask(self, asked: AskedRequest) -> Answering:
+        """Sends a request on its way, or gives the recorded answer of one that is sent again, or that of a rule for
+        side calls. Raises RefusedError where it cannot be sampled.
 
-        With ``stream`` its deltas come while they are drawn, else when the reply is complete.
+        Where it streams, its deltas come while they are drawn, else when the reply is complete.
         """
+        ask = self._record.begin(asked, self._answers.list_undelivered(), self._answers.list_left())
+        rule = asked.side_call
+        if rule is not None:
+            self._service.metrics.side_calls.labels(rule.name, "canned" if rule.canned else "policy").inc()
+        if rule is not None and rule.canned:
+            self._record.can(ask, rule)
+            self._canned += 1
+            return CannedReply(f"{self.id}-side{self._canned}", rule.answer)
+        try:
+            return await self._sample(asked, ask)
+        except RefusedError as refusal:
+            self._record.refuse(ask, refusal)
+            raise
+
+    async def _sample(self, asked: AskedRequest, ask: int) -> PendingReply:
         requested_at = time.monotonic()
+        chat = asked.chat
         tool_format = self._choose_tool_format(chat)
         located = self._conversation.locate(chat)
-        recorded = self._answers.find(located, hints)
+        recorded = self._answers.find(located, asked.hints)
         if recorded is not None:
             self._service.metrics.retries.inc()
             recorded.replayed = True
+            self._record.repeat(ask, int(recorded.id.rpartition("-")[2]))
             return recorded
-        service = self._service
         number = self._arrived
         self._arrived += 1
         prompt = await self._render_prompt(located)
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
         request = self._make_request(chat, prompt, number, await self._make_grammar(chat, tool_format, prompt))
-        if prompt.branch is not None:
+        pending = self._send(
+            asked, located, tool_format, prompt, request, ask=ask, number=number, requested_at=requested_at
+        )
+        self._answers.add(located, asked.hints, number, pending)
+        return pending
+
+    def _send(
+        self,
+        asked: AskedRequest,
+        located: LocatedRequest,
+        tool_format: ToolCallFormat,
+        prompt: Prompt,
+        request: SampleRequest,
+        *,
+        ask: int,
+        number: int,
+        requested_at: float,
+    ) -> PendingReply:
+        chat, service = asked.chat, self._service
+        if prompt.branch is not None and asked.side_call is None:
             service.metrics.branches.labels(prompt.branch).inc()
         signature = f"turn-{self.id}-{number}"
         builder = ReplyBuilder(
             service.chat_format, tool_format, chat, number=number, signature=signature, thinking=prompt.thinking
         )
+        side_reason = None if asked.side_call is None else asked.side_call.reason
 
         def record(completion: Completion, reply: Reply, abandoned: bool) -> None:
             said = None if abandoned else reply.message
             self._conversation.add_turn(number, prompt, completion, said, signature)
+            turn = None
             if len(completion.token_ids) > 0:
-                self._turns[number] = Turn(
+                turn = Turn(
                     index=number,
                     completion=completion,
                     parent=prompt.parent,
                     requested_at=requested_at,
                     finished_at=time.monotonic(),
                     requested_law=chat.law,
-                    untrainable=_judge_untrainable(request, completion, abandoned),
+                    untrainable=side_reason or _judge_untrainable(request, completion, abandoned),
                     tool_calls=_count_well_formed(reply),
                     malformed_tool_calls=len(builder.malformed),
                 )
+                self._turns[number], self._branches[number] = turn, prompt.branch
+            drawn = RecordedDraw(
+                number=number, prompt=prompt, request=request, completion=completion, turn=turn, abandoned=abandoned
+            )
+            self._record.draw(ask, drawn)
             service.metrics.count_turn(completion, _count_well_formed(reply), len(builder.malformed))
             service.metrics.bound.inc(request.grammar is not None)
             self._store(_measure_turn(completion, located))
@@ -142,14 +195,13 @@ class SessionLog:
             request=request,
             builder=builder,
             begun=builder.begin(prompt.forced),
-            live=stream or bool(chat.stop),
+            live=asked.stream or bool(chat.stop),
             grace_s=service.config.cancel_grace_s,
             record=record,
         )
-        self._answers.add(located, hints, number, pending)
         self._pending.add(pending)
         service.metrics.in_flight.inc()
-        pending.task.add_done_callback(lambda _: self._drop(pending))
+        pending.task.add_done_callback(lambda task: self._drop(pending, task, ask, number))
         return pending
 
     async def count_tokens(self, chat: ChatRequest) -> int:
@@ -177,10 +229,16 @@ class SessionLog:
             await asyncio.wait(tasks, timeout=2 * self._service.config.cancel_grace_s)
         if self._closed_with is None:
             self._closed_with = self.turns()
+            self._record.close(self._answers.list_undelivered())
             self._conversation.forget()
             self._answers.forget()
             self._service.limits.release(self.budget)
         return self._closed_with
+
+    @property
+    def branches(self) -> tuple[Branch | None, ...]:
+        """Why each of the turns goes on from no earlier one, None where it does or is the first."""
+        return tuple(branch for _, branch in sorted(self._branches.items()))
 
     def _expire(self) -> None:
         self._late = refuse_late_session()
@@ -248,8 +306,11 @@ class SessionLog:
             )
         return self._service.tool_format
 
-    def _drop(self, pending: PendingReply) -> None:
+    def _drop(self, pending: PendingReply, task: asyncio.Task[Reply], ask: int, number: int) -> None:
         self._pending.discard(pending)
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
+            self._record.fail(ask, number, "cancelled" if error is None else str(error))
         self._service.metrics.in_flight.dec()
         if pending.abandoned:
             self._service.metrics.cancelled.inc()

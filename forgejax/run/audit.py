@@ -60,7 +60,7 @@ class Audit:
             scored = [np.asarray(scores) for scores in self.learner.score(packed)]
             self.sums.count_gaps(*find_fresh(scored, packed, version))
 
-    def probes(self, packed: PackedStep, owner: str) -> list[SampleRequest]:
+    def probes(self, packed: PackedStep, owner: str, step: int) -> list[SampleRequest]:
         """Requests for a few completions of prompts the step trained on, so that a gap is never measured on nothing.
 
         Their ids begin with ``owner``.

@@ -239,7 +239,7 @@ class Trainer:
 
     def _probe(self, packed: PackedStep) -> None:
         owner = self.account.name_owner("probe", self.step)
-        completions = self.service.probe(self.audit.probes(packed, owner))
+        completions = self.service.probe(self.audit.probes(packed, owner, self.step))
         self.account.count_probes(completions, owner)
         self.audit.measure_probes(completions, self.step)
 

@@ -74,7 +74,7 @@ def test_probes_ask_with_the_prompts_that_were_trained_and_are_told_apart_by_the
     packed = pack([[drawn(name, [-1.0], [0], [0]) for name in "abcdef"]], PACKING)
     law = SamplingLaw(temperature=0.5)
     audit = Audit(learner=cast(Any, None), engines=cast(Any, Records()), packing=PACKING, law=law, sums=RunSums())
-    probes = audit.probes(packed, "probe-2.7")
+    probes = audit.probes(packed, "probe-2.7", 2)
 
     assert [probe.request_id for probe in probes] == [f"probe-2.7-{number}" for number in range(4)]
     assert [probe.prompt_ids.tolist() for probe in probes] == [

@@ -12,7 +12,7 @@ from forgejax.run.build import play_run
 from forgejax.run.config import TrainConfig
 from forgejax.run.loop import Trainer
 from forgejax.run.rundir import RunDir
-from tests.run.tiny_run import Ended, Notes, tiny_config, tiny_place
+from tests.run.tiny_run import Ended, NotesAndWaits, tiny_config, tiny_place
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -32,10 +32,10 @@ class Crash(BaseException):
 
 def play_digested(config: TrainConfig, place: RunDir) -> tuple[Ended, str]:
     """Plays a run to its end, and gives the digest of weights and optimizer as well."""
-    notes, trainers = Notes(), list[Trainer]()
+    notes, trainers = NotesAndWaits(), list[Trainer]()
     with contextlib.closing(place):
         outcome = play_run(config, place, notes, trainers.append)
-    ended = Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines)
+    ended = Ended(config=config, path=place.path, outcome=outcome, notes=notes.lines, waits=notes.waits)
     return ended, digest_arrays(trainers[0].learner.state)
 
 

@@ -6,12 +6,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import export
 import grain
 import jax
 import numpy as np
 import pytest
-import serve
 
 from forgejax.chat import ChatFormat
 from forgejax.errors import CheckpointError, ConfigError
@@ -21,6 +19,7 @@ from forgejax.run import rundir
 from forgejax.run.checkpoint import Checkpoints, save_tree
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.types import Grammar
+from scripts import export, serve
 from tests.models.folders import SETTINGS, tensors_of, write_folder
 from tests.rollout import tiny
 from tests.run.tiny_run import tiny_config

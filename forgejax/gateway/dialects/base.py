@@ -143,6 +143,15 @@ class Dialect(Protocol):
         ...
 
 
+def remember_reply(
+    memory: ReplyMemory, head: ReplyHead, request: ParsedRequest, reply: Reply, answer: Mapping[str, Any]
+) -> None:
+    """Keeps a reply in its session's memory, worded as ``answer``, where its request asks for that."""
+    if request.keep:
+        history = request.chat.messages if request.history is None else request.history
+        memory.remember(head.id, (*history, reply.message), answer)
+
+
 def find_bearer(headers: Mapping[str, str]) -> str | None:
     """The key of an ``Authorization: Bearer KEY``, or what ``x-api-key`` or ``api-key`` hold."""
     scheme, _, key = headers.get("Authorization", "").partition(" ")

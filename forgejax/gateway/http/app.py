@@ -13,8 +13,9 @@ from aiohttp import web
 
 from forgejax.chat.reply import Delta, Reply, list_deltas
 from forgejax.errors import GatewayError
+from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects import Dialect
-from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream
+from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream, remember_reply
 from forgejax.gateway.http.bodies import read_body
 from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
@@ -22,8 +23,9 @@ from forgejax.gateway.keys import KEYED, get_logger
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.retries import RetryHints
-from forgejax.gateway.session_table import SessionTable
+from forgejax.gateway.session_table import SessionFinder
 from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.side_calls.canned import Answering
 
 _log = get_logger(__name__)
 _SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -31,7 +33,7 @@ _STATUS_S = 0.05  # a stream waits so long for its first token before it answers
 
 
 def build_app(
-    service: Service, sessions: SessionTable, dialects: Sequence[Dialect], deliveries: Deliveries
+    service: Service, sessions: SessionFinder, dialects: Sequence[Dialect], deliveries: Deliveries
 ) -> web.Application:
     """An application that serves ``sessions`` in every one of ``dialects``.
 
@@ -105,7 +107,7 @@ def _check_routes(dialects: Sequence[Dialect]) -> None:
 class ChatHandler:
     """Reads a request, samples for its session and writes the answer in its wire format."""
 
-    def __init__(self, service: Service, sessions: SessionTable, dialect: Dialect, deliveries: Deliveries) -> None:
+    def __init__(self, service: Service, sessions: SessionFinder, dialect: Dialect, deliveries: Deliveries) -> None:
         self._service = service
         self._sessions = sessions
         self._dialect = dialect
@@ -150,7 +152,8 @@ class ChatHandler:
         for field in request.ignored:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()
         try:
-            pending = await session.ask(request.chat, stream=request.stream, hints=RetryHints.read(http.headers))
+            hints = RetryHints.read(http.headers)
+            pending = await session.ask(make_asked(self._service.side_calls, self._dialect, request, hints))
         except RefusedError as refusal:
             if request.stream and refusal.code in self._dialect.streamed_failures:
                 return await self._stream_refusal(http, request, refusal)
@@ -171,7 +174,8 @@ class ChatHandler:
                 return response
             reply = await pending.wait_reply()
             answer = self._dialect.response(head, request, reply)
-            _keep_reply(session, head, request, reply, answer)
+            if not session.closed:
+                remember_reply(session.memory, head, request, reply, answer)
             whole = web.json_response(answer)
             await whole.prepare(http)
             await whole.write_eof()
@@ -199,7 +203,7 @@ class ChatHandler:
         return response
 
     async def _stream(
-        self, http: web.Request, head: ReplyHead, request: ParsedRequest, pending: PendingReply, session: SessionLog
+        self, http: web.Request, head: ReplyHead, request: ParsedRequest, pending: Answering, session: SessionLog
     ) -> tuple[web.StreamResponse, bool]:
         """The response, and whether all of it was written."""
         words = self._dialect.stream(head, request)
@@ -212,7 +216,9 @@ class ChatHandler:
             try:
                 reply = await self._stream_deltas(response, words, pending, first)
                 # Before the end is sent: the next request may follow at once.
-                _keep_reply(session, head, request, reply, self._dialect.response(head, request, reply))
+                if not session.closed:
+                    answer = self._dialect.response(head, request, reply)
+                    remember_reply(session.memory, head, request, reply, answer)
                 last = words.end(reply)
             except RefusedError as refusal:
                 last = words.error(refusal)
@@ -232,13 +238,13 @@ class ChatHandler:
         return response, True
 
     async def _stream_deltas(
-        self, response: web.StreamResponse, words: ReplyStream, pending: PendingReply, first: Sequence[Delta]
+        self, response: web.StreamResponse, words: ReplyStream, pending: Answering, first: Sequence[Delta]
     ) -> Reply:
         deltas = first
         if pending.replayed:
             deltas = list_deltas(await pending.wait_reply())
         while deltas:
-            if deltas is pending.SILENCE:
+            if deltas is PendingReply.SILENCE:
                 await self._send(response, b": still drawing\n\n")
             else:
                 await self._send(response, _frame(event for delta in deltas for event in words.delta(delta)))
@@ -249,12 +255,6 @@ class ChatHandler:
         if data:
             async with asyncio.timeout(self._service.config.body_timeout_s):
                 await response.write(data)
-
-
-def _keep_reply(session: SessionLog, head: ReplyHead, request: ParsedRequest, reply: Reply, body: Any) -> None:
-    if request.keep:
-        history = request.chat.messages if request.history is None else request.history
-        session.remember(head.id, history, reply.message, body)
 
 
 def _frame(events: Iterable[Event]) -> bytes:

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 
 from forgejax.gateway.metrics import GatewayMetrics
-from forgejax.gateway.pending import PendingReply
+from forgejax.gateway.side_calls.canned import Answering
 
 
 class Deliveries:
@@ -18,7 +18,7 @@ class Deliveries:
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         self._metrics = metrics
-        self._last: dict[asyncio.BaseTransport, PendingReply] = {}
+        self._last: dict[asyncio.BaseTransport, Answering] = {}
 
     def watch(self, server: web.Server) -> None:
         """Hears of every connection that ``server`` loses."""
@@ -34,7 +34,7 @@ class Deliveries:
 
         server.connection_lost = note_loss  # type: ignore[method-assign,assignment]
 
-    def note_answer(self, transport: asyncio.BaseTransport | None, pending: PendingReply, *, written: bool) -> None:
+    def note_answer(self, transport: asyncio.BaseTransport | None, pending: Answering, *, written: bool) -> None:
         """An answer that is complete was written to ``transport``, or could not be written as a whole."""
         if transport is not None:
             self._last.pop(transport, None)
@@ -44,6 +44,6 @@ class Deliveries:
             pending.undelivered = pending.left = False
             self._last[transport] = pending
 
-    def _mark_unread(self, pending: PendingReply) -> None:
+    def _mark_unread(self, pending: Answering) -> None:
         pending.undelivered = True
         self._metrics.undelivered.inc()

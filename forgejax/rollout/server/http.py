@@ -99,7 +99,8 @@ class RolloutServer:
 
     async def health(self, _: web.Request) -> web.Response:
         healthy = self._driver.healthy
-        return web.json_response({"healthy": healthy, "version": self._driver.version}, status=200 if healthy else 503)
+        known = {"version": self._driver.version, "max_context": self._driver.engine.config.max_context}
+        return web.json_response({"healthy": healthy, **known}, status=200 if healthy else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"})

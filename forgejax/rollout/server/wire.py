@@ -6,13 +6,15 @@ drawn, ``{}`` now and then while nothing is, and at the end one ``{"end": ...}``
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from forgejax.rollout.driver.job import Draw
 from forgejax.types import Completion, FinishReason, Grammar, Purpose, SampleRequest, SamplingLaw
+
+if TYPE_CHECKING:  # what sends requests needs no jax
+    from forgejax.rollout.driver.job import Draw
 
 
 class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -34,7 +34,7 @@ async def test_weights_are_published_from_a_checkpoint_below_the_root(tmp_path: 
             assert await publish(Path("nul\0")) == 409
             assert await publish(tmp_path / "root" / "step-9") == 200 and driver.version == 9
             async with session.get(f"{url}/health") as response:
-                assert await response.json() == {"healthy": True, "version": 9}
+                assert await response.json() == {"healthy": True, "version": 9, "max_context": 128}
             async with RemoteSampler(url) as remote:
                 done = await remote.sample(tiny.request("r", tiny.prompt(0, 9), 8))
             async with session.get(f"{url}/metrics") as response:

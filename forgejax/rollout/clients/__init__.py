@@ -1,0 +1,1 @@
+"""Servers of tokens elsewhere, as samplers: ours, SGLang's and vLLM's. Nothing here imports jax."""
