@@ -83,7 +83,7 @@ def test_a_run_that_is_stopped_and_then_crashes_ends_as_if_it_had_not_once_it_is
         return update(learner, step, version)
 
     with contextlib.closing(tiny_place(config)) as place:
-        outcome = play_run(config, place, Notes(), stop_after_the_first)
+        outcome = play_run(config, place, NotesAndWaits(), stop_after_the_first)
     assert (outcome.finished, outcome.steps) == (False, 1)
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "update", crash_at_3)

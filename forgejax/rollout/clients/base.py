@@ -48,8 +48,8 @@ def check_no_grammar(request: SampleRequest, server: str) -> None:
     """Raises EngineError for a request that a schema binds, where the server is one that is not asked for masks."""
     if request.grammar is not None:
         raise EngineError(
-            f"request {request.request_id} is bound to a JSON schema, which {server} is not asked to hold to: leave the "
-            "schema out, or serve the policy with scripts/serve.py"
+            f"request {request.request_id} is bound to a JSON schema, which {server} is not asked to hold to; leave it "
+            "out, or serve the policy with scripts/serve.py"
         )
 
 
