@@ -24,6 +24,14 @@ class EngineError(ForgejaxError):
     """The inference engine refused or lost a request."""
 
 
+class EngineBusyError(EngineError):
+    """The inference engine has as many requests as it takes; ``retry_after_s`` is when to ask again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class GatewayError(ForgejaxError):
     """The gateway cannot serve: its port, its tokenizer or its chat template is unusable."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from forgejax.chat.reply import Delta, Reply, TextDelta
 from forgejax.chat.reply_builder import ReplyBuilder
-from forgejax.errors import EngineError
+from forgejax.errors import EngineBusyError, EngineError
 from forgejax.gateway.refusals import RefusedError
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
 
@@ -132,6 +132,8 @@ class PendingReply:
         if self.task.cancelled():
             raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
         error = self.task.exception()
+        if isinstance(error, EngineBusyError):
+            raise RefusedError(429, str(error), code="engine_busy", retry_after_s=error.retry_after_s) from error
         if isinstance(error, EngineError):
             raise RefusedError(503, f"the engine failed: {error}", code="engine_error") from error
         return self.task.result()

@@ -7,13 +7,14 @@ import time
 
 import numpy as np
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineBusyError, EngineError
 from forgejax.rollout.driver.job import Job, OnDraw
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.types import SampleRequest, TokenIds
 
 _IDLE_S = 1.0
+_RETRY_AFTER_S = 1.0  # a queue this long moves on by many requests in a second
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # less counts as 0 on the device
 
 
@@ -37,7 +38,7 @@ class Inbox:
             self.refusal = None
 
     def submit(self, request: SampleRequest, on_draw: OnDraw | None) -> Job:
-        """Opens a request. Raises EngineError for one that cannot be served."""
+        """Opens a request. Raises EngineError for one that cannot be served, EngineBusyError for one too many."""
         job = Job(
             request=request,
             prompt_ids=_check_request(request, self._config, self._vocab_size),
@@ -48,10 +49,11 @@ class Inbox:
         with self._wake:
             if self.refusal is not None:
                 raise EngineError(f"request {request.request_id}: {self.refusal}")
-            if len(self._fresh) + self._scheduler.waiting >= self._config.max_queued:
-                raise EngineError(
-                    f"request {request.request_id}: {self._config.max_queued} requests are waiting already; "
-                    "ask again later or raise engine.max_queued"
+            if len(self._fresh) + self._scheduler.waiting >= self._config.max_waiting:
+                raise EngineBusyError(
+                    f"request {request.request_id}: {self._config.max_waiting} requests are waiting already; "
+                    "ask again later or raise engine.max_waiting",
+                    _RETRY_AFTER_S,
                 )
             if request.request_id in self._open:
                 raise EngineError(f"request {request.request_id} is open already; give every request an id of its own")
@@ -86,7 +88,13 @@ class Inbox:
         """Refuses everything from now on; gives what is open, for the caller to end."""
         with self._wake:
             self.refusal = why
+        return self.clear()
+
+    def clear(self) -> list[Job]:
+        """Forgets what waits and what decodes; gives what is open, for the caller to end."""
+        with self._wake:
             self._fresh.clear()
+            self._scheduler.clear()
             return list(self._open.values())
 
     def count(self) -> tuple[int, int]:

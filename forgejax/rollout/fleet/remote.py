@@ -9,11 +9,12 @@ from typing import Self
 import aiohttp
 import msgspec
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineBusyError, EngineError
 from forgejax.rollout.server.wire import DrawBody, EndBody, Line, encode_request, join_completion
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
 _LINE_BYTES = 1 << 20
+_RETRY_AFTER_S = 1.0  # where a server that is busy does not say
 
 
 class RemoteSampler:
@@ -50,6 +51,10 @@ class RemoteSampler:
             raise EngineError("the remote sampler is not open; use it in an `async with` block")
         try:
             async with self._session.post(f"{self._url}/generate", data=encode_request(request)) as response:
+                if response.status == 429:
+                    told = response.headers.get("Retry-After", "")
+                    wait_s = float(told) if told.isdecimal() else _RETRY_AFTER_S
+                    raise EngineBusyError(f"{self._url}: {(await response.text())[:500]}", wait_s)
                 if response.status != 200:
                     raise EngineError(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
                 return await _read_lines(request, response, on_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
-from forgejax.errors import EngineError, ForgejaxError
+from forgejax.errors import EngineBusyError, EngineError, ForgejaxError
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.server.metrics import DriverCollector
@@ -81,6 +82,10 @@ class RolloutServer:
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
             future = _submit(self._driver, sample, lines)
+        except EngineBusyError as error:
+            refusal = _refuse(429, str(error))
+            refusal.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+            return refusal
         except ForgejaxError as error:
             return _refuse(409 if self._driver.healthy else 503, str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
