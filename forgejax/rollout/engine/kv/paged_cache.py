@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from forgejax.ops.paged.batch import NOBODY
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.rollout.engine.kv.prefix_tree import Match, PrefixTree
+from forgejax.rollout.engine.kv.page_tree import Match, PageTree
 from forgejax.types import TokenIds
 
 
@@ -42,7 +42,7 @@ class PagedCache:
     def __init__(self, config: EngineConfig):
         self._page_tokens, self._total = config.page_tokens, config.pool_pages
         self._width, self._reuse = config.context_pages, config.reuse != "none"
-        self._tree = PrefixTree(config.page_tokens)
+        self._tree = PageTree(config.page_tokens)
         self._sequences: dict[int, _Sequence] = {}
         self._holders: NDArray[np.int32] = np.zeros(self._total, np.int32)
         self._free = list(range(self._total - 1, NOBODY, -1))

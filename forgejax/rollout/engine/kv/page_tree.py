@@ -36,7 +36,7 @@ class _Node:
     order: list[bytes] = field(default_factory=list)  # the children's ids, sorted
 
 
-class PrefixTree:
+class PageTree:
     """Longest-prefix lookup over token ids. Not thread-safe."""
 
     def __init__(self, page_tokens: int):
@@ -118,16 +118,16 @@ class PrefixTree:
         while todo:
             node = todo.pop()
             if sorted(node.children) != node.order:
-                raise AssertionError(f"prefix tree: the children of page {node.page} are out of order")
+                raise AssertionError(f"page tree: the children of page {node.page} are out of order")
             for ids, child in node.children.items():
                 if child.ids != ids or child.parent is not node or self._nodes.get(child.page) is not child:
-                    raise AssertionError(f"prefix tree: page {child.page} is not where its tokens say")
+                    raise AssertionError(f"page tree: page {child.page} is not where its tokens say")
                 if child.children and len(ids) != self._page_tokens * _ID_BYTES:
-                    raise AssertionError(f"prefix tree: page {child.page} is not full and has pages behind it")
+                    raise AssertionError(f"page tree: page {child.page} is not full and has pages behind it")
                 seen.add(child.page)
                 todo.append(child)
         if seen != set(self._nodes):
-            raise AssertionError(f"prefix tree: pages {sorted(seen ^ set(self._nodes))} are lost")
+            raise AssertionError(f"page tree: pages {sorted(seen ^ set(self._nodes))} are lost")
 
     def _cut(self, ids: TokenIds, index: int) -> bytes:
         cut = ids[index * self._page_tokens : (index + 1) * self._page_tokens]
