@@ -29,7 +29,11 @@ class GrammarError(ForgejaxError):
 
 
 class OverloadedError(EngineError):
-    """As many requests wait for the inference engine as it takes; the same request may be served later."""
+    """As many requests wait for the inference engine as it takes; the same one may be served in ``retry_after_s``."""
+
+    def __init__(self, message: str, retry_after_s: float = 2.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class GatewayError(ForgejaxError):

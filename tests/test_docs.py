@@ -156,10 +156,7 @@ def folders() -> dict[str, set[str]]:
 def test_the_structure_page_names_exactly_the_rooms_folders_and_loose_files_that_exist() -> None:
     package = ROOT / "forgejax"
     assert set(rooms()) == {path.parent.name for path in package.glob("*/__init__.py")}
-    single = {"ops/tree"}  # the only family of kernels: the first table says what it is
-    assert set(folders()) | single == {
-        path.parent.relative_to(package).as_posix() for path in package.glob("*/*/__init__.py")
-    }
+    assert set(folders()) == {path.parent.relative_to(package).as_posix() for path in package.glob("*/*/__init__.py")}
     loose = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     assert loose == {"errors.py", "imports.py"} and all(f"`{name}`" in STRUCTURE for name in loose)
     run = {path.stem for path in (package / "run").glob("*.py")} - {"__init__"}

@@ -12,7 +12,6 @@ from forgejax.errors import EngineError, OverloadedError
 from forgejax.gateway.refusals import RefusedError, refuse_overloaded
 from forgejax.types import Completion, FinishReason, Sampler, SampleRequest
 
-_OVERLOAD_S = 2.0  # until an engine whose queue is full may have room
 _ENGINE_RETRY_S = 2.0
 
 RecordReply = Callable[[Completion, Reply, bool], None]
@@ -133,7 +132,7 @@ class PendingReply:
             raise RefusedError(503, "the engine cancelled the request; try again", code="engine_error")
         error = self.task.exception()
         if isinstance(error, OverloadedError):
-            raise refuse_overloaded("the engine", _OVERLOAD_S) from error
+            raise refuse_overloaded("the engine", error.retry_after_s) from error
         if isinstance(error, EngineError):
             raise RefusedError(
                 503, f"the engine failed: {error}", code="engine_error", retry_after_s=_ENGINE_RETRY_S

@@ -137,7 +137,7 @@ class TrainConfig:
 
     def _require_requests_for_the_episodes(self) -> None:
         """An episode has a request of its own under way most of the time; what the engine refuses, fails."""
-        takes = self.engine.slots + self.engine.max_queued
+        takes = self.engine.slots + self.engine.max_waiting
         for what, episodes in (
             (
                 f"pool.window.in_flight {self.pool.window.in_flight} groups of run.group_size {self.run.group_size}",
@@ -148,7 +148,7 @@ class TrainConfig:
             if episodes > takes:
                 raise ConfigError(
                     f"{what} make {episodes} episodes at once, and the engine takes {takes} requests (engine.slots "
-                    "and engine.max_queued); lower the former, or raise engine.max_queued"
+                    "and engine.max_waiting); lower the former, or raise engine.max_waiting"
                 )
 
     def make_repeatable(self) -> TrainConfig:

@@ -122,7 +122,7 @@ def check_repeatable(config: TrainConfig, plan: MeshPlan, xla_flags: str) -> Non
 
 
 def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
-    """Raises ConfigError where the policy, the engine's slots or the rows alone take more memory than there is.
+    """Raises ConfigError where the policy, the engine's pages or the rows alone take more memory than there is.
 
     What is counted is what no setting can avoid, so a run that passes may still need more than there is.
     """
@@ -136,7 +136,7 @@ def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
 
 
 def check_engine_memory(policy: PolicyConfig, engine: EngineConfig, there: int, place: str) -> None:
-    """Raises ConfigError where the weights and the slots of an engine take more than the ``there`` bytes of a place."""
+    """Raises ConfigError where the weights and the pages of an engine take more than the ``there`` bytes of a place."""
     _require_memory(_count_engine_bytes(policy, engine), there, place)
 
 
@@ -288,11 +288,10 @@ def _count_engine_bytes(policy: PolicyConfig, engine: EngineConfig) -> dict[str,
     """Bytes on the engine's device, by what they are for."""
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_policy(policy)[1]))
     of_token = 2 * policy.num_layers * policy.num_kv_heads * policy.head_size
-    keys = of_token * engine.row_tokens * engine.slots * jnp.dtype(policy.compute_dtype).itemsize
-    return {
-        "the engine's copy of the weights": weights,
-        f"engine.slots {engine.slots} of engine.max_context {engine.max_context}": keys,
-    }
+    pages = of_token * engine.page_tokens * engine.pool_pages * jnp.dtype(policy.compute_dtype).itemsize
+    asked = f"engine.kv_pages {engine.kv_pages}"
+    derived = f"engine.slots {engine.slots} of engine.max_context {engine.max_context} (engine.kv_pages bounds it)"
+    return {"the engine's copy of the weights": weights, asked if engine.kv_pages else derived: pages}
 
 
 def _require_memory(parts: dict[str, int], there: int, place: str) -> None:

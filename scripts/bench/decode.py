@@ -14,8 +14,8 @@ from _harness import matmul_flops, seconds, show
 
 from forgejax.models import PolicyConfig, count_params, init_params
 from forgejax.rollout import Driver, EngineConfig, PolicyEngine
-from forgejax.rollout.engine.programs import DecodeState
 from forgejax.rollout.engine.settings import SlotSettings
+from forgejax.rollout.engine.slots import Slots
 from forgejax.rollout.engine.weights import WeightBox
 from forgejax.types import SampleRequest
 
@@ -47,11 +47,16 @@ class Decoding:
 
     def __init__(self, engine: PolicyEngine, weights: WeightBox, prompt: np.ndarray):
         self.engine, self.weights = engine, weights
-        self.prefix = engine.append(weights, engine.begin_sequence(int(prompt[0])), prompt[1:])
-        self.state: DecodeState = engine.init_decode_state()
+        self.prompt = prompt
+        self.state: Slots = engine.init_decode_state()
+        prefix = engine.prefill(params=weights, padded_tokens=prompt, true_length=len(prompt))
         for slot in range(engine.config.slots):
             settings = SlotSettings(budget=engine.config.max_context, seed=slot)
-            self.state = engine.insert(self.prefix, self.state, slot, settings)
+            self.state = engine.insert(prefix, self.state, slot, settings)
+
+    def prefill(self) -> None:
+        self.engine.prefill(params=self.weights, padded_tokens=self.prompt, true_length=len(self.prompt))
+        self.state.wait()
 
     def step(self) -> jax.Array:
         self.state, result = self.engine.generate(self.weights, self.state)
@@ -101,10 +106,7 @@ def measure(options: Options, params: Any, slots: int, flops: float, bandwidth: 
     prompt = np.random.default_rng(0).integers(0, policy.vocab_size, options.prompt_tokens).astype(np.int32)
     weights = engine.load_params(params)
     decoding = Decoding(engine, weights, prompt)
-    first = engine.begin_sequence(int(prompt[0]))
-    step_s, prefill_s = seconds(
-        decoding.step, lambda: engine.append(weights, first, prompt[1:]).kv, repeats=options.repeats
-    )
+    step_s, prefill_s = seconds(decoding.step, decoding.prefill, repeats=options.repeats)
     drawn = slots * options.tokens_per_step
     count = count_params(params)
     # A token reads each weight once and uses it in one product and one sum; the step reads all weights and all KV.

@@ -78,7 +78,7 @@ def measure(policy: PolicyConfig, options: Options) -> dict[str, GapFigures]:
     """The gap by depth of one policy."""
     room = -(-(max(options.prompts) + 2 * options.turn_tokens + 64) // 64) * 64
     params = init_params(policy)
-    engine = PolicyEngine(policy, EngineConfig(slots=8, max_context=room, prefix_cache_tokens=4 * room))
+    engine = PolicyEngine(policy, EngineConfig(slots=8, max_context=room))
     with Driver(engine, params) as driver:
         completions = sample(driver, options, policy.vocab_size)
     law = SamplingLaw()

@@ -60,8 +60,10 @@ def test_every_product_of_the_sampler_names_its_precision(platform: str, dtype: 
     """Operands of FP32 are multiplied as such; narrow ones into FP32."""
     policy = dataclasses.replace(_SMALL["mixture"], param_dtype=dtype, compute_dtype=dtype)
     engine = PolicyEngine(policy, _ENGINE)
-    state, weights = engine.init_decode_state(), engine.load_params()
-    traced = engine._programs.generate.trace(engine._programs, 2, weights.current.params, state, np.int32(0))
+    slots, weights = engine.make_slots(), engine.load_params()
+    traced = engine._programs.generate.trace(
+        engine._programs, 4, weights.current.params, (slots._pool, slots._state), slots._tables_SM, np.int32(0)
+    )
     lowered = str(traced.lower(lowering_platforms=(platform,)).as_text())
     products = [line for line in lowered.splitlines() if "dot_general" in line or "ragged_dot" in line]
     assert len(products) > 10
@@ -97,9 +99,7 @@ _SMALL = {
     ),
 }
 _BOUNDS = {"heads of 64": 2e-4, "heads of 128": 2e-4, "mixture": 1e-3}
-_ENGINE = EngineConfig(
-    slots=4, max_context=256, tokens_per_step=2, prefill_buckets=(8, 32), page_tokens=4, prefix_cache_tokens=1024
-)
+_ENGINE = EngineConfig(slots=4, max_context=256, tokens_per_step=2, prefill_buckets=(8, 32), page_tokens=4, kv_pages=72)
 _PACKING = PackConfig(row_length=512, rows=1, block_size=32, trunks=False)
 _ASKED = st.tuples(st.integers(0, 2), st.integers(1, 90), st.integers(1, 24), st.integers(0, 3))
 

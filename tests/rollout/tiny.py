@@ -30,7 +30,6 @@ def engine(**settings: Any) -> PolicyEngine:
         "tokens_per_step": 2,
         "prefill_buckets": (8, 32),
         "page_tokens": 4,
-        "prefix_cache_tokens": 1024,
     }
     config = EngineConfig(**(base | settings))
     if config not in _ENGINES:
@@ -66,7 +65,8 @@ def _dense_logits(state: Any, ids: jax.Array) -> jax.Array:
 
 def dense_logits(state: Any, ids: np.ndarray) -> np.ndarray:
     """Logits [T, V] of one full forward pass without any cache."""
-    padded = np.zeros(128, np.int32)  # one program for all lengths; causal attention ignores what follows
+    # Two programs for all lengths; causal attention ignores what follows.
+    padded = np.zeros(128 if len(ids) <= 128 else 1024, np.int32)
     padded[: len(ids)] = ids
     return np.asarray(_dense_logits(state, padded))[: len(ids)]
 

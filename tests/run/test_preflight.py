@@ -101,8 +101,14 @@ def test_a_policy_with_fewer_tokens_than_its_tokenizer_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "largest"),
     [
-        (("--policy.d-model=1000000",), r"weights, their gradient and the optimizer \(\[policy\]\)"),
-        (("--policy.num-layers=1000000000",), r"weights, their gradient and the optimizer \(\[policy\]\)"),
+        (
+            ("--policy.d-model=1000000", "--engine.kv-pages=8"),
+            r"weights, their gradient and the optimizer \(\[policy\]\)",
+        ),
+        (
+            ("--policy.num-layers=1000000000", "--engine.kv-pages=8"),
+            r"weights, their gradient and the optimizer \(\[policy\]\)",
+        ),
         (("--engine.slots=100000000",), r"engine\.slots 100000000 of engine\.max_context 128"),
         (("--packing.row-length=38400000", "--policy.d-model=128"), r"packing\.rows 2 of packing\.row_length 38400000"),
     ],
@@ -117,11 +123,11 @@ def test_sizes_that_no_memory_holds_are_refused_and_the_largest_is_named(
         check_memory(config, resolve(config.mesh), 24 * GIB)
 
 
-def test_the_memory_asked_for_is_that_of_weights_moments_and_slots(tmp_path: Path) -> None:
-    """Twelve bytes a weight beside its own four, once; the engine's copy; keys and values of four rows of 128."""
-    config = tiny_config(tmp_path, "--mesh=cpu-1")
+def test_the_memory_asked_for_is_that_of_weights_moments_and_pages(tmp_path: Path) -> None:
+    """Twelve bytes a weight beside its own four, once; the engine's copy; keys and values of 16 pages and nobody's."""
+    config = tiny_config(tmp_path, "--mesh=cpu-1", "--engine.kv-pages=16", "--engine.page-tokens=32")
     weights = 640 * 16 + 16 * (2 * 16 + 2 * 8 + 3 * 32) + 3 * 16
-    keys = 2 * 1 * 1 * 8 * 128 * 4 * 4
+    keys = 2 * 1 * 1 * 8 * 32 * 17 * 4
     stream = 2 * 128 * 16 * 4
     needed = weights * (16 + 4) + keys + stream
 

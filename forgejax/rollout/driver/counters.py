@@ -28,7 +28,13 @@ class DriverMetrics:
     tokens_cancelled: Mapping[str, int]
     tokens_failed: Mapping[str, int]
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # of the prompts' tokens
+    computed_tokens: int  # by prefill, those of preempted requests again
+    preemptions: int
+    restarts: int
+    pages: int  # of keys and values: all there are
+    held_pages: int  # by requests
+    kept_pages: int  # for later requests, held by none
     busy_s: float  # time the driver's thread was not idle
 
     @property
@@ -44,10 +50,13 @@ class Counters:
         self.sampled, self.returned, self.cancelled, self.failed = (
             dict.fromkeys(get_args(Purpose), 0) for _ in range(4)
         )
-        self.requests = self.steps = self.prompt_tokens = self.cached_tokens = 0
+        self.requests = self.steps = self.prompt_tokens = self.cached_tokens = self.computed_tokens = 0
+        self.preemptions = self.restarts = self.held_pages = self.kept_pages = 0
         self.busy_s = 0.0
 
-    def take_snapshot(self, *, healthy: bool, version: int, slots: int, active: int, waiting: int) -> DriverMetrics:
+    def take_snapshot(
+        self, *, healthy: bool, version: int, slots: int, pages: int, active: int, waiting: int
+    ) -> DriverMetrics:
         return DriverMetrics(
             healthy=healthy,
             version=version,
@@ -62,5 +71,11 @@ class Counters:
             tokens_failed=dict(self.failed),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
+            computed_tokens=self.computed_tokens,
+            preemptions=self.preemptions,
+            restarts=self.restarts,
+            pages=pages,
+            held_pages=self.held_pages,
+            kept_pages=self.kept_pages,
             busy_s=self.busy_s,
         )

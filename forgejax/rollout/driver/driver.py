@@ -61,10 +61,10 @@ class Driver:
         return self
 
     def submit(self, request: SampleRequest, on_draw: OnDraw | None = None) -> Future[Completion]:
-        """Queues a request. Cancelling the future frees its slot before the next decode step.
+        """Queues a request. Cancelling the future frees its slot and pages before the next step, also in mid-prompt.
 
-        Raises EngineError at once for a request that cannot be served; the future raises it for one that was lost. A
-        grammar is compiled here unless ``prepare`` was awaited.
+        Raises EngineError at once for a request that cannot be served, OverloadedError where too many wait; the future
+        raises EngineError for one that was lost. A grammar is compiled here unless ``prepare`` was awaited.
         """
         return self._inbox.submit(request, on_draw, start_matcher(self.grammars, request)).future
 
@@ -95,6 +95,7 @@ class Driver:
             healthy=self.healthy,
             version=self.version,
             slots=self.engine.config.slots,
+            pages=self.engine.config.pool_pages - 1,
             active=active,
             waiting=waiting,
         )
@@ -122,7 +123,25 @@ class Driver:
     # -- The driver's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        cause = "the engine was stopped"
+        cause, failures, returned = "the engine was stopped", 0, 0
+        try:
+            while (failure := self._serve()) is not None:
+                cause = f"the engine failed: {failure!r}"
+                done = sum(self._counters.returned.values())
+                failures = failures + 1 if done == returned else 1
+                returned = done
+                # What the project raises on purpose would come again.
+                if isinstance(failure, EngineError) or failures > self.engine.config.max_restarts:
+                    break
+                self._endings.lose_open(cause)
+                self._counters.restarts += 1
+            else:
+                cause = "the engine was stopped"
+        finally:
+            self._endings.abandon(cause)
+
+    def _serve(self) -> Exception | None:
+        """Serves with slots of its own until the inbox is closed (None) or something fails; gives what did."""
         try:
             decoder = Decoder(self.engine, self._scheduler, self._counters)
             while self._inbox.fetch():
@@ -132,9 +151,8 @@ class Driver:
             decoder.check_integrity()
         except Exception as error:
             _logger.exception("the rollout driver failed; its open requests are lost")
-            cause = f"the engine failed: {error!r}"
-        finally:
-            self._endings.abandon(cause)
+            return error.with_traceback(None)  # which holds the memory of the slots
+        return None
 
     def _turn(self, decoder: Decoder) -> None:
         """One round: new weights, ended requests out, waiting ones in, masks, one decode step."""
@@ -144,11 +162,12 @@ class Driver:
         decoder.admit()
         for job, why in decoder.mask():
             self._endings.lose(job, why)
-        if self._scheduler.active:
-            finished = decoder.step()
-            now = time.monotonic()
-            for slot, reason in finished:
-                self._endings.settle(decoder.finish(slot), reason, now)
+        finished = decoder.step()
+        now = time.monotonic()
+        for slot, reason in finished:
+            self._endings.settle(decoder.finish(slot), reason, now)
+        if not self._scheduler.active and not self._scheduler.waiting:
+            decoder.check_integrity()
 
     def _drop_ended(self, decoder: Decoder) -> None:
         """Frees the requests whose callers went away or whose deadline has passed."""

@@ -53,7 +53,14 @@ class Endings:
 
     def abandon(self, cause: str) -> None:
         """Refuses everything from now on and fails what is open."""
-        for job in self._inbox.abandon(cause):
+        self._lose_all(self._inbox.abandon(cause), cause)
+
+    def lose_open(self, cause: str) -> None:
+        """Fails what is open; what comes is accepted."""
+        self._lose_all(self._inbox.clear(), cause)
+
+    def _lose_all(self, jobs: list[Job], cause: str) -> None:
+        for job in jobs:
             with contextlib.suppress(EngineError):  # the request log may be what failed
                 self.lose(job, cause)
 

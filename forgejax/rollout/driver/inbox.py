@@ -15,6 +15,7 @@ from forgejax.rollout.engine.config import EngineConfig
 from forgejax.types import SampleRequest, TokenIds
 
 _IDLE_S = 1.0
+_RETRY_AFTER_S = 1.0  # a queue this long moves on by many requests in a second
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # less counts as 0 on the device
 
 
@@ -51,10 +52,11 @@ class Inbox:
         with self._wake:
             if self.refusal is not None:
                 raise EngineError(f"request {request.request_id}: {self.refusal}")
-            if len(self._fresh) + self._scheduler.waiting >= self._config.max_queued:
+            if len(self._fresh) + self._scheduler.waiting >= self._config.max_waiting:
                 raise OverloadedError(
-                    f"request {request.request_id}: {self._config.max_queued} requests are waiting already; "
-                    "ask again later or raise engine.max_queued"
+                    f"request {request.request_id}: {self._config.max_waiting} requests are waiting already; "
+                    "ask again later or raise engine.max_waiting",
+                    _RETRY_AFTER_S,
                 )
             if request.request_id in self._open:
                 raise EngineError(f"request {request.request_id} is open already; give every request an id of its own")
@@ -89,7 +91,13 @@ class Inbox:
         """Refuses everything from now on; gives what is open, for the caller to end."""
         with self._wake:
             self.refusal = why
+        return self.clear()
+
+    def clear(self) -> list[Job]:
+        """Forgets what waits and what decodes; gives what is open, for the caller to end."""
+        with self._wake:
             self._fresh.clear()
+            self._scheduler.clear()
             return list(self._open.values())
 
     def count(self) -> tuple[int, int]:

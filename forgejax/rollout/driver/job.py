@@ -46,6 +46,9 @@ class Job:
     matcher: TextMatcher | None = None  # of its grammar, if it has one
     future: Future[Completion] = field(default_factory=Future)
     started_at: float | None = None
+    order: int = -1  # of its first start among all jobs: the highest is the youngest
+    seed: int | None = None  # of its draws, from its first start on
+    computed: int = 0  # of ``known_ids``, those whose keys and values are there
     only_weights: PublishedWeights | None = None  # those that computed all its keys and values, if one set did
     oldest_version: int | None = None  # of the keys and values this job's next token will see
     cached_tokens: int = 0
@@ -54,10 +57,21 @@ class Job:
     drawn: int = 0  # tokens in ``draws``
     draws: list[Draw] = field(default_factory=list)
 
-    def start(self, weights: PublishedWeights, cached_tokens: int) -> None:
-        """Enters that these weights computed the prompt, but for the tokens that were cached."""
-        self.cached_tokens, self.only_weights = cached_tokens, weights
-        self.oldest_version = weights.version if len(self.prompt_ids) > 1 else None
+    def start(self, weights: PublishedWeights, cached_tokens: int, now: float) -> None:
+        """Enters that it has a slot, and that so many of ``known_ids`` were found, computed by these weights."""
+        if self.started_at is None:
+            self.started_at, self.cached_tokens = now, cached_tokens
+        self.computed, self.only_weights = cached_tokens, weights
+        self.oldest_version = weights.version if len(self.prompt_ids) + self.drawn > 1 else None
+
+    def compute(self, weights: PublishedWeights, count: int) -> None:
+        """Enters that these weights computed ``count`` tokens more, before any was drawn."""
+        self.computed += count
+        self._see(weights)
+
+    def known_ids(self) -> TokenIds:
+        """The prompt and what was drawn behind it; the last one has not been fed."""
+        return np.concatenate([self.prompt_ids, self.join_ids()])
 
     def take(self, drawn: SlotDraw, weights: PublishedWeights, config: EngineConfig) -> FinishReason | None:
         """Adds what the weights drew and tells the caller; says why the generation is over, if it is.
@@ -107,9 +121,7 @@ class Job:
 
     def _add(self, drawn: SlotDraw, weights: PublishedWeights) -> Draw:
         count, version = len(drawn.token_ids), weights.version
-        if self.only_weights is not weights:
-            self.only_weights = None
-        self.oldest_version = version if self.oldest_version is None else min(self.oldest_version, version)
+        self._see(weights)
         draw = Draw(
             token_ids=drawn.token_ids,
             logprobs=drawn.logprobs,
@@ -119,6 +131,13 @@ class Job:
         self.draws.append(draw)
         self.drawn += count
         return draw
+
+    def _see(self, weights: PublishedWeights) -> None:
+        """The next token sees keys and values of these weights."""
+        if self.only_weights is not weights:
+            self.only_weights = None
+        version = weights.version
+        self.oldest_version = version if self.oldest_version is None else min(self.oldest_version, version)
 
     def _tell(self, on_draw: OnDraw, draw: Draw) -> bool:
         """Calls the caller's callback; if it raises, only its own request is lost."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 from forgejax.errors import ConfigError
 
-ATTENTION_BLOCK = 64
-"""Keys the cache attention reads at a time; the KV rows are a multiple of it long."""
+_KEPT_TOKENS = 32_768  # for which the pool has room by default, beside what full slots take
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Shape and limits of one engine.
 
-    ``max_context`` counts prompt and sampled tokens together. ``prefix_cache_tokens`` of 0 turns the reuse of pages
-    off, ``ready_prompts`` of 0 that of whole prompts; each of the latter takes the memory of one slot.
+    ``max_context`` counts prompt and sampled tokens together. Keys and values lie in a pool of ``kv_pages`` pages;
+    where requests need more than there are, the youngest of them waits and is computed again. No stream stands still
+    for longer than ``prefill_tokens_per_step`` tokens of other prompts take, or one chunk.
 
     ``batch_invariant``: the bits of what is drawn depend on the request, its seed and the weights alone, not on what
-    else the engine serves or has served. Every decode step then serves all slots, and no prompt goes on from pages.
+    else the engine serves or has served. Every decode step then serves all slots, each over as many blocks of keys as
+    the longest has, nothing is reused, and no request is computed again.
     """
 
     slots: int = 32  # completions decoded at once
@@ -27,25 +28,36 @@ class EngineConfig:
     tokens_per_step: int = 4  # tokens each slot draws per dispatch; stop ids are checked on the device after each
     prefill_buckets: tuple[int, ...] = (16, 64, 256)  # padded chunk lengths; a longer prompt takes several chunks
     prefill_tokens_per_step: int = 512  # prompt tokens computed between two decode steps, so that none waits long
-    page_tokens: int = 16  # granularity of prefix reuse
-    prefix_cache_tokens: int = 32_768  # bounds the device memory of the prefix cache
+    page_tokens: int = 32
+    kv_pages: int = 0  # 0: full slots, and 32,768 tokens more that are kept for later requests
+    reuse: Literal["none", "version"] = "version"  # whose keys and values a request may find: those of its own version
     batch_invariant: bool = False
-    ready_prompts: int = 8  # whole prompts kept as rows: their repetitions, a group's members, compute nothing
     max_stop_ids: int = 8  # per request
-    max_queued: int = 4_096
+    max_waiting: int = 4_096  # requests beyond those in slots; more are told to come again later
+    max_restarts: int = 3  # of a failed engine, without a completed request in between
     request_deadline_s: float = 600.0  # from submission to the last token
     repetition_tokens: int = 3_000  # a generation ends after so many tokens in a row, each above the probability
     repetition_probability: float = 0.99
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self) -> None:
-        for name in ("slots", "tokens_per_step", "prefill_tokens_per_step", "page_tokens", "max_queued"):
+        for name in ("slots", "tokens_per_step", "prefill_tokens_per_step", "page_tokens", "max_waiting"):
             self._at_least(name, 1)
         for name in ("max_stop_ids", "repetition_tokens"):
             self._at_least(name, 1)
         self._at_least("max_context", 2)
-        for name in ("prefix_cache_tokens", "ready_prompts", "seed"):
+        for name in ("kv_pages", "max_restarts", "seed"):
             self._at_least(name, 0)
+        if 0 < self.kv_pages < self.context_pages:
+            raise ConfigError(
+                f"engine.kv_pages is {self.kv_pages}; a request of engine.max_context {self.max_context} takes "
+                f"{self.context_pages} pages of engine.page_tokens {self.page_tokens}: give as many at least"
+            )
+        if self.batch_invariant and 0 < self.kv_pages < self.slots * self.context_pages:
+            raise ConfigError(
+                f"engine.kv_pages is {self.kv_pages}; with engine.batch_invariant no request may wait for pages and be "
+                f"computed again: give {self.slots * self.context_pages}, for engine.slots {self.slots}, or 0"
+            )
         if not self.prefill_buckets or list(self.prefill_buckets) != sorted(set(self.prefill_buckets)):
             raise ConfigError(f"engine.prefill_buckets {self.prefill_buckets}: expected increasing chunk lengths")
         if self.prefill_buckets[0] < 1:
@@ -60,20 +72,20 @@ class EngineConfig:
             raise ConfigError(f"engine.{name} is {getattr(self, name)}; expected at least {least}")
 
     @property
-    def row_tokens(self) -> int:
-        """Length of one KV row: ``max_context`` rounded up to whole attention blocks and whole pages."""
-        unit = math.lcm(ATTENTION_BLOCK, self.page_tokens)
-        return -(-self.max_context // unit) * unit
+    def context_pages(self) -> int:
+        """Pages of one sequence at most."""
+        return -(-self.max_context // self.page_tokens)
 
     @property
-    def row_pages(self) -> int:
-        """Pages in one KV row."""
-        return self.row_tokens // self.page_tokens
+    def reuses(self) -> bool:
+        """Whether a request may find keys and values of others: in other chunks, or decoded, they are other bits."""
+        return self.reuse != "none" and not self.batch_invariant
 
     @property
-    def cache_pages(self) -> int:
-        """Pages the prefix cache may hold: none where prompts in other chunks, or decoded, would be other bits."""
-        return 0 if self.batch_invariant else self.prefix_cache_tokens // self.page_tokens
+    def pool_pages(self) -> int:
+        """Pages of the pool, with the one that belongs to nobody."""
+        kept = -(-_KEPT_TOKENS // self.page_tokens) if self.reuses else 0
+        return (self.kv_pages or self.slots * self.context_pages + kept) + 1
 
     @property
     def decode_rows(self) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """The policy behind JetStream's ``Engine`` contract: prefill, insert, generate, on one device.
 
-A sequence is held as keys and values of all its tokens but the last, which waits to be fed: so the first ``generate``
-draws the first token, and a prefix may be continued by more tokens at any time. Decode state is donated: after
-``generate``, ``insert`` or ``release`` only the returned state may be used.
+The contract's prefixes and its decode state live in one pool, ``Slots``, which is changed in place: a prefix is a
+sequence that holds its pages for as long as somebody refers to it. Our driver makes ``Slots`` of its own.
 
 ``ResultTokens.data`` is int32 [slots, 3k + 2]: k tokens, k valid flags, the drawn length, k log-probs (the bits of a
 float32) and the version of the weights that drew them; k is ``tokens_per_step``, and 1 in a step under masks.
@@ -10,6 +9,14 @@ float32) and the version of the weights that drew them; k is ``tokens_per_step``
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,20 +24,32 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from forgejax.errors import EngineError
 from forgejax.models import Policy, PolicyConfig
+from forgejax.ops.paged.attention import pick_paged_kernel
 from forgejax.rollout.engine._jetstream import engine_api, tokenizer_api, tokenizer_pb2
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.rollout.engine.kv.base import KVCache, KVMemory, PrefilledSequence
-from forgejax.rollout.engine.kv.contiguous import ContiguousCache
-from forgejax.rollout.engine.kv.rows import make_rows
-from forgejax.rollout.engine.programs import DecodeState, Programs, SlotState
-from forgejax.rollout.engine.sampling import Laws
+from forgejax.rollout.engine.programs import Programs
 from forgejax.rollout.engine.settings import SlotSettings
+from forgejax.rollout.engine.slots import Slots
 from forgejax.rollout.engine.weights import PublishedWeights, WeightBox
 from forgejax.types import TokenIds
 
-# A chunk is padded to the next bucket unless that wastes more than a third of it; then a smaller bucket goes first.
-_PADDING = 1.5
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefilledSequence:
+    """A sequence of the engine's pool: ``ids``, of which the last waits to be fed."""
+
+    key: int
+    ids: TokenIds
+
+
+@dataclass(kw_only=True)
+class _Reach:
+    """How many tokens of a slot may have been fed after the last ``generate``, and at most ever."""
+
+    fed: int
+    limit: int
 
 
 class IdTokenizer(tokenizer_api.Tokenizer):
@@ -54,10 +73,17 @@ class PolicyEngine(engine_api.Engine):
         self.device = device if device is not None else jax.devices()[0]
         abstract = nnx.eval_shape(lambda: Policy(policy, nnx.Rngs(0)))
         self.abstract_params = nnx.split(abstract)[1]
-        self._programs = Programs(policy=policy, tokens_per_step=config.tokens_per_step)
-        # Program constants of JAX are placed on the default device unless told otherwise.
-        with jax.default_device(self.device):
-            self._empty = self._make_memory(1)
+        self._programs = Programs(
+            policy=policy,
+            kernel=pick_paged_kernel(self.device.platform, batch_invariant=config.batch_invariant),
+            page_tokens=config.page_tokens,
+            tokens_per_step=config.tokens_per_step,
+        )
+        self._lock = threading.RLock()  # reentrant: a prefix may be collected anywhere
+        self._slots: Slots | None = None
+        self._keys = itertools.count(config.slots)
+        self._abandoned: deque[int] = deque()
+        self._decoding: dict[int, _Reach] = {}
 
     # -- JetStream's contract ------------------------------------------------------------------------------------
 
@@ -72,70 +98,75 @@ class PolicyEngine(engine_api.Engine):
     ) -> PrefilledSequence:
         """Appends ``padded_tokens[:true_length]`` to a prefix; the existing one stays valid.
 
-        The caller keeps the whole sequence within ``max_context``; one program is compiled per padded length.
+        Raises ValueError for a whole sequence beyond ``max_context`` and EngineError where the pool has no room for it.
         """
         tokens = np.asarray(padded_tokens, np.int32)
         if not 1 <= true_length <= len(tokens):
             raise ValueError(f"true_length {true_length}: expected 1 to {len(tokens)}, the padded length")
-        if existing_prefix is None:
-            existing_prefix = self.begin_sequence(int(tokens[0]))
-            if true_length == 1:
-                return existing_prefix
-            tokens, true_length = np.append(tokens[1:], np.int32(0)), true_length - 1
-        weights = _take_current(params)
-        return self._programs.extend(weights.params, existing_prefix, self._put(tokens), np.int32(true_length))
+        with self._turn() as slots:
+            key, known, ids = next(self._keys), 0, tokens[:true_length]
+            if existing_prefix is None:
+                begun = slots.begin(key, ids)
+            else:
+                known, ids = len(existing_prefix.ids) - 1, np.concatenate([existing_prefix.ids, ids])
+                begun = slots.fork(existing_prefix.key, key, known, len(ids))
+            if begun is None:
+                raise EngineError(f"no room for {len(ids)} tokens; release a prefix or raise engine.kv_pages")
+            while begun < len(ids) - 1:
+                begun += slots.extend(_take_current(params), key, ids[:-1], begun)
+            sequence = PrefilledSequence(key=key, ids=ids)
+            weakref.finalize(sequence, self._abandoned.append, key)
+            return sequence
 
     def insert(
-        self, prefix: PrefilledSequence, decode_state: DecodeState, slot: int, settings: SlotSettings | None = None
-    ) -> DecodeState:
-        """Puts a prefix into a slot and starts it under ``settings`` (by default the whole policy, to the end)."""
+        self, prefix: PrefilledSequence, decode_state: Slots, slot: int, settings: SlotSettings | None = None
+    ) -> Slots:
+        """Puts a prefix into a slot and starts it under ``settings`` (by default the whole policy, to the end).
+
+        The prefix stays valid; what was in the slot is released. Raises EngineError where the pool has no room.
+        """
         settings = settings if settings is not None else SlotSettings(budget=self.config.max_context)
-        return self._programs.insert(prefix, decode_state, np.int32(slot), settings.to_arrays(self.config.max_stop_ids))
+        length = len(prefix.ids)
+        limit = min(length + settings.budget, self.config.max_context)
+        with self._turn() as slots:
+            if self._decoding.pop(slot, None) is not None:
+                slots.stop([slot])
+                slots.cache.release(slot)
+            if slots.fork(prefix.key, slot, length - 1, length) is None:
+                raise EngineError(
+                    f"no room for {length} tokens in slot {slot}; release a prefix or raise engine.kv_pages"
+                )
+            budget = max(limit - length, 1)
+            slots.start(slot, int(prefix.ids[-1]), length - 1, dataclasses.replace(settings, budget=budget))
+            self._decoding[slot] = _Reach(fed=length - 1, limit=limit)
+        return decode_state
 
     def generate(
-        self,
-        params: Any,
-        decode_state: DecodeState,
-        rows: int | None = None,
-        mask_SW: NDArray[np.uint32] | None = None,
-    ) -> tuple[DecodeState, engine_api.ResultTokens]:
+        self, params: Any, decode_state: Slots, rows: int | None = None, mask_SW: NDArray[np.uint32] | None = None
+    ) -> tuple[Slots, engine_api.ResultTokens]:
         """Draws up to k tokens for every active slot; a slot that meets a stop id or its budget freezes at once.
 
         ``rows``: only the first slots up to this many are served (all by default), at the cost of those alone.
-        ``mask_SW``, of all slots, says what may be drawn (see ``draw_tokens``): then k is 1 in this step.
+        ``mask_SW``, of all slots, says what may be drawn (see ``draw_tokens``): then k is 1 in this step. Raises
+        EngineError where the pool has no room for what may be drawn.
         """
-        weights = _take_current(params)
         served = self.config.slots if rows is None else rows
-        bucket = min(bucket for bucket in self.config.decode_rows if bucket >= served)
-        mask = None if mask_SW is None else self._put(mask_SW[:bucket])
-        state, data = self._programs.generate(bucket, weights.params, decode_state, np.int32(weights.version), mask)
-        k = self.config.tokens_per_step if mask_SW is None else 1
-        return state, engine_api.ResultTokens(data, (0, k), (k, 2 * k), (2 * k, 2 * k + 1), 1)
+        with self._turn() as slots:
+            for slot, reach in self._decoding.items():
+                if slot < served:
+                    reach.fed = min(reach.fed + self.config.tokens_per_step, reach.limit)
+                    if not slots.grow(slot, reach.fed):
+                        raise EngineError(f"no room for {reach.fed} tokens in slot {slot}; raise engine.kv_pages")
+            return decode_state, slots.generate(_take_current(params), served, mask_SW)
 
-    def init_decode_state(self) -> DecodeState:
-        """A state with every slot free."""
-        S = self.config.slots
-
-        def fill(value: float, dtype: Any, *shape: int) -> jax.Array:
-            return self._put(np.full((S, *shape), value, dtype))
-
-        laws = Laws(
-            temperature_S=fill(1.0, np.float32),
-            top_p_S=fill(1.0, np.float32),
-            top_k_S=fill(0, np.int32),
-            key_S2=fill(0, np.uint32, 2),
-        )
-        slots = SlotState(
-            token_S=fill(0, np.int32),
-            position_S=fill(0, np.int32),
-            drawn_S=fill(0, np.int32),
-            budget_S=fill(0, np.int32),
-            active_S=fill(0, np.bool_),
-            stop_SN=fill(-1, np.int32, self.config.max_stop_ids),
-            laws=laws,
-        )
-        with jax.default_device(self.device):
-            return DecodeState(kv=self._make_memory(S), slots=slots)
+    def init_decode_state(self) -> Slots:
+        """The slots, every one of them free. An engine has one pool: states made before are no longer valid."""
+        with self._turn() as slots:
+            slots.stop(list(self._decoding))
+            for slot in self._decoding:
+                slots.cache.release(slot)
+            self._decoding.clear()
+            return slots
 
     def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
         return jax.sharding.SingleDeviceSharding(self.device)
@@ -168,42 +199,19 @@ class PolicyEngine(engine_api.Engine):
 
     # -- What our driver needs beyond it ---------------------------------------------------------------------------
 
-    def make_cache(self) -> KVCache:
-        """The host's side of the keys and values, for one driver."""
-        return ContiguousCache(self.policy, self.config, self.device, self)
+    def make_slots(self) -> Slots:
+        """A pool of one's own, and its slots: it takes the device memory of them."""
+        return Slots(self._programs, self.policy, self.config, self.device)
 
-    def begin_sequence(self, token: int) -> PrefilledSequence:
-        """See ``Prefiller``."""
-        return self.resume_sequence(self._empty, 0, token)
-
-    def resume_sequence(self, kv: KVMemory, length: int, token: int) -> PrefilledSequence:
-        """See ``Prefiller``."""
-        return PrefilledSequence(kv=kv, length=self._put(np.int32(length)), last=self._put(np.int32(token)))
-
-    def append(
-        self, params: WeightBox | PublishedWeights, prefix: PrefilledSequence, ids: TokenIds
-    ) -> PrefilledSequence:
-        """The sequence continued by any number of tokens, in as many padded chunks as that takes."""
-        buckets = self.config.prefill_buckets
-        while len(ids):
-            fitting = [bucket for bucket in buckets if len(ids) <= bucket <= max(_PADDING * len(ids), buckets[0])]
-            bucket = fitting[0] if fitting else max(bucket for bucket in buckets if bucket <= len(ids))
-            count = min(bucket, len(ids))
-            chunk = np.zeros(bucket, np.int32)
-            chunk[:count] = ids[:count]
-            prefix = self.prefill(params=params, existing_prefix=prefix, padded_tokens=chunk, true_length=count)
-            ids = ids[count:]
-        return prefix
-
-    def release(self, decode_state: DecodeState, kept: np.ndarray) -> DecodeState:
-        """Ends the generations of the slots where ``kept`` [S] is False; their keys and values stay as they are."""
-        return self._programs.release(decode_state, self._put(np.asarray(kept, np.bool_)))
-
-    def _make_memory(self, sequences: int) -> KVMemory:
-        return jax.device_put(make_rows(self.policy, sequences, self.config.row_tokens), self.device)
-
-    def _put(self, value: Any) -> jax.Array:
-        return jax.device_put(value, self.device)
+    @contextmanager
+    def _turn(self) -> Iterator[Slots]:
+        """The slots of JetStream's threads, for one of them at a time. Prefixes that nobody refers to are released."""
+        with self._lock:
+            if self._slots is None:
+                self._slots = self.make_slots()
+            while self._abandoned:
+                self._slots.cache.release(self._abandoned.popleft())
+            yield self._slots
 
 
 def _take_current(params: WeightBox | PublishedWeights) -> PublishedWeights:

@@ -1,7 +1,7 @@
 """The engine's device programs and the pytrees they work on.
 
-The programs depend on the policy's shape and on the number of tokens per step alone, so that equal engines share what
-is compiled. Dimension key: S slots, N stop ids, k tokens per step, T tokens of a prefill chunk.
+The programs depend on the policy's shape, the pages and the number of tokens per step alone: equal engines share what
+is compiled. Dimension key: S slots, N stop ids, M pages of a sequence, k tokens per step, T new tokens of a batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from forgejax.models import Policy, PolicyConfig
+from forgejax.ops.paged.attention import PagedKernel, copy_page, paged_attention
+from forgejax.ops.paged.batch import NOBODY, PagedBatch
 from forgejax.ops.rounding import AS_WRITTEN
-from forgejax.rollout.engine.kv.base import KVMemory, PrefilledSequence
 from forgejax.rollout.engine.sampling import Laws, draw_tokens
 
 
@@ -34,20 +35,13 @@ class SlotState:
     laws: Laws
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DecodeState:
-    """The keys and values of all slots and what each is doing."""
-
-    kv: KVMemory
-    slots: SlotState
-
-
 @dataclass(frozen=True, kw_only=True)
 class Programs:
     """The compiled side of an engine; hashable, and a static argument of its own methods."""
 
     policy: PolicyConfig
+    kernel: PagedKernel
+    page_tokens: int
     tokens_per_step: int
 
     def _policy(self, params: Any) -> Policy:
@@ -55,27 +49,38 @@ class Programs:
         policy: Policy = nnx.merge(graphdef, params)
         return policy
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=AS_WRITTEN)
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=AS_WRITTEN)
     def extend(
-        self, params: Any, prefix: PrefilledSequence, tokens_T: jax.Array, count: jax.Array
-    ) -> PrefilledSequence:
-        """Feeds the waiting token and all but the last of ``tokens_T[:count]``; the rest of the chunk is padding."""
-        fed_T = jnp.concatenate([prefix.last[None], tokens_T[:-1]])
-        positions_T = prefix.length + jnp.arange(fed_T.shape[0], dtype=jnp.int32)
-        length = prefix.length + count
-        attend = prefix.kv.attend(positions_T[None], length)
-        _, kv = self._policy(params)(fed_T[None], positions_T[None], attend, prefix.kv)
-        return PrefilledSequence(kv=kv, length=length, last=tokens_T[count - 1])
+        self, params: Any, pool: Any, tokens_T: jax.Array, table_M: jax.Array, span: tuple[jax.Array, jax.Array]
+    ) -> Any:
+        """The pool with the keys and values of a chunk of one sequence. Donates it.
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+        ``span``: the place of its first token in the sequence, and how many there are; the rest is padding.
+        """
+        start, count = span
+        batch = PagedBatch(
+            tables_NM=table_M[None],
+            lengths_N=(start + count)[None],
+            starts_O=jnp.stack([jnp.zeros_like(count), count]),
+            count=jnp.int32(1),
+            singles=0,
+            page_tokens=self.page_tokens,
+        )
+        return self._run(self._policy(params), tokens_T, pool, batch)[1]
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def copy(self, pool: Any, source: jax.Array, target: jax.Array) -> Any:
+        """The pool with one page copied to another. Donates it."""
+        return copy_page(pool, source, target)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def insert(
-        self, prefix: PrefilledSequence, state: DecodeState, slot: jax.Array, settings: dict[str, Any]
-    ) -> DecodeState:
-        """Starts a prefix in a slot; ``settings`` as ``SlotSettings.to_arrays`` gives them. The state is donated."""
-        kv = state.kv.insert(prefix.kv, slot)
+        self, slots: SlotState, slot: jax.Array, token: jax.Array, position: jax.Array, settings: dict[str, Any]
+    ) -> SlotState:
+        """Starts a slot that feeds ``token`` first; ``settings`` as ``SlotSettings.to_arrays`` gives them."""
         own = SlotState(
-            token_S=prefix.last,
-            position_S=prefix.length,
+            token_S=token,
+            position_S=position,
             drawn_S=jnp.int32(0),
             budget_S=settings["budget"],
             active_S=jnp.bool_(True),
@@ -87,39 +92,51 @@ class Programs:
                 key_S2=settings["key"],
             ),
         )
-        slots = jax.tree.map(lambda every, one: every.at[slot].set(one), state.slots, own)
-        return DecodeState(kv=kv, slots=slots)
+        return jax.tree.map(lambda every, one: every.at[slot].set(one), slots, own)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def release(self, state: DecodeState, kept_S: jax.Array) -> DecodeState:
-        """Freezes the slots that are not kept. The state is donated."""
-        return replace(state, slots=replace(state.slots, active_S=state.slots.active_S & kept_S))
+    def release(self, slots: SlotState, kept_S: jax.Array) -> SlotState:
+        """Freezes the slots that are not kept."""
+        return replace(slots, active_S=slots.active_S & kept_S)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=AS_WRITTEN)
     def generate(
-        self, count: int, params: Any, state: DecodeState, version: jax.Array, mask_SW: jax.Array | None = None
-    ) -> tuple[DecodeState, jax.Array]:
-        """Draws ``tokens_per_step`` tokens for the first ``count`` slots, packed as ``engine`` says; donates state.
+        self,
+        count: int,
+        params: Any,
+        state: tuple[Any, SlotState],
+        allowed: tuple[jax.Array, jax.Array | None],
+        version: jax.Array,
+    ) -> tuple[tuple[Any, SlotState], jax.Array]:
+        """Draws ``tokens_per_step`` tokens for the first ``count`` slots, packed as ``engine`` says.
 
-        Under a mask, of those slots, it is one token: the next mask depends on it.
+        ``state``: the pool and all slots; donated. ``allowed``: the pages of each slot [S, M], neither read nor written
+        where it is not active, and the mask [count, W] of what may be drawn (see ``draw_tokens``), or None. Under a mask
+        it is one token: the next mask depends on it.
         """
-        policy = self._policy(params)
+        policy, (pool, slots), (tables_SM, mask_SW) = self._policy(params), state, allowed
 
         def one_token(
-            carry: tuple[KVMemory, SlotState], _: None
-        ) -> tuple[tuple[KVMemory, SlotState], tuple[jax.Array, jax.Array, jax.Array]]:
-            kv, slots = carry
-            attend = kv.attend(slots.position_S[:, None], _find_longest(slots) + 1)
-            hidden_S1D, kv = policy(slots.token_S[:, None], slots.position_S[:, None], attend, kv)
-            logits_SV = policy.logits(hidden_S1D[:, 0])
-            token_S, logp_S = draw_tokens(logits_SV, slots.laws, slots.position_S + 1, mask_SW)
-            return (kv, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
+            carry: tuple[Any, SlotState], _: None
+        ) -> tuple[tuple[Any, SlotState], tuple[jax.Array, jax.Array, jax.Array]]:
+            pool, slots = carry
+            batch = PagedBatch(
+                tables_NM=jnp.where(slots.active_S[:, None], tables_SM[:count], NOBODY),
+                lengths_N=jnp.where(slots.active_S, slots.position_S + 1, 1),
+                starts_O=jnp.arange(count + 1, dtype=jnp.int32),
+                count=jnp.int32(count),
+                singles=count,
+                page_tokens=self.page_tokens,
+            )
+            hidden_SD, pool = self._run(policy, slots.token_S, pool, batch)
+            token_S, logp_S = draw_tokens(policy.logits(hidden_SD), slots.laws, slots.position_S + 1, mask_SW)
+            return (pool, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
 
-        served = jax.tree.map(lambda x: x[:count], state.slots)
-        (kv, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
-            one_token, (state.kv, served), None, length=self.tokens_per_step if mask_SW is None else 1
+        served = jax.tree.map(lambda x: x[:count], slots)
+        (pool, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
+            one_token, (pool, served), None, length=self.tokens_per_step if mask_SW is None else 1
         )
-        slots = jax.tree.map(lambda every, some: every.at[:count].set(some), state.slots, served)
+        slots = jax.tree.map(lambda every, some: every.at[:count].set(some), slots, served)
         columns = [
             tokens_kS.T,
             valid_kS.T.astype(jnp.int32),
@@ -127,12 +144,21 @@ class Programs:
             jax.lax.bitcast_convert_type(logps_kS, jnp.int32).T,
             jnp.full((count, 1), version),
         ]
-        return DecodeState(kv=kv, slots=slots), jnp.concatenate(columns, axis=1)
+        return (pool, slots), jnp.concatenate(columns, axis=1)
 
+    def _run(self, policy: Policy, tokens_T: jax.Array, pool: Any, batch: PagedBatch) -> tuple[jax.Array, Any]:
+        """Hidden states [T, D] of a batch's new tokens, and the pool with their keys and values."""
 
-def _find_longest(slots: SlotState) -> jax.Array:
-    """The furthest position an active slot feeds; free slots read less than their own, and nobody reads them."""
-    return jnp.max(jnp.where(slots.active_S, slots.position_S, 0))
+        def attend(
+            layer: jax.Array, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, pool: Any
+        ) -> tuple[jax.Array, Any]:
+            qkv = q_BTHC[0], k_BTKC[0], v_BTKC[0]
+            out_THC, pool = paged_attention(*qkv, pool, layer, batch=batch, kernel=self.kernel)
+            return out_THC[None], pool
+
+        positions_T = batch.place_tokens(len(tokens_T)).position_T
+        hidden_BTD, pool = policy(tokens_T[None], positions_T[None], attend, pool)
+        return hidden_BTD[0], pool
 
 
 def _advance(slots: SlotState, token_S: jax.Array) -> SlotState:

@@ -14,6 +14,7 @@ from forgejax.rollout.server.wire import DrawBody, EndBody, Line, encode_request
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
 _LINE_BYTES = 1 << 20
+_RETRY_AFTER_S = 1.0  # where a server that is busy does not say
 
 
 class RemoteSampler:
@@ -50,9 +51,12 @@ class RemoteSampler:
             raise EngineError("the remote sampler is not open; use it in an `async with` block")
         try:
             async with self._session.post(f"{self._url}/generate", data=encode_request(request)) as response:
+                if response.status == 429:
+                    told = response.headers.get("Retry-After", "")
+                    wait_s = float(told) if told.isdecimal() else _RETRY_AFTER_S
+                    raise OverloadedError(f"{self._url}: {(await response.text())[:500]}", wait_s)
                 if response.status != 200:
-                    kind = OverloadedError if response.status == 429 else EngineError
-                    raise kind(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
+                    raise EngineError(f"request {request.request_id}: {self._url}: {(await response.text())[:500]}")
                 return await _read_lines(request, response, on_tokens)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise EngineError(

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineError, OverloadedError
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
@@ -59,6 +59,9 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
 
         try:
             future = asyncio.wrap_future(self._driver.submit(sample, on_draw))
+        except OverloadedError as error:
+            context.set_trailing_metadata((("retry-after", f"{error.retry_after_s:g}"),))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineError as error:
             await context.abort(_pick_status(self._driver), str(error))
         future.add_done_callback(lambda _: drawn.put_nowait(None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -83,7 +84,9 @@ class RolloutServer:
             await self._driver.prepare(sample)
             future = _submit(self._driver, sample, lines)
         except OverloadedError as error:
-            return _refuse(429, str(error))
+            refusal = _refuse(429, str(error))
+            refusal.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+            return refusal
         except ForgejaxError as error:
             return _refuse(409 if self._driver.healthy else 503, str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})

@@ -23,6 +23,9 @@ class DriverCollector:
             ("slots", metrics.slots),
             ("active_requests", metrics.active),
             ("waiting_requests", metrics.waiting),
+            ("kv_pages", metrics.pages),
+            ("held_kv_pages", metrics.held_pages),
+            ("kept_kv_pages", metrics.kept_pages),
         ):
             yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
         for name, figure in (
@@ -30,6 +33,9 @@ class DriverCollector:
             ("decode_steps", metrics.steps),
             ("prompt_tokens", metrics.prompt_tokens),
             ("cached_prompt_tokens", metrics.cached_tokens),
+            ("computed_prompt_tokens", metrics.computed_tokens),
+            ("preemptions", metrics.preemptions),
+            ("restarts", metrics.restarts),
             ("busy_seconds", metrics.busy_s),
         ):
             yield CounterMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)

@@ -1,97 +1,163 @@
-"""Laws of the decoder over any ``KVCache``: here one that shares nothing and has little room."""
+"""Laws of who decodes when: turn by turn, without a thread."""
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
-import forgejax.rollout.driver
-from forgejax.errors import EngineError
-from forgejax.rollout import Driver, PolicyEngine
-from forgejax.rollout.engine.kv.base import ExtendedPrompt, KVCache, KVMemory
-from forgejax.rollout.engine.weights import PublishedWeights
-from forgejax.types import TokenIds
+from forgejax.rollout.driver.counters import Counters
+from forgejax.rollout.driver.decoder import Decoder
+from forgejax.rollout.driver.job import Job
+from forgejax.rollout.driver.scheduler import Scheduler
+from forgejax.types import Completion, FinishReason, SampleRequest
 from tests.rollout import tiny
-from tests.rollout.driving import balanced, gap, sample_all
+from tests.rollout.driving import gap
+
+SMALL: dict[str, Any] = {"kv_pages": 36, "slots": 4}  # of four tokens: a request of 128 takes 32
+LONG: dict[str, Any] = {"max_context": 1024, "slots": 4, "prefill_tokens_per_step": 32}
 
 
-class SmallCache:
-    """Room for 60 tokens in all, or for one request; every prompt is computed from its beginning."""
+class Turns:
+    """A decoder and what it has done."""
 
-    def __init__(self, engine: PolicyEngine):
-        self.engine, self.reserved, self.calls = engine, dict[int, int](), list[str]()
+    def __init__(self, **settings: Any):
+        self.engine, self.counters = tiny.engine(**settings), Counters()
+        self.scheduler = Scheduler(self.engine.config.slots)
+        self.decoder = Decoder(self.engine, self.scheduler, self.counters)
+        self.box = self.engine.load_params(tiny.params())
+        self.decoder.use(self.box.current)
+        self.ended: dict[str, Completion] = {}
 
-    def use(self, weights: PublishedWeights) -> None:
-        self.weights = weights
+    def ask(self, *requests: SampleRequest) -> list[Job]:
+        jobs = [
+            Job(
+                request=request,
+                prompt_ids=request.prompt_ids,
+                budget=min(request.max_tokens, self.engine.config.max_context - len(request.prompt_ids)),
+                on_draw=None,
+                submitted_at=0.0,
+            )
+            for request in requests
+        ]
+        for job in jobs:
+            self.scheduler.enqueue(job)
+        return jobs
 
-    def reserve(self, slot: int, ids: TokenIds, budget: int) -> bool:
-        fits = not self.reserved or sum(self.reserved.values()) + len(ids) + budget <= 60
-        if fits:
-            self.reserved[slot] = len(ids) + budget
-        self.calls.append(f"reserve {slot}" if fits else "full")
-        return fits
+    def take(self) -> None:
+        """One turn."""
+        self.decoder.admit()
+        for slot, reason in self.decoder.step():
+            job = self.decoder.finish(slot)
+            self.ended[job.request.request_id] = job.complete(reason, 1.0)
+        self.decoder.check_integrity()
 
-    def extend(self, slot: int, ids: TokenIds) -> ExtendedPrompt:
-        first = self.engine.begin_sequence(int(ids[0]))
-        return ExtendedPrompt(sequence=self.engine.append(self.weights, first, ids[1:]), cached_tokens=0)
-
-    def share(self, memory: KVMemory, slot: int, ids: TokenIds) -> None:
-        self.calls.append(f"share {slot} of {len(ids)}")
-
-    def release(self, slot: int) -> None:
-        del self.reserved[slot]
-        self.calls.append(f"release {slot}")
-
-    def check_integrity(self) -> None:
-        self.calls.append("check")
-        for slot in self.reserved:
-            raise AssertionError(f"slot {slot} is still reserved")
-
-
-class SmallEngine(PolicyEngine):
-    """The tiny engine with a ``SmallCache``."""
-
-    def make_cache(self) -> KVCache:
-        self.cache = SmallCache(self)
-        return self.cache
-
-
-async def test_a_request_without_room_waits_and_draws_the_same_tokens_when_a_slot_is_released() -> None:
-    requests = [tiny.request(f"r{i}", tiny.prompt(i, 20), 8, seed=i) for i in range(3)]
-    engine = SmallEngine(tiny.POLICY, tiny.engine().config, jax.devices()[1])
-    with Driver(engine, tiny.params()) as driver:
-        small = await sample_all(driver, requests)
-        assert balanced(driver) and driver.metrics().cached_tokens == 0
-    with Driver(tiny.engine(), tiny.params()) as driver:
-        large = await sample_all(driver, requests)
-    for one, other in zip(small, large, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-    assert max(gap(each, tiny.params()) for each in small) < 1e-5
-    calls = [call for call in engine.cache.calls if call != "full"]
-    # Two requests of 28 tokens fit; the third gets the room of the first.
-    assert "full" in engine.cache.calls and engine.cache.reserved == {}
-    ends = ["share 0 of 27", "release 0", "share 1 of 27", "release 1"]
-    assert calls == ["reserve 0", "reserve 1", *ends, "reserve 0", *ends[:2], "check"]
+    def finish(self) -> dict[str, Completion]:
+        while self.scheduler.active or self.scheduler.waiting:
+            self.take()
+        return self.ended
 
 
-async def test_keys_and_values_that_do_not_add_up_at_the_end_are_told() -> None:
-    engine = SmallEngine(tiny.POLICY, tiny.engine().config, jax.devices()[1])
-    with Driver(engine, tiny.params()) as driver:
-        (done,) = await sample_all(driver, [tiny.request("r", [1, 2], 4)])
-        engine.cache.reserved[3] = 7  # of no request
-    assert len(done.token_ids) == 4
-    with pytest.raises(EngineError, match=r"the engine failed: AssertionError\('slot 3"):
-        driver.submit(tiny.request("late", [1]))
+def test_where_pages_run_out_the_youngest_waits_and_draws_what_it_would_have_drawn() -> None:
+    requests = [tiny.request(f"r{i}", tiny.prompt(i, 20), 60, seed=i) for i in range(5)]
+    small, large = Turns(**SMALL), Turns()
+    for turns in (small, large):
+        turns.ask(*requests)
+    found, expected = small.finish(), large.finish()
+    assert small.counters.preemptions >= 2 and large.counters.preemptions == 0
+    for name, each in found.items():
+        np.testing.assert_array_equal(each.token_ids, expected[name].token_ids)
+        assert gap(each, tiny.params()) < 1e-5 and each.finish_reason is FinishReason.LENGTH
+    assert next(iter(found)) == "r0"  # the oldest never gives way
+    assert small.counters.requests == 5 and small.counters.sampled["train"] == 300
 
 
-def test_the_driver_knows_of_keys_and_values_no_more_than_their_contract() -> None:
-    kv, known = "forgejax.rollout.engine.kv", set[str]()
-    for path in Path(forgejax.rollout.driver.__path__[0]).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                known |= {node.module} if node.module.startswith(kv) else set()
-    assert known <= {f"{kv}.base"}
+def test_a_preempted_request_keeps_what_it_drew_and_says_which_weights_its_later_tokens_saw() -> None:
+    turns = Turns(**SMALL)
+    first, second = turns.ask(*(tiny.request(f"r{i}", tiny.prompt(i, 50), 60, seed=i) for i in range(2)))
+    while not turns.counters.preemptions:
+        turns.take()
+    drawn = second.join_ids()
+    assert len(drawn) and second not in turns.scheduler.active.values() and first in turns.scheduler.active.values()
+    turns.box.publish(tiny.params(1), 7)
+    turns.decoder.use(turns.box.current)
+    done = turns.finish()["r1"]
+    np.testing.assert_array_equal(done.token_ids[: len(drawn)], drawn)
+    ages = [(old, new) for old, new in zip(done.oldest_versions, done.versions, strict=True)]
+    # Begun again, it is computed by the new weights from its first token on.
+    assert ages == [(0, 0)] * len(drawn) + [(7, 7)] * (60 - len(drawn))
+    whole = tiny.dense_logprobs(tiny.params(1), done.prompt_ids, done.token_ids, done.law)
+    np.testing.assert_allclose(done.logprobs[len(drawn) :], whole[len(drawn) :], atol=1e-5)
+    assert turns.ended["r0"].oldest_versions.tolist() == [0] * 60
+
+
+def test_a_long_prompt_holds_no_stream_up_for_more_than_a_turns_tokens() -> None:
+    turns = Turns(**LONG)
+    (stream,) = turns.ask(tiny.request("stream", tiny.prompt(0, 9), 200, seed=1))
+    turns.take()
+    (long,) = turns.ask(tiny.request("long", tiny.prompt(1, 900), 4, seed=2))
+    took = []
+    while not long.drawn:
+        computed, drawn = turns.counters.computed_tokens, stream.drawn
+        turns.take()
+        took.append(turns.counters.computed_tokens - computed)
+        assert stream.drawn == drawn + 2
+    assert max(took) <= 32 and sum(took) == 899 and len(took) == 29
+    assert gap(turns.finish()["long"], tiny.params()) < 1e-5
+
+
+def test_weights_that_come_amid_a_prompt_go_on_with_it_and_it_is_not_shared() -> None:
+    turns = Turns(**LONG)
+    (job,) = turns.ask(tiny.request("crossing", tiny.prompt(1, 100), 4, seed=2))
+    turns.take()
+    assert job.computed == 32
+    turns.box.publish(tiny.params(1), 3)
+    turns.decoder.use(turns.box.current)
+    done = turns.finish()["crossing"]
+    assert done.versions.tolist() == [3] * 4 and done.oldest_versions.tolist() == [0] * 4
+    turns.ask(tiny.request("after", tiny.prompt(1, 100), 4, seed=2))
+    after = turns.finish()["after"]
+    assert after.cached_tokens == 0 and gap(after, tiny.params(1)) < 1e-5
+
+
+def test_a_job_dropped_amid_its_prompt_leaves_no_page_held_and_its_chunks_are_found_again() -> None:
+    turns = Turns(**LONG)
+    turns.ask(tiny.request("gone", tiny.prompt(1, 300), 4))
+    turns.take()
+    turns.take()
+    assert [job.request.request_id for job in turns.decoder.drop(list(turns.scheduler.active))] == ["gone"]
+    turns.take()
+    assert (turns.counters.held_pages, turns.counters.kept_pages) == (0, 16)
+    turns.ask(tiny.request("again", tiny.prompt(1, 300), 4, seed=1))
+    again = turns.finish()["again"]
+    assert again.cached_tokens == 64 and gap(again, tiny.params()) < 1e-5
+
+
+def test_each_distinct_token_is_computed_once() -> None:
+    group = Turns(**LONG)
+    group.ask(*(tiny.request(f"m{i}", tiny.prompt(0, 901), 6, seed=i) for i in range(16)))
+    group.finish()
+    assert group.counters.computed_tokens == 900  # the last one of a prompt is fed by the step that draws
+
+    agents, rng = Turns(**LONG), np.random.default_rng(1)
+    system, distinct = tiny.prompt(3, 203), 0
+    texts = [np.concatenate([system, tiny.prompt(10 + i, 7)]) for i in range(8)]
+    for turn in range(10):
+        requests = [tiny.request(f"{turn}-{i}", text, 8, seed=i, session_id=str(i)) for i, text in enumerate(texts)]
+        agents.ask(*requests)
+        done = agents.finish()
+        observed = rng.integers(0, 50, (8, 12)).astype(np.int32)
+        texts = [
+            np.concatenate([request.prompt_ids, done[request.request_id].token_ids, new])
+            for request, new in zip(requests, observed, strict=True)
+        ]
+        distinct += 8 * (7 if turn == 0 else 12)
+    assert agents.counters.computed_tokens <= 1.05 * (len(system) + distinct + 9 * 8)  # one a turn was drawn, never fed
+
+
+def test_pages_that_are_held_for_no_request_are_told() -> None:
+    turns = Turns()
+    assert turns.decoder._slots.begin(2, tiny.prompt(1, 5)) == 0
+    with pytest.raises(AssertionError, match="2 are held and no request is active"):
+        turns.decoder.check_integrity()

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalSampler
+from forgejax.rollout.engine._jetstream import engine_api
 from forgejax.rollout.engine.settings import SlotSettings, split_draws
+from forgejax.rollout.engine.slots import Slots
+from forgejax.rollout.engine.weights import PublishedWeights
 from forgejax.types import Completion, SamplingLaw
 from tests.rollout import tiny
 from tests.rollout.driving import balanced, gap, sample_all, until
@@ -21,8 +26,8 @@ async def test_logprobs_are_those_of_a_dense_forward_pass_with_and_without_reuse
     params, shared = tiny.params(), tiny.prompt(0, 41)
     first = [tiny.request(f"a{i}", [*shared, i], 30, seed=i) for i in range(5)]
     gaps, tokens, cached = [], 0, 0
-    for reuse in (1024, 0):
-        with Driver(tiny.engine(prefix_cache_tokens=reuse), params) as driver:
+    for reuse in ("version", "none"):
+        with Driver(tiny.engine(reuse=reuse), params) as driver:
             turns = await sample_all(driver, first)
             following = [
                 tiny.request(f"b{i}", [*turn.prompt_ids, *turn.token_ids, 7, 8], 20, seed=i)
@@ -32,9 +37,9 @@ async def test_logprobs_are_those_of_a_dense_forward_pass_with_and_without_reuse
             gaps += [gap(turn, params) for turn in turns]
             tokens += sum(len(turn.token_ids) for turn in turns)
             cached = driver.metrics().cached_tokens
-            if reuse:
-                # Members 2 to 5 share 40 tokens; each next turn finds all of the turn before it but a page.
-                assert [turn.cached_tokens for turn in turns] == [0, 40, 40, 40, 40] + [68] * 5
+            if reuse == "version":
+                # Members 2 to 5 share 41 tokens; each next turn finds all that the turn before it fed.
+                assert [turn.cached_tokens for turn in turns] == [0, 41, 41, 41, 41] + [71] * 5
                 reused_ids = [turn.token_ids.tolist() for turn in turns]
             else:
                 assert cached == 0 and [turn.token_ids.tolist() for turn in turns] == reused_ids
@@ -49,7 +54,7 @@ async def test_results_do_not_depend_on_the_company() -> None:
     ]
     with Driver(tiny.engine(), params) as driver:
         together = await sample_all(driver, requests)
-    with Driver(tiny.engine(prefix_cache_tokens=0), params) as driver:
+    with Driver(tiny.engine(reuse="none"), params) as driver:
         alone = [(await sample_all(driver, [request]))[0] for request in reversed(requests)][::-1]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
@@ -179,6 +184,65 @@ async def test_a_failure_in_the_thread_fails_the_open_requests_and_shows() -> No
         driver.submit(tiny.request("late", [1]))
     assert balanced(driver)
     driver.stop()
+
+
+async def test_an_engine_that_fails_starts_again_with_fresh_pages_and_after_a_few_times_in_a_row_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing, generate = 1, Slots.generate
+
+    def fail(self: Slots, weights: PublishedWeights, rows: int) -> engine_api.ResultTokens:
+        nonlocal failing
+        failing -= 1
+        if failing >= 0:
+            raise RuntimeError("out of luck")
+        return generate(self, weights, rows)
+
+    monkeypatch.setattr(Slots, "generate", fail)
+    driver = Driver(tiny.engine(max_restarts=2), tiny.params()).start()
+
+    async def ask(name: str) -> Completion | BaseException:
+        sampling = LocalSampler(driver).sample(tiny.request(name, tiny.prompt(1, 9), 6, seed=1))
+        return (await asyncio.gather(sampling, return_exceptions=True))[0]
+
+    first, second = await ask("a"), await ask("b")
+    assert isinstance(first, EngineError) and "the engine failed: RuntimeError('out of luck')" in str(first)
+    assert isinstance(second, Completion) and gap(second, tiny.params()) < 1e-5 and driver.healthy
+    failing = 3  # in a row: two restarts, and no more
+    for name in "cde":
+        assert isinstance(await ask(name), EngineError)
+    await until(lambda: not driver.healthy)
+    with pytest.raises(EngineError, match="out of luck"):
+        driver.submit(tiny.request("late", [1]))
+    assert driver.metrics().restarts == 3 and balanced(driver)
+    driver.stop()
+
+
+_ASKED = st.tuples(st.integers(0, 2), st.integers(1, 70), st.integers(1, 40), st.integers(0, 3), st.integers(0, 3))
+
+
+@given(st.lists(_ASKED, min_size=1, max_size=9))
+@settings(max_examples=20, deadline=None)
+def test_whatever_the_schedule_logprobs_are_those_of_a_dense_forward_pass(
+    asked: list[tuple[int, int, int, int, int]],
+) -> None:
+    """Shared prefixes, sessions, cancellations and, with pages for one long request, preemptions."""
+    params = tiny.params()
+    with Driver(tiny.engine(kv_pages=36), params) as driver:
+        futures = []
+        for number, (text, length, tokens, fate, session) in enumerate(asked):
+            request = tiny.request(
+                str(number), tiny.prompt(text, 70)[:length], tokens, seed=number, session_id=str(session)
+            )
+            futures.append((driver.submit(request), fate == 3))
+        for future, cancelled in futures:
+            if cancelled:
+                future.cancel()
+        done = [future.result(60) for future, cancelled in futures if not cancelled]
+    assert balanced(driver)
+    for completion in done:
+        assert gap(completion, params) < 1e-5
+        assert completion.oldest_versions.tolist() == [0] * len(completion.token_ids)
 
 
 async def test_stopping_answers_every_waiter() -> None:

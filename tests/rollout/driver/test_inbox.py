@@ -16,7 +16,7 @@ from tests.rollout.serving import served
 
 
 async def test_what_cannot_be_served_is_refused_at_once_in_a_sentence() -> None:
-    with Driver(tiny.engine(max_queued=1), tiny.params()) as driver:
+    with Driver(tiny.engine(max_waiting=1), tiny.params()) as driver:
         cases = [
             (tiny.request("long", tiny.prompt(1, 128)), "128 tokens and the context holds 128"),
             (tiny.request("ids", [1, 50]), "the policy knows 0 to 49"),
@@ -35,7 +35,7 @@ async def test_what_cannot_be_served_is_refused_at_once_in_a_sentence() -> None:
 
 async def test_a_full_queue_and_a_used_id_are_refused() -> None:
     hold = threading.Event()
-    with Driver(tiny.engine(max_queued=1), tiny.params()) as driver:
+    with Driver(tiny.engine(max_waiting=1), tiny.params()) as driver:
         begun = threading.Event()
 
         def block(_: object) -> None:

@@ -7,39 +7,68 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
+from forgejax.errors import EngineError
 from forgejax.rollout import PolicyEngine
 from forgejax.rollout.engine._jetstream import orchestrator
-from forgejax.rollout.engine.kv.rows import KVRows
 from forgejax.rollout.engine.settings import SlotSettings, split_draws
 from tests.rollout import tiny
 
 
-def test_a_prefix_may_be_continued_by_chunks_of_any_size() -> None:
+def test_a_prefix_may_be_continued_by_chunks_of_any_size_and_stays_valid() -> None:
     engine, weights = tiny.engine(), tiny.engine().load_params(tiny.params())
     ids = tiny.prompt(1, 40)
     whole = engine.prefill(params=weights, padded_tokens=np.pad(ids, (0, 8)), true_length=40)
     first = engine.prefill(params=weights, padded_tokens=np.pad(ids[:5], (0, 3)), true_length=5)
     both = engine.prefill(params=weights, existing_prefix=first, padded_tokens=np.pad(ids[5:], (0, 5)), true_length=35)
-    assert (int(first.length), int(both.length), int(both.last)) == (4, 39, ids[-1])
-    for name in ("k_LBKTC", "v_LBKTC"):
-        one, other = (np.asarray(getattr(p.kv, name))[:, :, :, :39] for p in (whole, both))
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert first.ids.tolist() == ids[:5].tolist() and both.ids.tolist() == ids.tolist()
+    drawn = []
+    for prefix in (whole, both, first):
+        state = engine.insert(prefix, engine.init_decode_state(), 0, SlotSettings(budget=9, seed=1))
+        _, result = engine.generate(weights, state, rows=1)
+        drawn += list(split_draws(result, [0]))
+    np.testing.assert_array_equal(drawn[0].token_ids, drawn[1].token_ids)
+    for run, prompt in zip(drawn[1:], (ids, ids[:5]), strict=True):
+        expected = tiny.dense_logprobs(tiny.params(), prompt, run.token_ids, SlotSettings(budget=1).law)
+        np.testing.assert_allclose(run.logprobs, expected, atol=1e-5)
 
 
-def test_a_decode_step_does_not_copy_the_cache() -> None:
+def test_prefixes_and_slots_hold_their_pages_only_as_long_as_they_are_there() -> None:
+    engine = PolicyEngine(tiny.POLICY, tiny.engine(kv_pages=32).config, jax.devices()[1])
+    weights, state = engine.load_params(tiny.params()), engine.init_decode_state()
+    prefix = engine.prefill(params=weights, padded_tokens=tiny.prompt(1, 40), true_length=40)
+    assert state.cache.held == 10
+    engine.insert(prefix, state, 0, SlotSettings(budget=88))
+    assert state.cache.held == 11  # nine whole pages are shared, the last one is copied
+    engine.generate(weights, state)
+    assert state.cache.held == 12
+    del prefix
+    engine.insert(engine.prefill(params=weights, padded_tokens=[1, 2], true_length=2), state, 0)
+    state.cache.check_integrity()
+    with pytest.raises(EngineError, match="no room for 128 tokens; release a prefix"):
+        engine.prefill(params=weights, padded_tokens=tiny.prompt(1, 128), true_length=128)
+    engine.init_decode_state()
+    assert state.cache.held == 0
+    state.cache.check_integrity()
+
+
+def test_a_decode_step_does_not_copy_the_pool() -> None:
     engine = tiny.engine()
-    weights, state = engine.load_params(), engine.init_decode_state()
+    weights, slots = engine.load_params(), engine.make_slots()
     compiled = engine._programs.generate.lower(
-        engine._programs, engine.config.slots, weights.current.params, state, np.int32(0)
+        engine._programs,
+        engine.config.slots,
+        weights.current.params,
+        (slots._pool, slots._state),
+        slots._put(slots._tables_SM),
+        np.int32(0),
     ).compile()
-    assert isinstance(state.kv, KVRows)
-    rows = state.kv.k_LBKTC.nbytes
     memory = compiled.memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < rows
-    before = state.kv.k_LBKTC.unsafe_buffer_pointer()
-    state, _ = engine.generate(weights, state)
-    assert isinstance(state.kv, KVRows) and state.kv.k_LBKTC.unsafe_buffer_pointer() == before
+    assert memory is not None and memory.temp_size_in_bytes < slots._pool.nbytes / 4
+    before = slots._pool.unsafe_buffer_pointer()
+    slots.generate(weights.current, 4)
+    assert slots._pool.unsafe_buffer_pointer() == before
 
 
 def test_serving_the_first_slots_leaves_the_others_alone() -> None:
@@ -66,8 +95,7 @@ def test_an_engine_with_bfloat16_compute_keeps_two_bytes_a_number() -> None:
     state = engine.insert(prefix, state, 0, SlotSettings(budget=5))
     state, result = engine.generate(weights, state, rows=1)
     (drawn,) = split_draws(result, [0])
-    assert isinstance(state.kv, KVRows)
-    assert state.kv.k_LBKTC.dtype.itemsize == 2 and state.kv.k_LBKTC.devices() == {jax.devices()[2]}
+    assert state._pool.dtype.itemsize == 2 and state._pool.devices() == {jax.devices()[2]}
     assert np.isfinite(drawn.logprobs).all() and (drawn.logprobs < 0).all()
 
 

@@ -1,1 +1,1 @@
-"""Keys and values: where they lie, and which of them are kept."""
+"""Which page holds what: bookkeeping on the host of the keys and values on the device."""

@@ -1,0 +1,1 @@
+"""Attention over pages of keys and values: one public function, one file a backend, one oracle."""
