@@ -60,12 +60,7 @@ class CpuPagedKernel:
         return with_exact_sums(functools.partial(self._attend, window), q_THC, pool, (layer, batch))
 
     def _attend(
-        kernel: CpuPagedKernel,
-        window: int | None,
-        sums: Any,
-        q_THC: jax.Array,
-        pool: jax.Array,
-        layer_and_batch: tuple[jax.Array, PagedBatch],
+        self, window: int | None, sums: Any, q_THC: jax.Array, pool: jax.Array, layer_and_batch: Any
     ) -> jax.Array:
         (T, H, C), (layer, batch) = q_THC.shape, layer_and_batch
         K, D = pool.shape[3], batch.singles

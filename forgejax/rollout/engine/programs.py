@@ -111,8 +111,8 @@ class Programs:
         """Draws ``tokens_per_step`` tokens for the first ``count`` slots, packed as ``engine`` says.
 
         ``state``: the pool and all slots; donated. ``allowed``: the pages of each slot [S, M], neither read nor written
-        where it is not active, and the mask [count, W] of what may be drawn (see ``draw_tokens``), or None. Under a mask
-        it is one token: the next mask depends on it.
+        where it is not active; and the mask [count, W] of what may be drawn (see ``draw_tokens``), or None. Under one
+        it is a single token, for the next mask depends on it.
         """
         policy, (pool, slots), (tables_SM, mask_SW) = self._policy(params), state, allowed
 

@@ -107,8 +107,8 @@ class Slots:
     ) -> engine_api.ResultTokens:
         """Draws up to k tokens for every active slot of the first ``rows``, at the cost of those alone.
 
-        Under a mask, of all slots, it is one token. A slot that meets a stop id or its budget freezes at once. Every active slot has room for k tokens more, or for
-        its last.
+        Under a mask, of all slots, it is one token. A slot that meets a stop id or its budget freezes at once. Every
+        active slot has room for k tokens more, or for its last.
         """
         bucket = min(bucket for bucket in self._config.decode_rows if bucket >= rows)
         if self._put_tables is None:
