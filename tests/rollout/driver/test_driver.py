@@ -191,12 +191,12 @@ async def test_an_engine_that_fails_starts_again_with_fresh_pages_and_after_a_fe
 ) -> None:
     failing, generate = 1, Slots.generate
 
-    def fail(self: Slots, weights: PublishedWeights, rows: int) -> engine_api.ResultTokens:
+    def fail(self: Slots, *arguments: Any) -> Any:
         nonlocal failing
         failing -= 1
         if failing >= 0:
             raise RuntimeError("out of luck")
-        return generate(self, weights, rows)
+        return generate(self, *arguments)
 
     monkeypatch.setattr(Slots, "generate", fail)
     driver = Driver(tiny.engine(max_restarts=2), tiny.params()).start()
