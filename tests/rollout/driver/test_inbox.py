@@ -45,11 +45,13 @@ async def test_a_full_queue_and_a_used_id_are_refused() -> None:
         first = driver.submit(tiny.request("a", [1], 4), block)
         await asyncio.to_thread(begun.wait, 20)
         second = driver.submit(tiny.request("b", [1], 4))
-        with pytest.raises(OverloadedError, match="1 requests are waiting already"):
+        with pytest.raises(OverloadedError, match="1 requests are waiting already") as caught:
             driver.submit(tiny.request("c", [1], 4))
+        assert caught.value.retry_after_s == 1.0
         async with served(RolloutServer(driver).make_app()) as url, RemoteSampler(url) as remote:
-            with pytest.raises(OverloadedError, match="1 requests are waiting already"):
+            with pytest.raises(OverloadedError, match="1 requests are waiting already") as told:
                 await remote.sample(tiny.request("d", [1], 4))
+        assert told.value.retry_after_s == 1.0
         hold.set()
         assert len((await asyncio.wrap_future(first)).token_ids) == 4
         assert len((await asyncio.wrap_future(second)).token_ids) == 4
