@@ -81,7 +81,8 @@ class SessionLog:
         prompt = await self._render_prompt(located)
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        request = self._make_request(chat, prompt, number)
+        live = stream or bool(chat.stop)
+        request = self._make_request(chat, prompt, number, live=live)
         service = self._service
         if prompt.branch is not None:
             service.metrics.branches.labels(prompt.branch).inc()
@@ -113,7 +114,7 @@ class SessionLog:
             request=request,
             builder=builder,
             begun=builder.begin(prompt.forced),
-            live=stream or bool(chat.stop),
+            live=live,
             grace_s=service.config.cancel_grace_s,
             record=record,
         )
@@ -190,7 +191,7 @@ class SessionLog:
         if pending.abandoned:
             self._service.metrics.cancelled.inc()
 
-    def _make_request(self, chat: ChatRequest, prompt: Prompt, number: int) -> SampleRequest:
+    def _make_request(self, chat: ChatRequest, prompt: Prompt, number: int, *, live: bool) -> SampleRequest:
         room = self._service.context_length - len(prompt.ids)
         if room < 1:
             raise OverflowRefusedError(len(prompt.ids), self._service.context_length)
@@ -206,6 +207,7 @@ class SessionLog:
             stop_ids=self._service.chat_format.stop_ids,
             seed=self._choose_seed(chat, number),
             purpose=self._spec.purpose,
+            repeatable=not live,
         )
 
     def _choose_seed(self, chat: ChatRequest, number: int) -> int | None:

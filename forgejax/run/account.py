@@ -161,6 +161,7 @@ class RunAccount:
         drawn = _await_idle(self.engines)
         self.pool.count_tokens("cancelled", drawn.cancelled)
         self.pool.count_tokens("request_failed", drawn.failed)
+        self.pool.count_tokens("lost_replica", drawn.lost)
         return settle(
             drawn,
             self.pool.tokens(),

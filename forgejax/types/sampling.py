@@ -65,6 +65,7 @@ class SampleRequest:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     purpose: Purpose = "train"
+    repeatable: bool = False  # what was drawn may be thrown away and drawn anew: nobody has been shown it
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:

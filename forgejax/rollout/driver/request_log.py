@@ -119,6 +119,12 @@ class RequestLog:
             self._trim_to = max(self._trim_to, version)
             self._lock.notify()
 
+    def write(self) -> None:
+        """Writes everything appended so far: it outlives this process, if not the machine. Raises EngineError."""
+        self._write_pending()
+        with self._lock:
+            self._check()
+
     def flush(self) -> None:
         """Writes and syncs everything appended so far. Raises EngineError if the disk refuses."""
         self._write_pending()
