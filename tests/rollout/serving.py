@@ -1,11 +1,17 @@
-"""A web application on a port of its own."""
+"""A web application on a port of its own, and a served engine that has started."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
+
+from forgejax.rollout import RequestLog
+from forgejax.rollout.server.served import ServedEngine
+from tests.rollout import tiny
 
 
 @asynccontextmanager
@@ -17,3 +23,17 @@ async def served(app: web.Application) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def serving_engine(
+    params: Any, version: int = 0, log: RequestLog | None = None, *, beside: bool = True
+) -> AsyncIterator[ServedEngine]:
+    """The tiny engine with these weights, serving."""
+    engine = ServedEngine(tiny.engine(), log, beside=beside)
+    await engine.publish(params, version, "", idle_s=0.0)
+    await engine.start(asyncio.Event())
+    try:
+        yield engine
+    finally:
+        await engine.stop()

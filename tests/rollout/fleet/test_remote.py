@@ -9,23 +9,23 @@ import pytest
 from aiohttp import web
 
 from forgejax.errors import EngineError
-from forgejax.rollout import Driver, LocalSampler, RemoteSampler
+from forgejax.rollout import LocalSampler, RemoteSampler
 from forgejax.rollout.server.http import RolloutServer
 from forgejax.types import Completion, FinishReason, SamplingLaw
 from tests.rollout import tiny
-from tests.rollout.serving import served
+from tests.rollout.serving import served, serving_engine
 
 
 async def test_a_remote_sampler_gets_exactly_what_a_local_one_gets() -> None:
-    with Driver(tiny.engine(), tiny.params(), version=4) as driver:
-        async with served(RolloutServer(driver).make_app()) as url, RemoteSampler(url) as remote:
+    async with serving_engine(tiny.params(), 4) as engine:
+        async with served(RolloutServer(engine).make_app()) as url, RemoteSampler(url) as remote:
             requests = [
                 tiny.request(f"r{i}", tiny.prompt(i, 12), 9 + i, seed=i, law=SamplingLaw(temperature=0.7), stop_ids={3})
                 for i in range(6)
             ]
             seen: list[int] = []
             there = await asyncio.gather(*(remote.sample(each, seen.extend) for each in requests))
-            here = await asyncio.gather(*(LocalSampler(driver).sample(each) for each in requests))
+            here = await asyncio.gather(*(LocalSampler(engine.driver).sample(each) for each in requests))
     for one, other in zip(there, here, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
         for name in ("token_ids", "versions", "oldest_versions", "prompt_ids"):
@@ -35,8 +35,8 @@ async def test_a_remote_sampler_gets_exactly_what_a_local_one_gets() -> None:
 
 
 async def test_leaving_a_remote_request_or_asking_it_to_stop_frees_its_slot() -> None:
-    with Driver(tiny.engine(), tiny.params()) as driver:
-        async with served(RolloutServer(driver).make_app()) as url, RemoteSampler(url) as remote:
+    async with serving_engine(tiny.params()) as engine:
+        async with served(RolloutServer(engine).make_app()) as url, RemoteSampler(url) as remote:
             seen: list[int] = []
 
             def enough(ids: list[int]) -> bool:
@@ -49,7 +49,7 @@ async def test_leaving_a_remote_request_or_asking_it_to_stop_frees_its_slot() ->
             await asyncio.sleep(0.02)
             task.cancel()
             for _ in range(500):
-                metrics = driver.metrics()
+                metrics = engine.metrics()
                 if metrics.active == metrics.waiting == 0:
                     break
                 await asyncio.sleep(0.01)
