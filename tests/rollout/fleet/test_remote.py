@@ -17,15 +17,18 @@ from tests.rollout.serving import served, serving_engine
 
 
 async def test_a_remote_sampler_gets_exactly_what_a_local_one_gets() -> None:
-    async with serving_engine(tiny.params(), 4) as engine:
-        async with served(RolloutServer(engine).make_app()) as url, RemoteSampler(url) as remote:
-            requests = [
-                tiny.request(f"r{i}", tiny.prompt(i, 12), 9 + i, seed=i, law=SamplingLaw(temperature=0.7), stop_ids={3})
-                for i in range(6)
-            ]
-            seen: list[int] = []
-            there = await asyncio.gather(*(remote.sample(each, seen.extend) for each in requests))
-            here = await asyncio.gather(*(LocalSampler(engine.driver).sample(each) for each in requests))
+    async with (
+        serving_engine(tiny.params(), 4) as engine,
+        served(RolloutServer(engine).make_app()) as url,
+        RemoteSampler(url) as remote,
+    ):
+        requests = [
+            tiny.request(f"r{i}", tiny.prompt(i, 12), 9 + i, seed=i, law=SamplingLaw(temperature=0.7), stop_ids={3})
+            for i in range(6)
+        ]
+        seen: list[int] = []
+        there = await asyncio.gather(*(remote.sample(each, seen.extend) for each in requests))
+        here = await asyncio.gather(*(LocalSampler(engine.driver).sample(each) for each in requests))
     for one, other in zip(there, here, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
         for name in ("token_ids", "versions", "oldest_versions", "prompt_ids"):
@@ -35,25 +38,28 @@ async def test_a_remote_sampler_gets_exactly_what_a_local_one_gets() -> None:
 
 
 async def test_leaving_a_remote_request_or_asking_it_to_stop_frees_its_slot() -> None:
-    async with serving_engine(tiny.params()) as engine:
-        async with served(RolloutServer(engine).make_app()) as url, RemoteSampler(url) as remote:
-            seen: list[int] = []
+    async with (
+        serving_engine(tiny.params()) as engine,
+        served(RolloutServer(engine).make_app()) as url,
+        RemoteSampler(url) as remote,
+    ):
+        seen: list[int] = []
 
-            def enough(ids: list[int]) -> bool:
-                seen.extend(ids)
-                return len(seen) >= 4
+        def enough(ids: list[int]) -> bool:
+            seen.extend(ids)
+            return len(seen) >= 4
 
-            done: Completion = await remote.sample(tiny.request("r", [1, 2], 100, seed=1), enough)  # type: ignore[arg-type]
-            assert (done.token_ids.tolist(), done.finish_reason) == (seen, FinishReason.STOP) and len(seen) == 4
-            task = asyncio.create_task(remote.sample(tiny.request("s", [1, 2], 120)))
-            await asyncio.sleep(0.02)
-            task.cancel()
-            for _ in range(500):
-                metrics = engine.metrics()
-                if metrics.active == metrics.waiting == 0:
-                    break
-                await asyncio.sleep(0.01)
-            assert metrics.active == metrics.waiting == 0
+        done: Completion = await remote.sample(tiny.request("r", [1, 2], 100, seed=1), enough)  # type: ignore[arg-type]
+        assert (done.token_ids.tolist(), done.finish_reason) == (seen, FinishReason.STOP) and len(seen) == 4
+        task = asyncio.create_task(remote.sample(tiny.request("s", [1, 2], 120)))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        for _ in range(500):
+            metrics = engine.metrics()
+            if metrics.active == metrics.waiting == 0:
+                break
+            await asyncio.sleep(0.01)
+        assert metrics.active == metrics.waiting == 0
 
 
 async def test_an_unreachable_or_silent_server_is_an_engine_error() -> None:

@@ -18,8 +18,15 @@ from tests.rollout.serving import served, serving_engine
 
 @pytest.mark.parametrize(
     ("host", "token", "allowed"),
-    [("127.0.0.1", "", True), ("::1", "", True), ("localhost", "", True), ("0.0.0.0", "", False)]
-    + [("10.1.2.3", "", False), ("trainer.example", "", False), ("0.0.0.0", "secret", True)],
+    [
+        ("127.0.0.1", "", True),
+        ("::1", "", True),
+        ("localhost", "", True),
+        ("0.0.0.0", "", False),
+        ("10.1.2.3", "", False),
+        ("trainer.example", "", False),
+        ("0.0.0.0", "secret", True),
+    ],
 )
 def test_only_a_token_opens_a_server_to_other_machines(host: str, token: str, allowed: bool) -> None:
     if allowed:

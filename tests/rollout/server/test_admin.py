@@ -29,9 +29,12 @@ async def reached(
     version: int = 3, log: RequestLog | None = None, root: Path | None = None
 ) -> AsyncIterator[tuple[ServedEngine, RemoteSampler]]:
     publish_root = None if root is None else PublishRoot(root=root, read=load_tree)
-    async with serving_engine(tiny.params(1), version, log) as engine:
-        async with served(RolloutServer(engine, publish_root).make_app()) as url, RemoteSampler(url) as remote:
-            yield engine, remote
+    async with (
+        serving_engine(tiny.params(1), version, log) as engine,
+        served(RolloutServer(engine, publish_root).make_app()) as url,
+        RemoteSampler(url) as remote,
+    ):
+        yield engine, remote
 
 
 async def test_weights_are_served_when_they_are_committed_and_not_before() -> None:
@@ -108,7 +111,7 @@ async def test_a_record_is_in_the_log_when_its_end_is_told_and_says_whether_it_w
         done = await remote.sample(tiny.request("whole", [1, 2, 3], 6))
         written = path.read_bytes()  # what would be left after kill -9
         seen: list[int] = []
-        part = await remote.sample(tiny.request("part", [1, 2, 3], 100, seed=1), lambda ids: seen.extend(ids) or True)
+        part = await remote.sample(tiny.request("part", [1, 2, 3], 100, seed=1), lambda ids: not seen.extend(ids))  # type: ignore[func-returns-value]
         while (await remote.status()).active:
             continue
         found = await remote.requests_of(["whole", "never", "part"])

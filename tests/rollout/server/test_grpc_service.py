@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import operator
 import sys
 
 import grpc  # type: ignore[import-untyped]
@@ -78,4 +80,4 @@ async def test_a_client_of_jetstreams_own_in_a_process_of_its_own_streams() -> N
         )
         await server.stop(grace=None)
     runs = [[int(word) for word in line.split()] for line in said.decode().splitlines()]
-    assert sum(runs, []) == expected.token_ids.tolist() and len(runs) > 1
+    assert functools.reduce(operator.iadd, runs, []) == expected.token_ids.tolist() and len(runs) > 1
