@@ -41,12 +41,18 @@ class ServerBooks:
         """The process is no more. ``logged`` tokens are in its log, of all processes (None: out of reach), where
         ``find`` looks a request up. What it drew beyond the log and these books is known to nobody."""
         with self._lock:
-            seen = sum(tokens for name, tokens in self._broken.items() if not find(name))
-            least = self._given if logged is None else logged - self._first.inherited
-            self._drawn = max(self.last.sampled - self._first.sampled, least + seen, self._given)
+            self._drawn = self._estimate(logged, find)
 
-    def count(self, open_requests: int) -> EngineAccount:
-        """Its account now; ``open_requests`` are those that wait for its answer here. A closed one has none."""
+    def _estimate(self, logged: int | None, find: Callable[[str], bool]) -> int:
+        seen = sum(tokens for name, tokens in self._broken.items() if not find(name))
+        least = self._given if logged is None else logged - self._first.inherited
+        return max(self.last.sampled - self._first.sampled, least + seen, self._given)
+
+    def count(self, open_requests: int, *, reached: bool) -> EngineAccount:
+        """Its account now; ``open_requests`` are those that wait for its answer here.
+
+        Of a process that is not ``reached`` all that was not given counts as lost, until it is heard of again.
+        """
         first, last = self._first, self.last
         prompts = {
             "prompt_tokens": last.prompt_tokens - first.prompt_tokens,
@@ -54,8 +60,9 @@ class ServerBooks:
         }
         with self._lock:
             given = self._given
-            if self._drawn is not None:
-                return EngineAccount(sampled=self._drawn, lost=self._drawn - given, **prompts)
+            drawn = self._estimate(None, lambda _: False) if self._drawn is None and not reached else self._drawn
+            if drawn is not None:
+                return EngineAccount(sampled=drawn, lost=drawn - given, **prompts)
         sampled, failed = last.sampled - first.sampled, last.failed - first.failed
         still_open = last.sampled - last.returned - last.cancelled - last.failed
         return EngineAccount(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -94,13 +93,11 @@ class Replica:
         return sum(call.tokens for call in self._calls)
 
     def count(self) -> EngineAccount:
-        """The account of all its processes. What a server out of reach has not ended counts as lost."""
+        """The account of all its processes."""
         total = EngineAccount()
         for books in self.books:
-            total += books.count(self.open_requests)
-        if self.up:
-            return total
-        return dataclasses.replace(total, lost=total.lost + total.open, open=0, active=0, waiting=0)
+            total += books.count(self.open_requests, reached=self._up)
+        return total
 
     # -- Requests ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +256,7 @@ class Replica:
             )
             self.sampler = await sampler.__aenter__()
         try:
-            return await asyncio.wait_for(self.sampler.status(), self.config.silence_s / 2)
+            return await self._ask_status(self.config.silence_s / 2)
         except (TimeoutError, EngineError) as error:
             self.trouble = f"it does not answer: {error}" if str(error) else "it does not answer"
             return None
@@ -287,12 +284,17 @@ class Replica:
         if behind and (self._catching_up is None or self._catching_up.done()):
             self._catching_up = asyncio.create_task(self._catch_up())
 
+    async def _ask_status(self, within_s: float) -> StatusBody:
+        assert self.sampler is not None
+        async with asyncio.timeout(within_s):  # wait_for would lose a cancellation that comes with the answer
+            return await self.sampler.status()
+
     async def refresh(self) -> None:
         """Brings its counts up to now, where it answers."""
         if self.up and self.sampler is not None and self.books:
             books = self.books[-1]
             with contextlib.suppress(EngineError, TimeoutError):
-                status = await asyncio.wait_for(self.sampler.status(), 4 * self.config.poll_s)
+                status = await self._ask_status(4 * self.config.poll_s)
                 if status.instance == books.instance:
                     books.last = status
 

@@ -78,6 +78,7 @@ class ServerEngines:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
         self._watch: asyncio.Task[None] | None = None
+        self._ending = False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -210,7 +211,7 @@ class ServerEngines:
 
     async def _watch_on(self) -> None:
         async def watch(replica: Replica) -> None:
-            while True:
+            while not self._ending:
                 try:
                     await replica.look()
                 except EngineError as error:
@@ -220,6 +221,7 @@ class ServerEngines:
         await asyncio.gather(*(watch(replica) for replica in self._replicas))
 
     async def _end(self) -> None:
+        self._ending = True
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ async def test_a_server_that_dies_loses_no_request_that_nobody_was_shown_and_end
         assert serving(engines) == 1 and engines.healthy
         farm.run(farm.servers[0].start())
     failed = [end for end in ends if isinstance(end, EngineError)]
-    assert (len(failed) == 1 and "server closed the answer" in str(failed[0])) or "no answer from" in str(failed[0])
+    assert len(failed) == 1 and re.search("closed the answer|no answer from|is lost", str(failed[0]))
     assert [len(each.token_ids) for each in done] == [40] * 4 and moved
     for each in done:
         assert records[each.request_id].sampled_ids.tolist() == each.token_ids.tolist()
