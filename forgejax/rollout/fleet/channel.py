@@ -31,7 +31,7 @@ class WeightReceiver(Protocol):
     """A server as the channel knows it; ``RemoteSampler`` is one."""
 
     async def begin(self, manifest: Manifest) -> str: ...
-    async def write(self, transfer: str, number: int, offset: int, data: memoryview, checksum: int) -> None: ...
+    async def write(self, transfer: str, offset: int, data: bytes, checksum: int) -> None: ...
     async def load(self, transfer: str, folder: str, checksums: dict[str, int], *, within_s: float) -> None: ...
     async def commit(self, transfer: str, *, within_s: float) -> None: ...
     async def abort(self, transfer: str) -> None: ...
@@ -62,13 +62,22 @@ class Publication:
     def version(self) -> int:
         return self.manifest.version
 
-    def chunks(self) -> Iterator[tuple[int, int, memoryview, int]]:
-        """Tensor, offset, bytes and their CRC-32, in order."""
-        for number, note in enumerate(self.manifest.tensors):
+    def chunks(self) -> Iterator[tuple[int, bytes, int]]:
+        """The bytes of all tensors one behind another, in pieces: offset, bytes, and CRC-32 of these."""
+        offset, pieces, held = 0, [], 0
+        for note in self.manifest.tensors:
             data = _view(self._arrays[note.name])
-            for offset in range(0, note.size, _CHUNK):
-                piece = data[offset : offset + _CHUNK]
-                yield number, offset, piece, zlib.crc32(piece)
+            while len(data):
+                piece, data = data[: _CHUNK - held], data[_CHUNK - held :]
+                pieces.append(piece)
+                held += len(piece)
+                if held == _CHUNK:
+                    chunk = b"".join(pieces)
+                    yield offset, chunk, zlib.crc32(chunk)
+                    offset, pieces, held = offset + held, [], 0
+        if held:
+            chunk = b"".join(pieces)
+            yield offset, chunk, zlib.crc32(chunk)
 
     def drop(self) -> None:
         """Nobody needs the folder any more. Idempotent."""

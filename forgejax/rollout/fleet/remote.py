@@ -97,10 +97,10 @@ class RemoteSampler:
         """Begins a transfer of weights, and gives its name."""
         return (await self._post("/weights/begin", manifest, TransferBody)).transfer
 
-    async def write(self, transfer: str, number: int, offset: int, data: bytes | memoryview, checksum: int) -> None:
-        """The next bytes of a tensor."""
+    async def write(self, transfer: str, offset: int, data: bytes | memoryview, checksum: int) -> None:
+        """The next bytes of all tensors, one behind another."""
         query = {"offset": str(offset), "checksum": str(checksum)}
-        await self._ask("PUT", f"/weights/{transfer}/{number}", data=data, params=query)
+        await self._ask("PUT", f"/weights/{transfer}", data=data, params=query)
 
     async def load(self, transfer: str, folder: str, checksums: Mapping[str, int], *, within_s: float) -> None:
         """Has the server read all tensors of a transfer from a folder."""

@@ -1,7 +1,7 @@
 """What changes a served engine, and what it says of itself, over HTTP.
 
 Weights come in phases, so that many servers can take a version together: ``POST /weights/begin`` with a ``Manifest``
-gives a transfer; ``PUT /weights/TRANSFER/TENSOR?offset=..&checksum=..`` takes the bytes of each tensor in order, or
+gives a transfer; ``PUT /weights/TRANSFER?offset=..&checksum=..`` takes the bytes of all tensors one behind another, or
 ``POST /weights/TRANSFER/load`` reads a folder; ``POST /weights/TRANSFER/commit`` serves them, ``.../abort`` forgets
 them. A transfer that stands still for a minute, or that another one follows, is forgotten as well. ``POST /publish``
 ``{"path": "...", "version": n}`` loads saved weights at once. ``POST /pause``, ``/resume``, ``/sleep``, ``/wake``;
@@ -145,7 +145,7 @@ class EngineAdmin:
             "/trim": self.trim,
         }
         routes = [web.post(path, _word_errors(handler)) for path, handler in posts.items()]
-        routes.append(web.put("/weights/{transfer}/{number}", _word_errors(self.write)))
+        routes.append(web.put("/weights/{transfer}", _word_errors(self.write)))
         routes.append(web.get("/status", self.status))
         return routes
 
@@ -161,12 +161,10 @@ class EngineAdmin:
 
     async def write(self, request: web.Request) -> web.Response:
         data = await read_body(request)
-        number, offset, checksum = (
-            int(text) for text in (request.match_info["number"], request.query["offset"], request.query["checksum"])
-        )
+        offset, checksum = int(request.query["offset"]), int(request.query["checksum"])
         async with self._turn:
             staging = self._find(request)
-            await asyncio.to_thread(staging.write, number, offset, data, checksum)
+            await asyncio.to_thread(staging.write, offset, data, checksum)
             self._wait_for_more()
         return web.Response(status=204)
 

@@ -30,51 +30,58 @@ class Staging:
         self.transfer = uuid.uuid4().hex
         self.version = manifest.version
         self._like = like
-        self._notes = manifest.tensors
+        self._notes = [note for note in manifest.tensors if note.size]
+        self._empty = {note.name: note.make() for note in manifest.tensors if not note.size}
         self._arrays: dict[str, np.ndarray] = {}
-        self._received = [0] * len(manifest.tensors)
+        self._size = sum(note.size for note in manifest.tensors)
+        self._received = 0  # bytes
+        self._at, self._start = 0, 0  # the tensor that is being received, and its first byte
 
-    def write(self, number: int, offset: int, data: bytes, checksum: int) -> None:
-        """The next bytes of tensor ``number`` of the manifest. Raises EngineError for any but those that were sent."""
-        if not 0 <= number < len(self._notes):
-            raise EngineError(f"tensor {number} was sent; version {self.version} has {len(self._notes)} of them")
-        note, received = self._notes[number], self._received[number]
-        where = f"version {self.version}, tensor {note.name}, byte {offset}"
+    def write(self, offset: int, data: bytes, checksum: int) -> None:
+        """The next bytes of all tensors one behind another, in the order of the manifest.
+
+        Raises EngineError for any but those that were sent.
+        """
+        where = f"version {self.version}, byte {offset}"
         if zlib.crc32(data) != checksum:
             raise EngineError(f"{where}: {len(data)} bytes arrived with another checksum than they were sent with")
-        if offset != received or offset + len(data) > note.size:
-            raise EngineError(f"{where}: expected byte {received} next, of {note.size}")
-        array = self._arrays.setdefault(note.name, note.make())
-        _view_bytes(array)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        self._received[number] += len(data)
+        if offset != self._received or offset + len(data) > self._size:
+            raise EngineError(f"{where}, {len(data)} bytes: expected byte {self._received} next, of {self._size}")
+        rest = np.frombuffer(data, np.uint8)
+        while len(rest):
+            note, begin = self._notes[self._at], self._received - self._start
+            if note.name not in self._arrays:
+                self._arrays[note.name] = note.make()
+            count = min(len(rest), note.size - begin)
+            _view_bytes(self._arrays[note.name])[begin : begin + count] = rest[:count]
+            self._received, rest = self._received + count, rest[count:]
+            if begin + count == note.size:
+                self._at, self._start = self._at + 1, self._received
 
     def load(self, folder: Path, checksums: Mapping[str, int]) -> None:
         """All tensors out of a folder that the sender has written. Raises EngineError."""
         try:
             with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
-                for number, note in enumerate(self._notes):
+                for note in self._notes:
                     array = note.make()
                     np.copyto(array, file.get_tensor(note.name), casting="no")
-                    self._received[number] = note.size
                     self._arrays[note.name] = array
                     if zlib.crc32(_view_bytes(array).data) != checksums.get(note.name):
                         raise EngineError(
                             f"version {self.version}, tensor {note.name} in {folder}: another checksum than it was "
                             "written with"
                         )
+            self._received = self._size
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise EngineError(f"version {self.version} cannot be read from {folder}: {error}") from error
 
     def join(self) -> Any:
         """The whole tree, as arrays of the host. Raises EngineError while something of it is missing."""
-        missing = [note.name for note, got in zip(self._notes, self._received, strict=True) if got != note.size]
-        if missing:
+        if self._received != self._size:
             raise EngineError(
-                f"version {self.version} cannot be served: {len(missing)} of its {len(self._notes)} tensors have not "
-                f"arrived whole, {missing[0]} for one"
+                f"version {self.version} cannot be served: {self._received} of its {self._size} bytes have arrived"
             )
-        empty = {note.name: note.make() for note in self._notes if note.size == 0}
-        return join_leaves(self._arrays | empty, self._like)
+        return join_leaves(self._arrays | self._empty, self._like)
 
 
 def _view_bytes(array: np.ndarray) -> np.ndarray:

@@ -76,17 +76,19 @@ async def test_whatever_is_wrong_with_a_transfer_leaves_the_version_that_is_serv
     async with reached() as (engine, remote):
         transfer = await remote.begin(manifest)
         with pytest.raises(EngineError, match="another checksum than they were sent with"):
-            await remote.write(transfer, 0, 0, b"1234", zlib.crc32(b"1235"))
+            await remote.write(transfer, 0, b"1234", zlib.crc32(b"1235"))
         with pytest.raises(EngineError, match="expected byte 0 next"):
-            await remote.write(transfer, 0, 4, b"1234", zlib.crc32(b"1234"))
-        with pytest.raises(EngineError, match="tensor 999 was sent"):
-            await remote.write(transfer, 999, 0, b"1234", zlib.crc32(b"1234"))
-        with pytest.raises(EngineError, match="tensors have not arrived whole"):
+            await remote.write(transfer, 4, b"1234", zlib.crc32(b"1234"))
+        size = sum(note.size for note in manifest.tensors)
+        with pytest.raises(EngineError, match=f"expected byte 0 next, of {size}"):
+            await remote.write(transfer, 0, bytes(size + 1), zlib.crc32(bytes(size + 1)))
+        await remote.write(transfer, 0, b"1234", zlib.crc32(b"1234"))
+        with pytest.raises(EngineError, match=f"4 of its {size} bytes have arrived"):
             await remote.commit(transfer, within_s=30.0)
         older = await remote.begin(manifest)
         newer = await remote.begin(manifest)
         with pytest.raises(EngineError, match=f"there is no transfer {older}"):
-            await remote.write(older, 0, 0, b"", 0)
+            await remote.write(older, 0, b"", 0)
         await remote.abort(newer)
         other = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), np.float32), tiny.params(2))
         with pytest.raises(EngineError, match=r"belong to another model: at \S+ given float32\[.*, 2\], expected"):
@@ -101,7 +103,7 @@ async def test_a_transfer_that_stands_still_is_forgotten(monkeypatch: pytest.Mon
     async with reached() as (_, remote):
         transfer = await remote.begin(make_manifest(tiny.params(2), 9))
         with pytest.raises(EngineError, match="stood still for 0 s"):
-            await remote.write(transfer, 0, 0, b"", 0)
+            await remote.write(transfer, 0, b"", 0)
 
 
 async def test_a_record_is_in_the_log_when_its_end_is_told_and_says_whether_it_was_cut(tmp_path: Path) -> None:
