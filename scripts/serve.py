@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from forgejax.run.serving.program import main
+from forgejax.run.serving.program import run_server
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_server())

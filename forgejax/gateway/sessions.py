@@ -81,8 +81,7 @@ class SessionLog:
         prompt = await self._render_prompt(located)
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        live = stream or bool(chat.stop)
-        request = self._make_request(chat, prompt, number, live=live)
+        request = self._make_request(chat, prompt, number, live=stream or bool(chat.stop))
         service = self._service
         if prompt.branch is not None:
             service.metrics.branches.labels(prompt.branch).inc()
@@ -114,7 +113,7 @@ class SessionLog:
             request=request,
             builder=builder,
             begun=builder.begin(prompt.forced),
-            live=live,
+            live=not request.repeatable,
             grace_s=service.config.cancel_grace_s,
             record=record,
         )

@@ -21,7 +21,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from forgejax.errors import EngineError, ForgejaxError
-from forgejax.rollout.server.bodies import read_body, read_json, refuse
+from forgejax.rollout.server.bodies import refuse, take_body, take_json
 from forgejax.rollout.server.manifest import Manifest
 from forgejax.rollout.server.served import EngineState, ReadWeights, ServedEngine
 from forgejax.rollout.server.staging import Staging
@@ -152,7 +152,7 @@ class EngineAdmin:
     # -- Weights -----------------------------------------------------------------------------------------------------
 
     async def begin(self, request: web.Request) -> web.Response:
-        manifest = await read_json(request, Manifest)
+        manifest = await take_json(request, Manifest)
         async with self._turn:
             self._forget()
             self._staging = Staging(manifest, self._served.engine.abstract_params)
@@ -160,7 +160,7 @@ class EngineAdmin:
             return _answer(TransferBody(transfer=self._staging.transfer))
 
     async def write(self, request: web.Request) -> web.Response:
-        data = await read_body(request)
+        data = await take_body(request)
         offset, checksum = int(request.query["offset"]), int(request.query["checksum"])
         async with self._turn:
             staging = self._find(request)
@@ -169,7 +169,7 @@ class EngineAdmin:
         return web.Response(status=204)
 
     async def load(self, request: web.Request) -> web.Response:
-        body = await read_json(request, LoadBody)
+        body = await take_json(request, LoadBody)
         async with self._turn:
             staging, root = self._find(request), self._require_root()
             await asyncio.to_thread(staging.load, root.resolve(body.path), body.checksums)
@@ -177,7 +177,7 @@ class EngineAdmin:
         return web.Response(status=204)
 
     async def commit(self, request: web.Request) -> web.Response:
-        body = await read_json(request, IdleBody)
+        body = await take_json(request, IdleBody)
         async with self._turn:
             staging = self._find(request)
             self._forget()
@@ -192,7 +192,7 @@ class EngineAdmin:
         return web.Response(status=204)
 
     async def publish(self, request: web.Request) -> web.Response:
-        body = await read_json(request, PublishBody)
+        body = await take_json(request, PublishBody)
         root = self._require_root()
         async with self._turn:
             path, like = root.resolve(body.path), self._served.engine.abstract_params
@@ -204,7 +204,7 @@ class EngineAdmin:
 
     async def pause(self, request: web.Request) -> web.Response:
         return web.json_response(
-            {"active": await self._served.pause(idle_s=(await read_json(request, IdleBody)).idle_s)}
+            {"active": await self._served.pause(idle_s=(await take_json(request, IdleBody)).idle_s)}
         )
 
     async def resume(self, _: web.Request) -> web.Response:
@@ -212,7 +212,7 @@ class EngineAdmin:
         return web.Response(status=204)
 
     async def sleep(self, request: web.Request) -> web.Response:
-        await self._served.sleep(idle_s=(await read_json(request, IdleBody)).idle_s)
+        await self._served.sleep(idle_s=(await take_json(request, IdleBody)).idle_s)
         return web.Response(status=204)
 
     async def wake(self, _: web.Request) -> web.Response:
@@ -247,7 +247,7 @@ class EngineAdmin:
         )
 
     async def requests(self, request: web.Request) -> web.Response:
-        body, log = await read_json(request, RequestsBody), self._served.request_log
+        body, log = await take_json(request, RequestsBody), self._served.request_log
         found = await asyncio.to_thread(lambda: [log.find(name) for name in body.ids]) if log is not None else []
         records = {
             entry.request_id: RecordBody(
@@ -266,7 +266,7 @@ class EngineAdmin:
         return web.Response(status=204)
 
     async def trim(self, request: web.Request) -> web.Response:
-        body = await read_json(request, TrimBody)
+        body = await take_json(request, TrimBody)
         if self._served.request_log is not None:
             self._served.request_log.trim(body.version)
         return web.Response(status=204)

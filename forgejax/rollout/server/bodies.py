@@ -18,7 +18,7 @@ MOST_BYTES = 64 << 20
 _T = TypeVar("_T")
 
 
-async def read_body(request: web.Request) -> bytes:
+async def take_body(request: web.Request) -> bytes:
     """The whole body. Raises ValueError for one that does not arrive or cannot be unpacked."""
     try:
         async with asyncio.timeout(PATIENCE_S):
@@ -29,9 +29,9 @@ async def read_body(request: web.Request) -> bytes:
         raise ValueError(f"the body did not arrive within {PATIENCE_S:g} s; send it again") from error
 
 
-async def read_json(request: web.Request, kind: type[_T]) -> _T:
+async def take_json(request: web.Request, kind: type[_T]) -> _T:
     """The body as a value of ``kind``; an empty one stands for its defaults. Raises ValueError."""
-    return msgspec.json.decode(await read_body(request) or b"{}", type=kind)
+    return msgspec.json.decode(await take_body(request) or b"{}", type=kind)
 
 
 def refuse(status: int, why: str, *, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -19,7 +19,7 @@ from forgejax.errors import EngineError, ForgejaxError
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.server.admin import EngineAdmin, PublishRoot
-from forgejax.rollout.server.bodies import MOST_BYTES, PATIENCE_S, read_body, refuse
+from forgejax.rollout.server.bodies import MOST_BYTES, PATIENCE_S, refuse, take_body
 from forgejax.rollout.server.metrics import DriverCollector
 from forgejax.rollout.server.served import ServedEngine
 from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
@@ -59,7 +59,7 @@ class RolloutServer:
         if request.headers.get(INSTANCE_HEADER, served.instance) != served.instance:
             return _refuse_for_now("the request was meant for the process that has served here before")
         try:
-            sample = decode_request(await read_body(request), f"remote-{uuid.uuid4().hex}")
+            sample = decode_request(await take_body(request), f"remote-{uuid.uuid4().hex}")
         except ValueError as error:
             return refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()

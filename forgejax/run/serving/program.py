@@ -173,7 +173,7 @@ async def _serve_until_told(config: ServeConfig) -> None:
     await serve(config, end)
 
 
-def main() -> int:
+def run_server() -> int:
     """The entry point of ``scripts/serve.py``."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -185,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_server())
