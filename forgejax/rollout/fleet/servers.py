@@ -180,7 +180,8 @@ class ServerEngines:
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not all(replica.given_up for replica in self._replicas)
+        watched = self._watch is None or not self._watch.done()
+        return self._thread.is_alive() and watched and not all(replica.given_up for replica in self._replicas)
 
     @property
     def trouble(self) -> str:
@@ -218,7 +219,11 @@ class ServerEngines:
                     await replica.lose(str(error))
                 await asyncio.sleep(self._config.poll_s)
 
-        await asyncio.gather(*(watch(replica) for replica in self._replicas))
+        try:
+            await asyncio.gather(*(watch(replica) for replica in self._replicas))
+        except Exception:
+            _logger.exception("the engines are not watched any more: the run cannot go on")
+            raise
 
     async def _end(self) -> None:
         self._ending = True
