@@ -128,7 +128,7 @@ class TwoEngines:
         self.asked += 1
         ended = self.asked > 3  # the last request, which was cancelled
         drawn = EngineAccount(sampled=34, cancelled=4 if ended else 1, open=0 if ended else 3, inherited=25)
-        return drawn + EngineAccount(sampled=15, cancelled=1, failed=2, inherited=15)
+        return drawn + EngineAccount(sampled=18, cancelled=1, failed=2, lost=3, inherited=15)
 
 
 class CountingPool:
@@ -157,9 +157,9 @@ def test_what_only_the_engines_know_is_counted_as_lost_of_earlier_attempts_and_a
 
     assert pool.counted == {
         **{"deadline": 28, "lost_attempt": 12, "evaluation": 42},
-        **{"cancelled": 5, "request_failed": 2},
+        **{"cancelled": 5, "request_failed": 2, "lost_replica": 3},
     }
-    assert closed.tokens_sampled == 25 + 15 + 34 + 15
+    assert closed.tokens_sampled == 25 + 15 + 34 + 18
     assert closed.tokens_sampled == closed.tokens_trained + sum(closed.tokens_not_trained.values())
 
 
