@@ -3,6 +3,7 @@
     python scripts/break_runs.py ends 300       it finishes, or gets Ctrl-C or SIGTERM, alone or with all its processes
     python scripts/break_runs.py kills 100      kill -9 at any moment: starting, warm start, training, evaluation, save
     python scripts/break_runs.py workers 20     kill -9 of the agent worker alone: the run must go on
+    python scripts/break_runs.py engines 10     kill -9 of one of two inference servers, SIGSTOP of the other: the same
 
 Further options go to the run, for instance ``--agent.kind=process --agent.command python my_agent.py``. It prints a
 line for each end, and at last how many of them left something wrong; the exit status says whether any did. What is
@@ -252,6 +253,30 @@ def end_worker(root: Path, options: Sequence[str], chance: random.Random) -> tup
     return f"killed {killed}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
 
 
+def end_engines(root: Path, options: Sequence[str], chance: random.Random) -> tuple[str, list[str]]:
+    """Two servers: one is killed and, a while later, one is stopped; the run must go on and be ended in order."""
+    servers = ("--rollout.engines=2", "--rollout.silence-s=6", "--rollout.max-restarts=100")
+    trained = max(_trained_rows(root / NAME), default=0)
+    attempt = Attempt(root, [*options, *servers], steps=MANY)
+    attempt.until_said("training: ")
+    done = []
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        time.sleep(chance.uniform(0.0, 4.0))
+        there = find_marked(root, "forgejax.run.serving")
+        process_id = chance.choice(there) if there else 0
+        if there and not attempt.over and _end(process_id, number):
+            done.append(f"{number.name} {process_id}")
+        attempt.until(lambda: attempt.output.count("is lost: ") == len(done), 60.0)
+    lost_at = max(_trained_rows(root / NAME), default=0)
+    attempt.until(lambda: max(_trained_rows(root / NAME), default=0) > lost_at + 20)
+    attempt.send(signal.SIGINT)
+    status = attempt.wait()
+    wrong = list(audit(root, ended=True)) if status == 130 else [f"exit status {status}: {attempt.output[-600:]}"]
+    if len(done) < 2 or attempt.output.count("is lost: ") != 2:
+        wrong.append(f"not each of two was lost once: {attempt.output[-600:]}")
+    return f"{', '.join(done)}, step {trained} -> {max(_trained_rows(root / NAME), default=0)}", wrong
+
+
 def _end(process_id: int, number: signal.Signals) -> bool:
     with contextlib.suppress(OSError):
         os.kill(process_id, number)
@@ -261,7 +286,7 @@ def _end(process_id: int, number: signal.Signals) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ends", "kills", "workers"))
+    parser.add_argument("what", choices=("ends", "kills", "workers", "engines"))
     parser.add_argument("count", type=int)
     parser.add_argument("--root", type=Path, default=Path("runs/broken"), help="is emptied first")
     parser.add_argument("--seed", type=int, default=0)
@@ -271,7 +296,8 @@ def main() -> int:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     options = [*(f"--{key}={text}" for key, text in OPTIONS.items()), *LISTS, *further]
-    play = {"ends": end_in_order, "kills": end_by_force, "workers": end_worker}[given.what]
+    plays = {"ends": end_in_order, "kills": end_by_force, "workers": end_worker, "engines": end_engines}
+    play = plays[given.what]
     number = 0
     while number < given.count and time.monotonic() - began < given.until:
         number += 1

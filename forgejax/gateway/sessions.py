@@ -137,7 +137,8 @@ class SessionLog:
         prompt = await self._render_prompt(located)
         if chat.calls == "required":
             prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        request = self._make_request(chat, prompt, number, await self._make_grammar(chat, tool_format, prompt))
+        grammar = await self._make_grammar(chat, tool_format, prompt)
+        request = self._make_request(chat, prompt, number, grammar, live=asked.stream or bool(chat.stop))
         pending = self._send(
             asked, located, tool_format, prompt, request, ask=ask, number=number, requested_at=requested_at
         )
@@ -195,7 +196,7 @@ class SessionLog:
             request=request,
             builder=builder,
             begun=builder.begin(prompt.forced),
-            live=asked.stream or bool(chat.stop),
+            live=not request.repeatable,
             grace_s=service.config.cancel_grace_s,
             record=record,
         )
@@ -315,7 +316,9 @@ class SessionLog:
         if pending.abandoned:
             self._service.metrics.cancelled.inc()
 
-    def _make_request(self, chat: ChatRequest, prompt: Prompt, number: int, grammar: Grammar | None) -> SampleRequest:
+    def _make_request(
+        self, chat: ChatRequest, prompt: Prompt, number: int, grammar: Grammar | None, *, live: bool
+    ) -> SampleRequest:
         room = self._service.context_length - len(prompt.ids)
         if room < 1:
             raise OverflowRefusedError(len(prompt.ids), self._service.context_length)
@@ -333,6 +336,7 @@ class SessionLog:
             seed=self._choose_seed(chat, number),
             purpose=self._spec.purpose,
             owner=self._spec.owner,
+            repeatable=not live,
         )
 
     def _choose_seed(self, chat: ChatRequest, number: int) -> int | None:

@@ -184,6 +184,7 @@ def settle(engines: EngineAccount, tokens: TokenAccount, groups: PoolSnapshot, s
     not_trained = Counter(tokens.not_trained)
     not_trained["skipped_step"] += sums.skipped_tokens
     not_trained["cancelled"] += engines.inherited_cancelled + engines.cancelled
+    not_trained["lost_replica"] += engines.lost
     not_trained["request_failed"] += engines.inherited_failed + engines.failed
     groups_not_trained = Counter(groups.groups_not_trained)
     groups_not_trained[UNUSED_AT_END] += groups.finished_waiting

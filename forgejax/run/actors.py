@@ -32,6 +32,7 @@ _START_S = 120.0
 _STOP_S = 60.0
 _PROBE_S = 120.0
 _SLACK_S = 30.0
+_LOOK_S = 0.5
 _T = TypeVar("_T")
 SWITCH_S = 0.0005  # of Python's own 5 ms, the event loop would wait as much for each thread that is busy
 
@@ -181,7 +182,7 @@ class RolloutService:
                 if error is not None:
                     raise error
         if not self._parts.engines.healthy:
-            raise TrainingError("the inference engine has stopped; the log above says why")
+            raise TrainingError(self._parts.engines.trouble)
 
     def interrupt(self) -> None:
         """Breaks off the evaluation that is under way, and any later one. Any thread may call it."""
@@ -234,7 +235,17 @@ class RolloutService:
 
     async def _run_groups(self, runner: GroupRunner) -> None:
         self._running = asyncio.current_task()
-        await runner.run()
+        watching = asyncio.create_task(self._watch_engines())
+        try:
+            await runner.run()
+        finally:
+            watching.cancel()
+
+    async def _watch_engines(self) -> None:
+        """Wakes a trainer that waits for groups once no engine is left to draw any, so that it can be told why."""
+        while self._parts.engines.healthy:  # noqa: ASYNC110 (it changes in other threads)
+            await asyncio.sleep(_LOOK_S)
+        self._parts.pool.close()
 
     async def _await_groups(self) -> None:
         """Until the cancelled runner has reported its groups. It has no task where it was cancelled before it began."""

@@ -35,13 +35,17 @@ class Audit:
     def compare_ids(self, packed: PackedStep) -> None:
         """Counts the ids of a trained step that differ from the engines' own records of its requests.
 
-        Where as many records were found damaged as the step lacks, its requests without one are counted apart: what is
-        said of them is that nothing is known.
+        Of a request that was cancelled, the engine may have drawn more than whoever asked was given in time. Where as
+        many records were found damaged as the step lacks, its requests without one are counted apart: what is said of
+        them is that nothing is known.
         """
-        wanted = {placement.request_id for placement in packed.placements}
+        wanted = {each.request_id: each.stop - each.start for each in packed.placements}
         records = self.engines.requests_of(wanted)
-        given = {name: (record.prompt_ids, record.sampled_ids) for name, record in records.items()}
-        missing = wanted - given.keys()
+        given = {
+            name: (record.prompt_ids, record.sampled_ids[: wanted[name]] if record.cut else record.sampled_ids)
+            for name, record in records.items()
+        }
+        missing = wanted.keys() - given.keys()
         excused = missing if len(missing) <= self.engines.damaged_requests else set()
         self.sums.drift_tokens += count_drift(packed, given, excused)
         self.sums.unaudited_tokens += sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,19 @@ from forgejax.report.live.progress import Progress
 from forgejax.report.names import EVALUATION, STEP
 from forgejax.report.sinks import open_sinks
 from forgejax.report.sinks.jsonl import METRICS_FILE, read_metrics
-from forgejax.rollout import Driver, Engines, LocalEngines, PolicyEngine, RequestLog
+from forgejax.rollout import (
+    Archive,
+    Driver,
+    Engines,
+    Launch,
+    LocalEngines,
+    PolicyEngine,
+    RequestLog,
+    RolloutConfig,
+    ServerEngines,
+    list_logs,
+    make_environment_of_server,
+)
 from forgejax.run.account import RunAccount, RunSums
 from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
@@ -213,12 +226,43 @@ def _engines(
     grammars: GrammarCompiler,
     stack: ExitStack,
 ) -> Engines:
-    """One engine in this process, with the learner's weights; it serves once it is entered."""
+    """The engines that the configuration asks for, with the learner's weights; they serve once they are entered."""
+    launches = [_launch(config, place, number) for number in range(_count_servers(config.rollout))]
+    local = config.rollout.engines == "local"
+    current = {place.requests} if local else {launch.requests for launch in launches}
+    logs = [path for path in (place.requests, *list_logs(place.servers)) if path.exists() and path not in current]
+    former = Archive(logs)
+    stack.callback(former.close)  # where nothing comes to be entered
+    if not local:
+        return ServerEngines(
+            config.rollout,
+            learner.weights,
+            step,
+            request_deadline_s=config.engine.request_deadline_s,
+            launches=launches,
+            former=former,
+        )
     requests = RequestLog(place.requests)
-    stack.callback(requests.close)  # where nothing comes to be entered
+    stack.callback(requests.close)
     engine = PolicyEngine(config.policy, config.engine, device=device)
     driver = Driver(engine, learner.params(), version=step, request_log=requests, grammars=grammars)
-    return LocalEngines(driver, requests)
+    return LocalEngines(driver, requests, former)
+
+
+def _count_servers(config: RolloutConfig) -> int:
+    return config.engines if isinstance(config.engines, int) else 0
+
+
+def _launch(config: TrainConfig, place: RunDir, number: int) -> Launch:
+    """A server of this run's policy, which waits for its weights."""
+    command = [sys.executable, "-m", "forgejax.run.serving.program", f"--run={place.path}", "--await-weights"]
+    folder = config.rollout.weights_folder
+    root = [f"--publish-root={Path(folder).absolute()}"] if folder else []
+    return Launch(
+        command=[*command, f"--token-env={config.rollout.token_env}", *root],
+        env=make_environment_of_server(),
+        folder=place.servers / str(number),
+    )
 
 
 def _service(

@@ -25,7 +25,7 @@ from forgejax.gateway import GatewayConfig
 from forgejax.learner import CreditConfig, PackConfig, StepConfig
 from forgejax.models import PolicyConfig, read_policy_config
 from forgejax.pool.pool import PoolConfig
-from forgejax.rollout import EngineConfig
+from forgejax.rollout import EngineConfig, RolloutConfig
 from forgejax.run.warm_start import WarmStartConfig
 from forgejax.sharding import MeshConfig, resolve
 from forgejax.types import SamplingLaw
@@ -101,6 +101,7 @@ class TrainConfig:
     credit: CreditConfig = field(default_factory=CreditConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingLaw = field(default_factory=SamplingLaw)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)

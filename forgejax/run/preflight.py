@@ -26,7 +26,7 @@ from forgejax.errors import ConfigError, ForgejaxError, MeshError
 from forgejax.learner import lay_empty
 from forgejax.models import PolicyConfig, abstract_policy, check_weights, count_params
 from forgejax.ops import Kernel, kernel_for
-from forgejax.rollout import EngineConfig
+from forgejax.rollout import EngineConfig, RolloutConfig
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.rundir import Attempt, list_changes
 from forgejax.run.warm_start import make_demonstrations
@@ -68,6 +68,7 @@ def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
     """
     plan = resolve(config.mesh)
     check_repeatable(config, plan, os.environ.get("XLA_FLAGS", ""))
+    check_servers(config.rollout, plan)
     check_memory(config, plan, find_memory())
     check_disk(config, folder, fresh=fresh)
     allow_open_files(config)
@@ -121,12 +122,27 @@ def check_repeatable(config: TrainConfig, plan: MeshPlan, xla_flags: str) -> Non
         )
 
 
+def check_servers(config: RolloutConfig, plan: MeshPlan) -> None:
+    """Raises ConfigError where the trainer would start servers that find all devices taken by itself."""
+    if isinstance(config.engines, int) and plan.platform != "cpu":
+        raise ConfigError(
+            f"rollout.engines is {config.engines} and the mesh {plan.name} holds this machine's devices: servers that "
+            "the trainer starts run on a CPU; start scripts/serve.py --await-weights on devices of its own, and give "
+            "its address as rollout.engines, or leave it at local"
+        )
+
+
 def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
     """Raises ConfigError where the policy, the engine's pages or the rows alone take more memory than there is.
 
     What is counted is what no setting can avoid, so a run that passes may still need more than there is.
     """
     learner, engine = _count_learner_bytes(config, plan), _count_engine_bytes(config.policy, config.engine)
+    servers = config.rollout.engines
+    if isinstance(servers, int):
+        engine = {f"{name}, in rollout.engines {servers} servers": size * servers for name, size in engine.items()}
+    if isinstance(servers, tuple):
+        engine = {}  # elsewhere
     if plan.platform == "cpu":
         parts = {name: size * plan.devices for name, size in learner.items()}
         _require_memory({**parts, **engine}, host_bytes, "this machine")

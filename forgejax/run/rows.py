@@ -206,6 +206,7 @@ class StepRows:
             "engine/cache_hit": engines.cache_hit_rate,
             "engine/active": engines.active,
             "engine/waiting": engines.waiting,
+            **self.engines.figures(),
         }
 
 

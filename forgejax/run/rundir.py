@@ -72,6 +72,11 @@ class RunDir:
         return self.path / "requests.log"
 
     @property
+    def servers(self) -> Path:
+        """What lies of the inference servers that the trainer starts: their logs, and their records of requests."""
+        return self.path / "engines"
+
+    @property
     def checkpoints(self) -> Path:
         return checkpoints_of(self.path)
 

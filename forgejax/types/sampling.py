@@ -92,6 +92,7 @@ class SampleRequest:
     seed: int | None = None
     purpose: Purpose = "train"
     owner: str = ""  # what its tokens are counted with: a group's attempt, an evaluation; "" is nobody
+    repeatable: bool = False  # what was drawn may be thrown away and drawn anew: nobody has been shown it
 
     def __post_init__(self) -> None:
         if self.grammar is not None and not self.stop_ids:

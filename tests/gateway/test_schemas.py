@@ -22,7 +22,7 @@ from forgejax.chat import ChatFormat
 from forgejax.gateway import Gateway, GatewayConfig
 from forgejax.grammar import GrammarCompiler
 from forgejax.models import Policy
-from forgejax.rollout import Driver, EngineConfig, LocalSampler, PolicyEngine, RemoteSampler
+from forgejax.rollout import EngineConfig, LocalSampler, PolicyEngine, RemoteSampler
 from forgejax.rollout.server.http import RolloutServer
 from forgejax.types import Sampler, SessionSpec
 from tests.chat.families import save_family
@@ -30,7 +30,7 @@ from tests.chat.tokenizers import CALCULATOR
 from tests.gateway.asking import USER, ask_messages, client
 from tests.gateway.fakes import ScriptedSampler, started
 from tests.rollout import tiny
-from tests.rollout.serving import served
+from tests.rollout.serving import served, serving_engine
 
 CONTEXT = 512
 
@@ -47,13 +47,14 @@ async def policy_behind(chat_format: ChatFormat, *, remote: bool = False) -> Asy
     config = EngineConfig(slots=1, max_context=CONTEXT, tokens_per_step=2, prefill_buckets=(32,), page_tokens=4)
     grammars = GrammarCompiler(chat_format.codec.spell_vocabulary())
     weights = nnx.split(Policy(policy, nnx.Rngs(0)))[1]
-    with Driver(PolicyEngine(policy, config, jax.devices()[1]), weights, grammars=grammars) as driver:
+    engine = PolicyEngine(policy, config, jax.devices()[1])
+    async with serving_engine(weights, grammars=grammars, engine=engine) as serving:
         if not remote:
-            async with _serving(LocalSampler(driver), chat_format, grammars) as gateway:
+            async with _serving(LocalSampler(serving.driver), chat_format, grammars) as gateway:
                 yield gateway
             return
         async with (
-            served(RolloutServer(driver).make_app()) as url,
+            served(RolloutServer(serving).make_app()) as url,
             RemoteSampler(url) as sampler,
             _serving(sampler, chat_format, None) as gateway,
         ):

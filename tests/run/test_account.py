@@ -134,7 +134,9 @@ class OtherAttempts:
         self.asked += 1
         ended = self.asked > 2  # the last request, which was cancelled
         before = {"inherited": 20 + 12 + 42 + 9 + 6 + 1, "inherited_cancelled": 6, "inherited_failed": 1}
-        return EngineAccount(sampled=49, cancelled=5 if ended else 2, failed=2, open=0 if ended else 3, **before)
+        return EngineAccount(
+            sampled=49 + 3, lost=3, cancelled=5 if ended else 2, failed=2, open=0 if ended else 3, **before
+        )
 
     def flush(self) -> None:
         assert self.asked in (0, 3), "nothing is on its way any more"
@@ -164,9 +166,9 @@ def test_what_only_the_engines_know_is_lost_by_owner_of_earlier_attempts_and_can
 
     assert closed.tokens_not_trained == {
         **{"deadline": 20, "lost_attempt": 12 + 9, "evaluation": 42 + 42},
-        **{"cancelled": 6 + 5, "request_failed": 1 + 2},
+        **{"cancelled": 6 + 5, "request_failed": 1 + 2, "lost_replica": 3},
     }
-    assert closed.tokens_sampled == 90 + 49 == sum(closed.tokens_not_trained.values())
+    assert closed.tokens_sampled == 90 + 49 + 3 == sum(closed.tokens_not_trained.values())
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class DispatchingPool(Recorder):
 class Part:
     """A gateway, a scaffold or engines, which starts and stops, and does nothing else."""
 
-    healthy = True
+    healthy, trouble = True, "the inference engine has stopped"
 
     def __init__(self, start_fails: Exception | None = None) -> None:
         self._start_fails = start_fails

@@ -45,6 +45,9 @@ class Engines:
     def account(self) -> EngineAccount:
         return EngineAccount(sampled=self.sampled)
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
 
 def make_rows(**parts: Any) -> StepRows:
     """Rows of parts that do nothing."""

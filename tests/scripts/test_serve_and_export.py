@@ -14,14 +14,18 @@ import pytest
 from forgejax.chat import ChatFormat
 from forgejax.errors import CheckpointError, ConfigError
 from forgejax.models import PolicyConfig, init_params, load_params, read_policy_config
-from forgejax.rollout import Driver, EngineConfig, LocalSampler
+from forgejax.rollout import EngineConfig, LocalSampler, RemoteSampler
+from forgejax.rollout.server.served import ServedEngine
 from forgejax.run import rundir
 from forgejax.run.checkpoint import Checkpoints, save_tree
 from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.run.serving import program as serve
+from forgejax.run.serving.options import ServeConfig
 from forgejax.types import Grammar
-from scripts import export, serve
+from scripts import export
 from tests.models.folders import SETTINGS, tensors_of, write_folder
 from tests.rollout import tiny
+from tests.rollout.driving import until
 from tests.run.tiny_run import tiny_config
 
 
@@ -50,8 +54,8 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def test_a_run_is_served_from_its_newest_checkpoint_or_the_one_named(tmp_path: Path) -> None:
     run, weights = saved_run(tiny_config(tmp_path), steps=(4, 7))
-    newest = serve.load_served(serve.ServeConfig(run=run))
-    named = serve.load_served(serve.ServeConfig(run=run, step=4))
+    newest = serve.load_served(ServeConfig(run=run))
+    named = serve.load_served(ServeConfig(run=run, step=4))
     assert (newest.version, named.version) == (7, 4)
     assert_same(newest.params, weights[7])
     assert_same(named.params, weights[4])
@@ -66,7 +70,7 @@ def test_a_run_is_served_from_its_newest_checkpoint_or_the_one_named(tmp_path: P
 )
 def test_what_no_memory_holds_is_refused_before_it_is_made(settings: dict[str, Any], largest: str) -> None:
     with pytest.raises(ConfigError, match=rf"GiB of memory at least, and device 0 has .* GiB for {largest}"):
-        serve.make_driver(serve.ServeConfig(**settings))
+        serve.make_engine(ServeConfig(**settings))
 
 
 def test_a_run_is_served_when_the_folder_it_began_with_is_gone(tmp_path: Path) -> None:
@@ -74,7 +78,7 @@ def test_a_run_is_served_when_the_folder_it_began_with_is_gone(tmp_path: Path) -
     config = tiny_config(tmp_path / "runs", policy)
     run, weights = saved_run(config, steps=(1,))
     (tmp_path / "began").rename(tmp_path / "elsewhere")
-    served = serve.load_served(serve.ServeConfig(run=run))
+    served = serve.load_served(ServeConfig(run=run))
     assert served.policy.d_ff == config.policy.d_ff == 20
     assert_same(served.params, weights[1])
 
@@ -83,10 +87,10 @@ def test_bare_weights_and_open_weights_are_served(tmp_path: Path) -> None:
     policy = PolicyConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, vocab_size=16)
     params = init_params(policy, seed=3)
     save_tree(tmp_path / "bare", params)
-    assert_same(serve.load_served(serve.ServeConfig(policy=policy, weights=tmp_path / "bare")).params, params)
+    assert_same(serve.load_served(ServeConfig(policy=policy, weights=tmp_path / "bare")).params, params)
 
     path = str(open_weights(tmp_path / "open", "qwen3"))
-    served = serve.load_served(serve.ServeConfig(policy=PolicyConfig(path=path)))
+    served = serve.load_served(ServeConfig(policy=PolicyConfig(path=path)))
     assert (served.version, served.policy.qk_norm) == (0, "head")
     assert_same(served.params, load_params(read_policy_config(path, PolicyConfig(path=path))))
 
@@ -103,7 +107,7 @@ def test_what_cannot_be_served_is_named(
 ) -> None:
     run, _ = saved_run(tiny_config(tmp_path), steps=(2,))
     with pytest.raises(error, match=words):
-        serve.load_served(serve.ServeConfig(**{"run": run, **settings}))
+        serve.load_served(ServeConfig(**{"run": run, **settings}))
 
 
 def test_an_exported_run_is_read_again_bit_for_bit_with_its_tokenizer(tmp_path: Path) -> None:
@@ -121,26 +125,26 @@ def test_an_exported_run_is_read_again_bit_for_bit_with_its_tokenizer(tmp_path: 
 async def test_a_port_that_is_taken_is_told_with_the_option_for_another(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "make_driver", lambda config: tiny_driver())
+    monkeypatch.setattr(serve, "make_served", lambda config: ServedEngine(tiny.engine(), None))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = {"port": 0, "grpc_port": 0, option: taken.getsockname()[1]}
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{ports[option]}: .*--{option.replace('_', '-')}, 0 for"):
-            await serve.serve(serve.ServeConfig(**ports), asyncio.Event())
+            await serve.serve(ServeConfig(**ports), asyncio.Event())
 
 
 async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_before_that_ends_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drivers, stop = [], asyncio.Event()
+    stop, engines = asyncio.Event(), []
 
-    def make_driver(config: serve.ServeConfig) -> Driver:
-        drivers.append(tiny_driver())
-        return drivers[-1]
+    def make_served(config: ServeConfig) -> ServedEngine:
+        engines.append(ServedEngine(tiny.engine(), None))
+        return engines[-1]
 
-    monkeypatch.setattr(serve, "make_driver", make_driver)
-    config = serve.ServeConfig(port=0, grpc_port=0, engine=tiny.engine().config)
+    monkeypatch.setattr(serve, "make_served", make_served)
+    config = ServeConfig(port=0, grpc_port=0, policy=tiny.POLICY, drain_s=5.0)
     serving = asyncio.create_task(serve.serve(config, stop))
     said = ""
     async with asyncio.timeout(120):
@@ -148,8 +152,12 @@ async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_bef
             await asyncio.sleep(0.02)
             said += capsys.readouterr().out
     assert said.startswith("compiling the engine's programs ...\n")
-    assert sum(drivers[0].metrics().tokens_returned.values()) == 8 * sum(config.engine.decode_rows)
-    stop.set()
+    address = said.split("serving ")[1].split(" ")[0]
+    async with RemoteSampler(address) as remote:
+        under_way = asyncio.create_task(remote.sample(tiny.request("a", [1, 2], 100)))
+        await until(lambda: engines[0].metrics().active == 1)
+        stop.set()
+        assert len((await under_way).token_ids) == 100  # it is drained first
     await asyncio.wait_for(serving, 60)
     await asyncio.wait_for(serve.serve(config, stop), 60)  # stopped already: it never serves
     assert "serving" not in capsys.readouterr().out
@@ -158,17 +166,15 @@ async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_bef
 async def test_with_a_tokenizer_it_draws_under_grammars_and_has_compiled_for_them(tokenizer_folder: Path) -> None:
     policy = PolicyConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, vocab_size=405)
     engine = EngineConfig(slots=1, max_context=128, prefill_buckets=(8,))
-    driver = serve.make_driver(serve.ServeConfig(policy=policy, engine=engine, tokenizer=tokenizer_folder))
-    with driver:
-        assert await serve._warm_up(driver, engine, asyncio.Event())
-        drawn = driver.metrics().tokens_sampled["probe"]
+    config = ServeConfig(policy=policy, engine=engine, tokenizer=tokenizer_folder)
+    served, loaded = serve.make_served(config), serve.load_served(config)
+    await served.publish(loaded.params, loaded.version, "", idle_s=0.0)
+    await served.start(asyncio.Event())
+    try:
         grammar = Grammar(schema='{"enum": [true, null]}')
         asked = tiny.request("r", [1, 2], 100, seed=1, grammar=grammar, stop_ids=frozenset({0}))
-        done = await LocalSampler(driver).sample(asked)
+        done = await LocalSampler(served.driver).sample(asked)
+    finally:
+        await served.stop()
     codec = ChatFormat.load(tokenizer_folder).codec
     assert json.loads(codec.decode(done.token_ids[:-1])) in (True, None) and done.token_ids[-1] == 0
-    assert drawn == 2 * 8  # a plain batch, and one under masks
-
-
-def tiny_driver() -> Driver:
-    return Driver(tiny.engine(), tiny.params(), 0)

@@ -24,6 +24,7 @@ from forgejax.rollout.driver.masks import prepare_grammar, start_matcher
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.engine import PolicyEngine
+from forgejax.rollout.engine.weights import PublishedWeights
 from forgejax.types import Completion, FinishReason, SampleRequest
 
 _logger = logging.getLogger(__name__)
@@ -88,6 +89,11 @@ class Driver:
     def version(self) -> int:
         """The version published last."""
         return self._box.current.version
+
+    @property
+    def weights(self) -> PublishedWeights:
+        """Those published last, on the engine's device."""
+        return self._box.current
 
     def metrics(self) -> DriverMetrics:
         active, waiting = self._inbox.count()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,20 @@ class InheritedTokens:
     cancelled: int
     failed: int
     given: Mapping[str, int]
+
+    def __add__(self, other: InheritedTokens) -> InheritedTokens:
+        """Those of several logs."""
+        given = Counter(self.given)
+        given.update(other.given)
+        return InheritedTokens(
+            sampled=self.sampled + other.sampled,
+            cancelled=self.cancelled + other.cancelled,
+            failed=self.failed + other.failed,
+            given=given,
+        )
+
+
+NO_TOKENS = InheritedTokens(sampled=0, cancelled=0, failed=0, given={})
 
 
 class RequestLog:
@@ -137,6 +151,12 @@ class RequestLog:
         with self._lock:
             self._trim_to = max(self._trim_to, version)
             self._lock.notify()
+
+    def write(self) -> None:
+        """Writes everything appended so far: it outlives this process, if not the machine. Raises EngineError."""
+        self._write_pending()
+        with self._lock:
+            self._check()
 
     def flush(self) -> None:
         """Writes and syncs everything appended so far. Raises EngineError if the disk refuses."""

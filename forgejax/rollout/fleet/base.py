@@ -12,10 +12,14 @@ from forgejax.types import Completion, OnTokens, SampleRequest, TokenIds
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnRequest:
-    """The engine's own record of one request: the ids it was prompted with and those it drew."""
+    """The engine's own record of one request: the ids it was prompted with and those it drew.
+
+    ``cut``: it was cancelled, so that whoever asked may have been given the first of ``sampled_ids`` alone.
+    """
 
     prompt_ids: TokenIds
     sampled_ids: TokenIds
+    cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +27,15 @@ class EngineAccount:
     """Counts since the engines started; of several engines they add up.
 
     ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
-    nobody was given a completion of, and ``open`` for requests that have not ended. ``inherited``, and of these
-    ``inherited_cancelled`` and ``inherited_failed``, are the tokens that the engines' own records have of earlier
-    attempts at the run. ``active`` and ``waiting`` are requests now.
+    nobody was given a completion of, ``lost`` for those that went with an engine that died, and ``open`` for requests
+    that have not ended. ``inherited``, and of these ``inherited_cancelled`` and ``inherited_failed``, are the tokens
+    that the engines' own records have of earlier attempts at the run. ``active`` and ``waiting`` are requests now.
     """
 
     sampled: int = 0
     cancelled: int = 0
     failed: int = 0
+    lost: int = 0
     open: int = 0
     inherited: int = 0
     inherited_cancelled: int = 0
@@ -102,7 +107,16 @@ class Engines(Protocol):
         """Returns once the record of every request that has ended is on the disk. Raises EngineError."""
         ...
 
+    def figures(self) -> Mapping[str, float]:
+        """What else there is to be known of the engines now, as metrics of a step."""
+        ...
+
     @property
     def healthy(self) -> bool:
-        """Whether requests are served."""
+        """Whether requests are served, or will be again without anybody's help."""
+        ...
+
+    @property
+    def trouble(self) -> str:
+        """Why they are not healthy, for people; "" where they are."""
         ...

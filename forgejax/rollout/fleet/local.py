@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import OnDraw
 from forgejax.rollout.driver.request_log import RequestLog
+from forgejax.rollout.fleet.archive import Archive, read_record
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.types import Completion, OnTokens, SampleRequest
 
@@ -36,11 +38,14 @@ class LocalSampler:
 
 
 class LocalEngines(LocalSampler):
-    """``Engines`` over one driver and its request log. Leaving it closes the log."""
+    """``Engines`` over one driver, its request log, and the logs of engines that the run had before. Leaving it closes
+    the logs."""
 
-    def __init__(self, driver: Driver, requests: RequestLog):
+    def __init__(self, driver: Driver, requests: RequestLog, former: Archive | None = None):
         super().__init__(driver)
-        self._requests = requests
+        self._requests, self._former = requests, former if former is not None else Archive()
+        self._inherited = self._former.inherited + requests.inherited
+        self._publish_s = 0.0
 
     def __enter__(self) -> Self:
         self._driver.start()
@@ -51,14 +56,17 @@ class LocalEngines(LocalSampler):
             self._driver.stop()
         finally:
             self._requests.close()
+            self._former.close()
 
     def publish(self, params: Any, version: int) -> None:
+        began = time.monotonic()
         self._driver.publish(params, version)
+        self._publish_s = time.monotonic() - began
 
     def account(self) -> EngineAccount:
         metrics = self._driver.metrics()
         sampled, cancelled = sum(metrics.tokens_sampled.values()), sum(metrics.tokens_cancelled.values())
-        failed, inherited = sum(metrics.tokens_failed.values()), self._requests.inherited
+        failed, inherited = sum(metrics.tokens_failed.values()), self._inherited
         return EngineAccount(
             sampled=sampled,
             cancelled=cancelled,
@@ -74,29 +82,35 @@ class LocalEngines(LocalSampler):
         )
 
     def given_before(self) -> Mapping[str, int]:
-        return self._requests.inherited.given
+        return self._inherited.given
 
     def requests_of(self, request_ids: Iterable[str]) -> Mapping[str, DrawnRequest]:
-        found = {request_id: self._requests.find(request_id) for request_id in request_ids}
-        return {
-            request_id: DrawnRequest(prompt_ids=entry.prompt_ids, sampled_ids=entry.sampled_ids)
-            for request_id, entry in found.items()
-            if entry is not None
-        }
+        wanted = list(request_ids)
+        found = {request_id: self._requests.find(request_id) for request_id in wanted}
+        mine = {request_id: read_record(entry) for request_id, entry in found.items() if entry is not None}
+        return self._former.requests_of(each for each in wanted if each not in mine) | mine
 
     @property
     def damaged_requests(self) -> int:
-        return self._requests.damaged
+        return self._requests.damaged + self._former.damaged
 
     def trim(self, version: int) -> None:
         self._requests.trim(version)
+        self._former.trim(version)
 
     def flush(self) -> None:
         self._requests.flush()
 
+    def figures(self) -> Mapping[str, float]:
+        return {"engine/publish_s": self._publish_s}
+
     @property
     def healthy(self) -> bool:
         return self._driver.healthy
+
+    @property
+    def trouble(self) -> str:
+        return "" if self.healthy else "the inference engine has stopped; the log above says why"
 
 
 def _adapt(on_tokens: OnTokens | None) -> OnDraw | None:

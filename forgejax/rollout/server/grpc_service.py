@@ -1,4 +1,4 @@
-"""JetStream's gRPC ``Orchestrator`` service over our driver: a stock JetStream client needs no change.
+"""JetStream's gRPC ``Orchestrator`` service over a served engine: a stock JetStream client needs no change.
 
 Token content only. The protocol has no field for a sampling law, stop ids, seeds or log-probs: one law and one set of
 stop ids hold for all its requests. As in JetStream, every response carries the ids drawn since the last.
@@ -14,9 +14,9 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 
 from forgejax.errors import EngineError, OverloadedError
-from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
 from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
+from forgejax.rollout.server.served import ServedEngine
 from forgejax.types import Completion, Purpose, SampleRequest, SamplingLaw
 
 
@@ -25,13 +25,13 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
 
     def __init__(
         self,
-        driver: Driver,
+        served: ServedEngine,
         *,
         law: SamplingLaw | None = None,
         stop_ids: frozenset[int] = frozenset(),
         purpose: Purpose = "evaluation",
     ):
-        self._driver, self._stop_ids, self._purpose = driver, stop_ids, purpose
+        self._served, self._stop_ids, self._purpose = served, stop_ids, purpose
         self._law = law if law is not None else SamplingLaw()
 
     async def Decode(  # noqa: N802
@@ -58,12 +58,16 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
             loop.call_soon_threadsafe(drawn.put_nowait, draw.token_ids.tolist())
 
         try:
-            future = asyncio.wrap_future(self._driver.submit(sample, on_draw))
+            await self._served.enter()
+        except EngineError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        try:
+            future = asyncio.wrap_future(self._served.submit(sample, on_draw))
         except OverloadedError as error:
             context.set_trailing_metadata((("retry-after", f"{error.retry_after_s:g}"),))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except EngineError as error:
-            await context.abort(_pick_status(self._driver), str(error))
+            await context.abort(_pick_status(self._served), str(error))
         future.add_done_callback(lambda _: drawn.put_nowait(None))
         try:
             while (token_ids := await drawn.get()) is not None:
@@ -75,7 +79,7 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
     async def HealthCheck(  # noqa: N802
         self, request: jetstream_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> jetstream_pb2.HealthCheckResponse:
-        return jetstream_pb2.HealthCheckResponse(is_live=self._driver.healthy)
+        return jetstream_pb2.HealthCheckResponse(is_live=self._served.healthy)
 
     async def _confirm(self, future: asyncio.Future[Completion], context: grpc.aio.ServicerContext) -> None:
         try:
@@ -84,8 +88,8 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
-def _pick_status(driver: Driver) -> grpc.StatusCode:
-    return grpc.StatusCode.FAILED_PRECONDITION if driver.healthy else grpc.StatusCode.UNAVAILABLE
+def _pick_status(served: ServedEngine) -> grpc.StatusCode:
+    return grpc.StatusCode.FAILED_PRECONDITION if served.healthy else grpc.StatusCode.UNAVAILABLE
 
 
 def _make_response(token_ids: list[int]) -> jetstream_pb2.DecodeResponse:

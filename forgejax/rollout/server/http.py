@@ -1,98 +1,86 @@
 """Token-in, token-out over HTTP: the engine for samplers in other processes.
 
-``POST /generate`` see ``wire``; ``GET /health`` 200 or 503; ``GET /metrics`` Prometheus text; ``POST /publish`` takes
-``{"path": "...", "version": n}`` and loads the weights that lie there, below the server's publish directory: weights
-travel through a file system that both sides see.
+``POST /generate`` see ``wire``; ``GET /health`` 200 or 503: whether nothing has failed; ``GET /ready`` whether requests
+are served now; ``GET /metrics`` Prometheus text. What changes the engine is in ``admin``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client import CollectorRegistry, generate_latest
 
 from forgejax.errors import EngineError, ForgejaxError, OverloadedError
-from forgejax.rollout.driver.driver import Driver
 from forgejax.rollout.driver.job import Draw
+from forgejax.rollout.driver.request_log import RequestLog
+from forgejax.rollout.server.admin import EngineAdmin, PublishRoot
+from forgejax.rollout.server.bodies import MOST_BYTES, PATIENCE_S, refuse, take_body
 from forgejax.rollout.server.metrics import DriverCollector
+from forgejax.rollout.server.served import ServedEngine
 from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
 from forgejax.types import Completion, SampleRequest
 
+INSTANCE_HEADER = "Forgejax-Instance"
+"""Which server process a request is meant for: another at the same address refuses it."""
+
 _HEARTBEAT_S = 5.0
-_CLIENT_S = 30.0  # for a client to send its request, or to read what waits for it
-_BODY_BYTES = 64 << 20
-
-
-class PublishBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which weights to load, and the version their tokens will carry."""
-
-    path: str
-    version: int
-
-
-ReadWeights = Callable[[Path, Any], Any]
-"""Gives the weights kept at a path, laid out as a tree of shapes asks; raises ForgejaxError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Publishing:
-    """What ``POST /publish`` may load: weights below ``root``, read by ``read``."""
-
-    root: Path
-    read: ReadWeights
+_RETRY_S = 5
 
 
 class RolloutServer:
-    """HTTP handlers over one driver. ``publishing`` of None refuses publications."""
+    """HTTP handlers over one engine. ``publish_root`` of None refuses weights that lie in files."""
 
-    def __init__(self, driver: Driver, publishing: Publishing | None = None):
-        self._driver = driver
-        self._publishing = publishing
-        self._turn_to_publish = asyncio.Lock()
+    def __init__(self, served: ServedEngine, publish_root: PublishRoot | None = None):
+        self._served = served
+        self._admin = EngineAdmin(served, publish_root)
         self._registry = CollectorRegistry()
-        self._registry.register(DriverCollector(driver))
+        self._registry.register(DriverCollector(served))
 
-    def make_app(self) -> web.Application:
-        app = web.Application(client_max_size=_BODY_BYTES)
+    def make_app(self, *middlewares: Middleware) -> web.Application:
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=middlewares)
         app.add_routes(
             [
                 web.post("/generate", self.generate),
                 web.get("/health", self.health),
+                web.get("/ready", self.ready),
                 web.get("/metrics", self.metrics),
-                web.post("/publish", self.publish),
+                *self._admin.list_routes(),
             ]
         )
         return app
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        served = self._served
+        if request.headers.get(INSTANCE_HEADER, served.instance) != served.instance:
+            return _refuse_for_now("the request was meant for the process that has served here before")
         try:
-            sample = decode_request(await _read_body(request), f"remote-{uuid.uuid4().hex}")
+            sample = decode_request(await take_body(request), f"remote-{uuid.uuid4().hex}")
         except ValueError as error:
-            return _refuse(400, str(error))
+            return refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
-            await self._driver.prepare(sample)
-            future = _submit(self._driver, sample, lines)
+            await served.enter()
+        except EngineError as error:
+            return _refuse_for_now(str(error))
+        try:
+            await served.prepare(sample)
+            future = _submit(served, sample, lines)
         except OverloadedError as error:
-            refusal = _refuse(429, str(error))
+            refusal = refuse(429, str(error))
             refusal.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
             return refusal
         except ForgejaxError as error:
-            return _refuse(409 if self._driver.healthy else 503, str(error))
+            return refuse(409, str(error)) if served.healthy else _refuse_for_now(str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
         try:
             await response.prepare(request)
-            await _write_lines(response, lines)
+            await _write_lines(response, lines, served.request_log)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
@@ -101,38 +89,22 @@ class RolloutServer:
         return response
 
     async def health(self, _: web.Request) -> web.Response:
-        healthy = self._driver.healthy
-        known = {"version": self._driver.version, "max_context": self._driver.engine.config.max_context}
-        return web.json_response({"healthy": healthy, **known}, status=200 if healthy else 503)
+        served = self._served
+        told = {"healthy": served.healthy, "version": served.version}
+        told["max_context"] = served.engine.config.max_context
+        return web.json_response(told, status=200 if served.healthy else 503)
+
+    async def ready(self, _: web.Request) -> web.Response:
+        served = self._served
+        if served.state == "serving" and served.healthy:
+            return web.json_response({"state": served.state, "version": served.version})
+        return _refuse_for_now(f"the engine is {served.state if served.healthy else 'broken; its log says why'}")
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def publish(self, request: web.Request) -> web.Response:
-        if self._publishing is None:
-            return _refuse(403, "this server takes no weights; start it with a publish directory")
-        try:
-            body = msgspec.json.decode(await _read_body(request), type=PublishBody)
-        except ValueError as error:
-            return _refuse(400, str(error))
-        async with self._turn_to_publish:
-            try:
-                await asyncio.to_thread(self._load, self._publishing, Path(body.path), body.version)
-            except ForgejaxError as error:
-                return _refuse(409, str(error))
-        return web.json_response({"version": body.version})
 
-    def _load(self, publishing: Publishing, path: Path, version: int) -> None:
-        try:
-            root, path = publishing.root.resolve(), path.resolve()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise EngineError(f"{str(path)!r} is no path that can be read: {error}") from error
-        if not path.is_relative_to(root):
-            raise EngineError(f"{path} is not below the publish directory {root}; write the weights there")
-        self._driver.publish(publishing.read(path, self._driver.engine.abstract_params), version)
-
-
-def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -> Future[Completion]:
+def _submit(served: ServedEngine, sample: SampleRequest, lines: asyncio.Queue[Line]) -> Future[Completion]:
     """Submits a request whose lines arrive, in order, in a queue of the running event loop."""
     loop = asyncio.get_running_loop()
 
@@ -150,34 +122,29 @@ def _submit(driver: Driver, sample: SampleRequest, lines: asyncio.Queue[Line]) -
         error = future.exception()
         put(encode_end(future.result()) if error is None else Line(error=str(error)))
 
-    future = driver.submit(sample, put_draw)
+    future = served.submit(sample, put_draw)
     future.add_done_callback(put_end)
     return future
 
 
-async def _read_body(request: web.Request) -> bytes:
-    """The whole body. Raises ValueError for one that does not arrive or cannot be unpacked."""
-    try:
-        async with asyncio.timeout(_CLIENT_S):
-            return await request.read()
-    except web.RequestPayloadError as error:
-        raise ValueError(f"the body cannot be read: {error.__cause__ or error}; check its Content-Encoding") from error
-    except TimeoutError as error:
-        raise ValueError(f"the body did not arrive within {_CLIENT_S:g} s; send it again") from error
-
-
-async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line]) -> None:
+async def _write_lines(response: web.StreamResponse, lines: asyncio.Queue[Line], log: RequestLog | None) -> None:
     while True:
         try:
             line = await asyncio.wait_for(lines.get(), _HEARTBEAT_S)
         except TimeoutError:
             line = Line()  # a sign of life; writing it also finds out whether the client still is
-        async with asyncio.timeout(_CLIENT_S):  # a client that no longer reads must not be kept for ever
+        ends = line.end is not None or line.error is not None
+        if ends and log is not None:  # its record outlives this process before anybody knows that it ended
+            try:
+                await asyncio.to_thread(log.write)
+            except EngineError as error:
+                line = Line(error=str(error))
+        async with asyncio.timeout(PATIENCE_S):  # a client that no longer reads must not be kept for ever
             await response.write(msgspec.json.encode(line) + b"\n")
-        if line.end is not None or line.error is not None:
+        if ends:
             await response.write_eof()
             return
 
 
-def _refuse(status: int, why: str) -> web.Response:
-    return web.Response(status=status, text=json.dumps({"error": why}), content_type="application/json")
+def _refuse_for_now(why: str) -> web.Response:
+    return refuse(503, f"{why}; ask again later", headers={"Retry-After": str(_RETRY_S)})

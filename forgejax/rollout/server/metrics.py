@@ -1,4 +1,4 @@
-"""The driver's account as Prometheus metrics."""
+"""The account of a served engine as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from forgejax.rollout.driver.driver import Driver
+from forgejax.rollout.server.served import ServedEngine
 
 
 class DriverCollector:
-    """A Prometheus collector over one driver; every name begins with ``forgejax_rollout_``."""
+    """A Prometheus collector over one engine; every name begins with ``forgejax_rollout_``."""
 
-    def __init__(self, driver: Driver):
-        self._driver = driver
+    def __init__(self, served: ServedEngine):
+        self._served = served
 
     def collect(self) -> Iterable[Metric]:
-        metrics = self._driver.metrics()
+        metrics = self._served.metrics()
         for name, figure in (
             ("healthy", float(metrics.healthy)),
             ("policy_version", metrics.version),

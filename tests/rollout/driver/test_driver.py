@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +14,8 @@ from hypothesis import strategies as st
 
 from forgejax.errors import EngineError
 from forgejax.rollout import Driver, LocalSampler
-from forgejax.rollout.engine._jetstream import engine_api
 from forgejax.rollout.engine.settings import SlotSettings, split_draws
 from forgejax.rollout.engine.slots import Slots
-from forgejax.rollout.engine.weights import PublishedWeights
 from forgejax.types import Completion, SamplingLaw
 from tests.rollout import tiny
 from tests.rollout.driving import balanced, gap, sample_all, until

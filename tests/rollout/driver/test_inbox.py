@@ -12,7 +12,7 @@ from forgejax.rollout import Driver, LocalSampler, RemoteSampler
 from forgejax.rollout.server.http import RolloutServer
 from forgejax.types import SamplingLaw
 from tests.rollout import tiny
-from tests.rollout.serving import served
+from tests.rollout.serving import served, serving_engine
 
 
 async def test_what_cannot_be_served_is_refused_at_once_in_a_sentence() -> None:
@@ -34,21 +34,21 @@ async def test_what_cannot_be_served_is_refused_at_once_in_a_sentence() -> None:
 
 
 async def test_a_full_queue_and_a_used_id_are_refused() -> None:
-    hold = threading.Event()
-    with Driver(tiny.engine(max_waiting=1), tiny.params()) as driver:
-        begun = threading.Event()
+    hold, begun = threading.Event(), threading.Event()
 
-        def block(_: object) -> None:
-            begun.set()
-            hold.wait(10)
+    def block(_: object) -> None:
+        begun.set()
+        hold.wait(10)
 
+    async with serving_engine(tiny.params(), engine=tiny.engine(max_waiting=1)) as engine:
+        driver = engine.driver
         first = driver.submit(tiny.request("a", [1], 4), block)
         await asyncio.to_thread(begun.wait, 20)
         second = driver.submit(tiny.request("b", [1], 4))
         with pytest.raises(OverloadedError, match="1 requests are waiting already") as caught:
             driver.submit(tiny.request("c", [1], 4))
         assert caught.value.retry_after_s == 1.0
-        async with served(RolloutServer(driver).make_app()) as url, RemoteSampler(url) as remote:
+        async with served(RolloutServer(engine).make_app()) as url, RemoteSampler(url) as remote:
             with pytest.raises(OverloadedError, match="1 requests are waiting already") as told:
                 await remote.sample(tiny.request("d", [1], 4))
         assert told.value.retry_after_s == 1.0

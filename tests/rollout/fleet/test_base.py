@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pytest
 
-from forgejax.rollout import DrawnRequest, Driver, EngineAccount, Engines, LocalEngines, RequestLog
+from forgejax.rollout import (
+    DrawnRequest,
+    Driver,
+    EngineAccount,
+    Engines,
+    LocalEngines,
+    RequestLog,
+    RolloutConfig,
+    ServerEngines,
+)
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 from tests.rollout import tiny
+from tests.rollout.fleet.farm import Farm
 
 
 class OneTokenEngines:
     """Draws the token 0 for everybody."""
 
-    healthy, version = False, 0
+    healthy, version, trouble = False, 0, ""
 
     def __init__(self) -> None:
         self.requests: dict[str, DrawnRequest] = {}
@@ -63,29 +74,43 @@ class OneTokenEngines:
     def flush(self) -> None:
         pass
 
+    def figures(self) -> dict[str, float]:
+        return {}
 
-def _local(folder: Path) -> Engines:
+
+@contextmanager
+def _local(folder: Path) -> Iterator[Engines]:
     log = RequestLog(folder / "requests.log")
-    return LocalEngines(Driver(tiny.engine(), tiny.params(), request_log=log), log)
+    yield LocalEngines(Driver(tiny.engine(), tiny.params(), request_log=log), log)
 
 
-def _fake(_: Path) -> Engines:
-    return OneTokenEngines()
+@contextmanager
+def _servers(folder: Path) -> Iterator[Engines]:
+    with Farm(folder) as farm:
+        config = RolloutConfig(engines=farm.urls, poll_s=0.05, silence_s=5.0)
+        yield ServerEngines(config, tiny.params(), 0, request_deadline_s=30.0)
 
 
-@pytest.mark.parametrize("make", [_local, _fake])
+@contextmanager
+def _fake(_: Path) -> Iterator[Engines]:
+    yield OneTokenEngines()
+
+
+@pytest.mark.parametrize("make", [_local, _servers, _fake])
 async def test_what_a_run_needs_of_its_engines_is_the_protocol_alone(
-    make: Callable[[Path], Engines], tmp_path: Path
+    make: Callable[[Path], AbstractContextManager[Engines]], tmp_path: Path
 ) -> None:
-    engines = make(tmp_path)
-    healthy = [engines.healthy]
-    with engines:
+    with make(tmp_path) as engines:
+        healthy = [engines.healthy]
+        with engines:
+            healthy.append(engines.healthy)
+            engines.publish(tiny.params(1), 3)
+            done = [await engines.sample(tiny.request(f"r{i}", [1, 2], 1)) for i in range(3)]
+            engines.flush()
+            found, account = engines.requests_of(["r2", "r9", "r0"]), engines.account()
+            assert engines.trouble == "" and all(isinstance(each, float) for each in engines.figures().values())
         healthy.append(engines.healthy)
-        engines.publish(tiny.params(1), 3)
-        done = [await engines.sample(tiny.request(f"r{i}", [1, 2], 1)) for i in range(3)]
-        engines.flush()
-        found, account = engines.requests_of(["r2", "r9", "r0"]), engines.account()
-    assert [*healthy, engines.healthy] == [False, True, False]
+    assert healthy == [False, True, False]
     assert (account.sampled, account.prompt_tokens, account.active, account.waiting) == (3, 6, 0, 0)
     assert [each.versions.tolist() for each in done] == [[3]] * 3
     assert {name: (entry.prompt_ids.tolist(), entry.sampled_ids.tolist()) for name, entry in found.items()} == {

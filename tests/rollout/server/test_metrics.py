@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from forgejax.rollout import Driver
 from forgejax.rollout.server.metrics import DriverCollector
 from tests.rollout import tiny
+from tests.rollout.serving import serving_engine
 
 
-def test_the_account_of_the_driver_is_shown_by_purpose() -> None:
+async def test_the_account_of_the_engine_is_shown_by_purpose() -> None:
     registry = CollectorRegistry()
-    with Driver(tiny.engine(), tiny.params(), version=3) as driver:
-        registry.register(DriverCollector(driver))
-        driver.submit(tiny.request("a", [1, 2, 3], 6)).result(30)
-        driver.submit(tiny.request("b", [1, 2, 3], 4, purpose="evaluation")).result(30)
+    async with serving_engine(tiny.params(), 3) as engine:
+        registry.register(DriverCollector(engine))
+        engine.submit(tiny.request("a", [1, 2, 3], 6)).result(30)
+        engine.submit(tiny.request("b", [1, 2, 3], 4, purpose="evaluation")).result(30)
         shown = {
             name: registry.get_sample_value(f"forgejax_rollout_{name}")
             for name in ("healthy", "policy_version", "slots", "requests_total", "cached_prompt_tokens_total")

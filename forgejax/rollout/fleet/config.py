@@ -1,0 +1,56 @@
+"""Where the engines of a run are, and how long they may take for what."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from forgejax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """``engines``: "local", one in the trainer's process; a number, as many server processes on this machine, which the
+    trainer starts and ends; or the addresses of servers (``scripts/serve.py``) elsewhere.
+
+    The others concern servers alone, who are asked every ``poll_s``. One that gives no sign of life for ``silence_s``
+    is taken to be lost: its requests go elsewhere. The trainer's own are then killed and started again,
+    ``max_restarts`` times each; those elsewhere may come back by themselves. Either may take ``start_s`` until it
+    serves. New weights go over HTTP, or where ``weights_folder`` is set through that folder, which every server sees
+    under the same path and was started with as its publish directory; ``publish_s`` bounds that. ``token_env`` names
+    the environment variable with the servers' token.
+    """
+
+    engines: Literal["local"] | int | tuple[str, ...] = "local"
+    weights_folder: str = ""
+    publish_s: float = 600.0
+    poll_s: float = 0.5
+    silence_s: float = 20.0
+    start_s: float = 1800.0
+    max_restarts: int = 3
+    token_env: str = "FORGEJAX_SERVER_TOKEN"
+
+    def __post_init__(self) -> None:
+        for name in ("publish_s", "poll_s", "silence_s", "start_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rollout.{name} is {getattr(self, name)}; expected a positive time")
+        if self.max_restarts < 0:
+            raise ConfigError(f"rollout.max_restarts is {self.max_restarts}; expected 0 or more")
+        if isinstance(self.engines, int) and self.engines < 1:
+            raise ConfigError(f"rollout.engines is {self.engines}; expected 1 or more, addresses, or local")
+        if self.poll_s >= self.silence_s:
+            raise ConfigError(f"rollout.poll_s {self.poll_s} must be shorter than rollout.silence_s {self.silence_s}")
+        if not isinstance(self.engines, tuple):
+            return
+        if not self.engines or len(set(self.engines)) != len(self.engines):
+            raise ConfigError(f"rollout.engines is {list(self.engines)}; expected different addresses, one at least")
+        for url in self.engines:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise ConfigError(f'rollout.engines has "{url}"; expected an address such as http://10.0.0.7:8800')
+
+    @property
+    def token(self) -> str:
+        """The servers' token; "" for none."""
+        return os.environ.get(self.token_env, "")

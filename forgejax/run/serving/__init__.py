@@ -1,0 +1,1 @@
+"""The program behind ``scripts/serve.py``: one engine for other processes."""
