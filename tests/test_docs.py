@@ -86,6 +86,8 @@ async def test_the_readmes_agent_answers_through_the_gateway_with_the_readmes_op
                 question="Calculate 40 + 2.",
                 base_url=session.base_url,
                 api_key=session.api_key,
+                model=session.model,
+                context_length=session.context_length,
                 deadline_s=config.agent.deadline_s,
             )
         )
