@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from forgejax.errors import ConfigError
+from forgejax.plain import from_mapping
 from forgejax.run.config import (
     TrainConfig,
-    from_mapping,
     load_config,
     load_saved,
     print_options,

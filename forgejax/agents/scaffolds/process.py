@@ -18,8 +18,8 @@ class ProcessScaffold:
     """Runs ``config.command`` once per episode.
 
     The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY (or where ``config.env`` and ``config.files``
-    put ``{base_url}``, ``{origin}`` and ``{api_key}``). With exit status 0, the last line of stdout that is not blank is
-    its answer, or what is in ``config.answer_file``; any other status is a failed agent.
+    put ``{base_url}``, ``{origin}`` and ``{api_key}``). Exit status 0 and the last line of stdout that is not blank, or
+    what is in ``config.answer_file``, are its answer; any other status is a failed agent.
     """
 
     def __init__(self, config: AgentConfig) -> None:
