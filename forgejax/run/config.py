@@ -240,10 +240,10 @@ def _lay_recipe(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _find_recipe_option(options: Sequence[str]) -> str:
     """What ``--agent.recipe`` says, however it is written; "" where it is not there."""
-    for option, behind in zip(options, [*options[1:], ""], strict=True):
+    for index, option in enumerate(options):
         name, equals, value = option.partition("=")
         if name == "--agent.recipe":
-            return value if equals else behind
+            return value if equals else "".join(options[index + 1 : index + 2])
     return ""
 
 
