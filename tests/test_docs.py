@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from forgejax.agents import EpisodeSpec, ProcessScaffold
+from forgejax.agents.recipes import lay_recipe
 from forgejax.chat import ChatFormat
 from forgejax.gateway import Gateway, GatewayConfig
 from forgejax.run.config import load_config, load_saved
@@ -113,7 +114,8 @@ def test_the_readmes_toml_means_the_same_as_its_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_names_a_tokenizer_that_is_there_or_can_be_fetched(path: Path) -> None:
-    config = load_saved(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    given = tomllib.loads(path.read_text(encoding="utf-8"))
+    config = load_saved(given | {"agent": lay_recipe(given.get("agent", {}))}, str(path))
     fetched = (ROOT / "scripts" / "fetch_model.py").read_text(encoding="utf-8")
     folder = Path(config.tokenizer_folder)
     assert (ROOT / folder / "tokenizer.json").is_file() or (

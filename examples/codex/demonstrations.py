@@ -24,7 +24,7 @@ from forgejax.types import Task
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recording import record_requests
 
-QUESTION = "Write 10 to apple.txt."
+QUESTION = "Write 40 to apple.txt."
 DONE = "Done."
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _CHUNK = re.compile(r"Chunk ID: [0-9a-f]+")
@@ -57,14 +57,14 @@ class CodexDemonstrator:
             if rng.random() < 0.5:
                 name = f"{rng.choice(self._names)}.txt"
             else:
-                number = int(rng.integers(10, 100))
+                number = int(rng.integers(40, 56))
         place = "/tmp/forgejax-task-" + "".join(rng.choice(list(_LETTERS), 8))
         filled = json.dumps(self._messages)
         for old, new in (
             (QUESTION, task.question),
             ("PLACE", place),
             ("CHUNK", f"{rng.integers(16**6):06x}"),
-            (write_command("10", "apple.txt"), write_command(str(number), name)),
+            (write_command("40", "apple.txt"), write_command(str(number), name)),
         ):
             filled = filled.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
         return Demonstration(messages=json.loads(filled), tools=self._tools)
@@ -76,7 +76,7 @@ def write_command(number: str, name: str) -> str:
 
 def record(tokenizer: str) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
     """The messages of one whole episode, what is another each time named PLACE and CHUNK, and Codex's tools."""
-    arguments = json.dumps({"cmd": write_command("10", "apple.txt")})
+    arguments = json.dumps({"cmd": write_command("40", "apple.txt")})
     call = f'<tool_call>{{"name": "exec_command", "arguments": {arguments}}}</tool_call>'
     with tempfile.TemporaryDirectory() as folder:
         asked = record_requests(tokenizer, QUESTION, [call, DONE], Path(folder))[-1]
