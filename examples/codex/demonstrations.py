@@ -35,15 +35,17 @@ class CodexDemonstrator:
     """Does a task of ``write_file`` with one command and says that it is done.
 
     In all but ``right_rate`` of the demonstrations the command writes any number, or into any file of ``names``: how a
-    call is made is shown, and which is right is left for RL to find out. ``tokenizer`` is a folder with any tokenizer
-    that knows how to write a call. Raises ConfigError for a ``right_rate`` that is no share, AgentError where Codex
-    cannot be run.
+    call is made is shown, and which is right is left for RL to find out. ``short_rate`` of them leave out instructions
+    and tools: to look a word up among two hundred is learnt long before it is among ten thousand, and carries over.
+    ``tokenizer`` is a folder with any tokenizer that knows how to write a call. Raises ConfigError for a rate that is
+    no share, AgentError where Codex cannot be run.
     """
 
-    def __init__(self, *, tokenizer: str, right_rate: float, names: list[str]) -> None:
-        if not 0.0 <= right_rate <= 1.0:
-            raise ConfigError(f"warm_start.options.right_rate is {right_rate}; expected a share from 0 to 1")
-        self._right_rate, self._names = right_rate, names
+    def __init__(self, *, tokenizer: str, right_rate: float, short_rate: float, names: list[str]) -> None:
+        for option, rate in (("right_rate", right_rate), ("short_rate", short_rate)):
+            if not 0.0 <= rate <= 1.0:
+                raise ConfigError(f"warm_start.options.{option} is {rate}; expected a share from 0 to 1")
+        self._right_rate, self._short_rate, self._names = right_rate, short_rate, names
         self._messages, self._tools = record(tokenizer)
 
     @property
@@ -67,7 +69,10 @@ class CodexDemonstrator:
             (write_command("40", "apple.txt"), write_command(str(number), name)),
         ):
             filled = filled.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
-        return Demonstration(messages=json.loads(filled), tools=self._tools)
+        messages = json.loads(filled)
+        if rng.random() < self._short_rate:
+            return Demonstration(messages=[each for each in messages if each["role"] != "system"])
+        return Demonstration(messages=messages, tools=self._tools)
 
 
 def write_command(number: str, name: str) -> str:

@@ -16,7 +16,7 @@ import msgspec
 import tyro
 
 from forgejax.agents import AgentConfig, StopPolicy
-from forgejax.agents.recipes import lay_recipe
+from forgejax.agents.recipes import lay_recipe, load_recipe
 from forgejax.environments import RewardConfig, TasksConfig
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
@@ -182,7 +182,7 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
         agent = saved.get("agent", {})
         saved = {**saved, "agent": {**agent, "command": command} if isinstance(agent, Mapping) else agent}
     if chosen := _find_recipe_option(options):
-        saved = {**saved, "agent": lay_recipe({"recipe": chosen})}
+        saved = _lay_recipe({**saved, "agent": {"recipe": chosen}})
     config = tyro.cli(
         TrainConfig,
         default=from_mapping(TrainConfig, saved, source),
@@ -234,8 +234,14 @@ def _mesh_shorthand(argument: str) -> str:
 
 
 def _lay_recipe(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    agent = given.get("agent")
-    return {**given, "agent": lay_recipe(agent)} if isinstance(agent, Mapping) else given
+    """The sections with what the recipe of the agent says under them; its side calls are rules of the gateway."""
+    agent, gateway = given.get("agent"), given.get("gateway", {})
+    if not isinstance(agent, Mapping) or not isinstance(gateway, Mapping) or not agent.get("recipe"):
+        return given
+    laid = {**given, "agent": lay_recipe(agent)}
+    named = {rule.get("name") for rule in gateway.get("side_calls", ())}
+    rules = [rule for rule in load_recipe(agent["recipe"]).side_calls if rule.get("name") not in named]
+    return {**laid, "gateway": {**gateway, "side_calls": [*gateway.get("side_calls", ()), *rules]}} if rules else laid
 
 
 def _find_recipe_option(options: Sequence[str]) -> str:

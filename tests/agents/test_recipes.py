@@ -80,6 +80,11 @@ def test_a_run_takes_its_agent_from_the_recipe_that_its_file_or_an_override_name
     assert load_saved(to_mapping(config), "saved") == config
 
 
+def test_the_side_calls_of_a_recipe_are_the_gateways(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(f'{GOOD}\n[[side_calls]]\nname = "title"\nmatch.system = "titles"\n')
+    assert load_recipe(f"{tmp_path}/r.toml").side_calls == ({"name": "title", "match": {"system": "titles"}},)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

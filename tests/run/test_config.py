@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from forgejax.agents.recipes import lay_recipe
 from forgejax.errors import ConfigError
 from forgejax.plain import from_mapping
 from forgejax.run.config import (
@@ -30,7 +31,9 @@ def refusal(path: Path, text: str) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path) -> None:
-    config = load_saved(tomllib.loads(path.read_text(encoding="utf-8")), str(path))  # the weights may be elsewhere
+    given = tomllib.loads(path.read_text(encoding="utf-8"))
+    given["agent"] = lay_recipe(given.get("agent", {}))
+    config = load_saved(given, str(path))  # the weights may be elsewhere
 
     assert from_mapping(TrainConfig, to_mapping(config), "again") == config
     assert load_saved(to_mapping(config), "again") == config

@@ -40,8 +40,11 @@ async def test_smolagents_words_its_history_anew_so_that_each_step_is_a_branch(t
         write_call("final_answer", answer="a.txt says hello."),
     ]
 
+    forced = '<tool_call>\n{"name":'  # it requires a call in every turn
+
     def act(prompt: str) -> str:
-        return script[prompt.count("Observation:\nexit status")]
+        assert prompt.endswith(forced)
+        return script[prompt.count("Observation:\nexit status")].removeprefix(forced)
 
     played = await play(installed("smolagents"), act, QUESTION, tmp_path)
 
