@@ -142,7 +142,13 @@ class Gateway:
     def open(self, spec: SessionSpec) -> Session:
         base_url = f"{self.url}/v1"
         session = self._sessions.open(spec)
-        return Session(id=session.id, base_url=base_url, api_key=session.api_key)
+        return Session(
+            id=session.id,
+            base_url=base_url,
+            api_key=session.api_key,
+            model=self._config.model_name,
+            context_length=self._service.context_length,
+        )
 
     async def close(self, session_id: str) -> tuple[Turn, ...]:
         return await self._sessions.close(session_id)
