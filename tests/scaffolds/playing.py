@@ -126,10 +126,13 @@ def load_family(family: str) -> tuple[ChatFormat, Tokenizer]:
 
 def installed(name: str) -> AgentConfig:
     """The agent of a recipe; the test is skipped where its program is not installed."""
-    config = from_mapping(AgentConfig, load_recipe(name).agent, str(RECIPES / name))
+    recipe = load_recipe(name)
+    config = from_mapping(AgentConfig, recipe.agent, str(RECIPES / name))
     try:
         find_program(config.command)
     except AgentError:
+        pytest.skip(f"the program of {name} is not here: make scaffolds ARGS={name}")
+    if (recipe.install.pip or recipe.install.npm) and not (INSTALLED / name).is_dir():
         pytest.skip(f"{name} is not in {INSTALLED}: make scaffolds ARGS={name}")
     return config
 

@@ -23,11 +23,8 @@ from forgejax.rollout.server.admin import EngineAdmin, PublishRoot
 from forgejax.rollout.server.bodies import MOST_BYTES, PATIENCE_S, refuse, take_body
 from forgejax.rollout.server.metrics import DriverCollector
 from forgejax.rollout.server.served import ServedEngine
-from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
+from forgejax.rollout.server.wire import INSTANCE_HEADER, Line, decode_request, encode_draw, encode_end
 from forgejax.types import Completion, SampleRequest
-
-INSTANCE_HEADER = "Forgejax-Instance"
-"""Which server process a request is meant for: another at the same address refuses it."""
 
 _HEARTBEAT_S = 5.0
 _RETRY_S = 5

@@ -7,8 +7,8 @@ import grpc  # type: ignore[import-untyped]
 import pytest
 
 from forgejax.errors import ConfigError, EngineError
-from forgejax.rollout import RemoteSampler
 from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
+from forgejax.rollout.fleet.remote_engine import RemoteEngine
 from forgejax.rollout.server.access import BearerInterceptor, check_exposure, make_bearer_check
 from forgejax.rollout.server.grpc_service import OrchestratorService
 from forgejax.rollout.server.http import RolloutServer
@@ -43,7 +43,7 @@ async def test_a_server_with_a_token_answers_whoever_knows_it() -> None:
         port = grpc_server.add_insecure_port("127.0.0.1:0")
         await grpc_server.start()
         async with served(RolloutServer(engine).make_app(make_bearer_check("secret"))) as url:
-            async with RemoteSampler(url, token="secret") as known, RemoteSampler(url, token="other") as unknown:
+            async with RemoteEngine(url, token="secret") as known, RemoteEngine(url, token="other") as unknown:
                 assert len((await known.sample(tiny.request("a", [1, 2], 4))).token_ids) == 4
                 for refused in (unknown.sample(tiny.request("b", [1, 2], 4)), unknown.status()):
                     with pytest.raises(EngineError, match="wants its token"):
