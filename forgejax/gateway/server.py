@@ -23,8 +23,8 @@ from forgejax.gateway.limits import Limits
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.records.base import SessionRecords
 from forgejax.gateway.records.writer import RecordFolder
+from forgejax.gateway.service import Service
 from forgejax.gateway.session_table import SessionTable
-from forgejax.gateway.sessions import Service
 from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.gateway.walk_in import StandAlone, WalkInSessions
 from forgejax.grammar import GrammarCompiler

@@ -16,15 +16,16 @@ from forgejax.errors import GatewayError
 from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream, remember_reply
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.gateway.http.bodies import read_body
 from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
 from forgejax.gateway.keys import KEYED, get_logger
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.retries import RetryHints
+from forgejax.gateway.service import Service
 from forgejax.gateway.session_table import SessionFinder
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.sessions import SessionLog
 from forgejax.gateway.side_calls.canned import Answering
 
 _log = get_logger(__name__)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from forgejax.errors import EngineError, GatewayError
 from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects.base import Dialect, ReplyHead, remember_reply
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.records.lines import AskLine, CloseLine, FailedLine, OpenLine, TurnLine
 from forgejax.gateway.records.reader import RecordedSession
 from forgejax.gateway.records.witness import Witness
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.retries import RetryHints
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.service import Service
+from forgejax.gateway.sessions import SessionLog
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
 _WAIT_S = 60.0

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from forgejax.chat import ChatFormat
-from forgejax.gateway.retries import RetryHints
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.types import Session
 from tests.gateway.asking import GOOD, until
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from forgejax.gateway.conversation import LocatedRequest
+from forgejax.gateway.history.conversation import LocatedRequest
 from forgejax.gateway.pending import PendingReply
 
 
