@@ -26,6 +26,7 @@ from recording import record_requests
 
 QUESTION = "Write 40 to apple.txt."
 DONE = "Done."
+NUMBERS = (40, 56)  # of wrong commands, as the tasks have them
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _CHUNK = re.compile(r"Chunk ID: [0-9a-f]+")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_"
@@ -34,18 +35,18 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_"
 class CodexDemonstrator:
     """Does a task of ``write_file`` with one command and says that it is done.
 
-    In all but ``right_rate`` of the demonstrations the command writes any number, or into any file of ``names``: how a
-    call is made is shown, and which is right is left for RL to find out. ``short_rate`` of them leave out instructions
-    and tools: to look a word up among two hundred is learnt long before it is among ten thousand, and carries over.
+    In all but ``right_rate`` of the demonstrations the command writes any number: how a call is made is shown, and that
+    the number matters is left for RL to find out. ``short_rate`` of them leave out instructions and tools: to look a
+    word up among two hundred is learnt long before it is among ten thousand, and carries over.
     ``tokenizer`` is a folder with any tokenizer that knows how to write a call. Raises ConfigError for a rate that is
     no share, AgentError where Codex cannot be run.
     """
 
-    def __init__(self, *, tokenizer: str, right_rate: float, short_rate: float, names: list[str]) -> None:
+    def __init__(self, *, tokenizer: str, right_rate: float, short_rate: float) -> None:
         for option, rate in (("right_rate", right_rate), ("short_rate", short_rate)):
             if not 0.0 <= rate <= 1.0:
                 raise ConfigError(f"warm_start.options.{option} is {rate}; expected a share from 0 to 1")
-        self._right_rate, self._short_rate, self._names = right_rate, short_rate, names
+        self._right_rate, self._short_rate = right_rate, short_rate
         self._messages, self._tools = record(tokenizer)
 
     @property
@@ -56,10 +57,7 @@ class CodexDemonstrator:
     def demonstrate(self, task: Task, rng: np.random.Generator) -> Demonstration:
         name, number = str(task.payload["file"]), int(task.payload["number"])
         if rng.random() >= self._right_rate:
-            if rng.random() < 0.5:
-                name = f"{rng.choice(self._names)}.txt"
-            else:
-                number = int(rng.integers(40, 56))
+            number = int(rng.integers(*NUMBERS))
         place = "/tmp/forgejax-task-" + "".join(rng.choice(list(_LETTERS), 8))
         filled = json.dumps(self._messages)
         for old, new in (

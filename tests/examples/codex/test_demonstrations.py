@@ -29,7 +29,7 @@ def test_demonstrations_are_codexs_own_words_with_the_tasks_command() -> None:
         shown = mixed.demonstrate(task, np.random.default_rng(index))
         call = next(message for message in shown.messages if message.get("tool_calls"))["tool_calls"][0]["function"]
         commands.append(call["arguments"]["cmd"] == f"echo {task.payload['number']} > {task.payload['file']}")
-    assert 0.5 < np.mean(commands) < 0.8  # the right ones, and what is right by chance
+    assert 0.4 < np.mean(commands) < 0.65  # the right ones, and what is right by chance
 
     task = environment.task(3)
     shown = right.demonstrate(task, np.random.default_rng(3))
