@@ -76,9 +76,15 @@ def read_number(body: Mapping[str, Any], name: str, *, default: float) -> float:
     value = body.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise refuse_field(name, value, "a number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond what a float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise refuse_field(name, value, "a number")
+    return number
 
 
 def read_boolean(body: Mapping[str, Any], name: str) -> bool:

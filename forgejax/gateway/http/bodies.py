@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any, NoReturn
 
 import msgspec
@@ -44,13 +45,20 @@ def _decode(raw: bytes) -> Any:
         if b"\\u" not in raw or isinstance(error, RecursionError):
             raise _refuse(error) from error
     try:
-        return mend_surrogates(json.loads(raw.decode(), parse_constant=_refuse_constant))
+        return mend_surrogates(json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_read_float))
     except (ValueError, RecursionError) as error:
         raise _refuse(error) from error
 
 
 def _refuse(error: Exception) -> RefusedError:
     return RefusedError(400, f"the body is not valid JSON: {error}", code="invalid_json")
+
+
+def _read_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:30]} is out of range")
+    return number
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -78,3 +78,12 @@ def test_every_field_is_served_ignored_or_refused_as_the_docs_say(column: int) -
 def test_null_asks_for_nothing_and_unknown_fields_are_one() -> None:
     body = {"a": 1, "b": 2, "min_p": 0.1, "logit_bias": None, "stop": None}
     assert list_ignored(body, frozenset({"stop"})) == ("min_p", "other")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), "1", True, [1]])
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+def test_what_is_no_number_a_float_can_hold_is_refused_by_name(field: str, value: object) -> None:
+    for dialect in DIALECTS:
+        with pytest.raises(RefusedError, match=f"^{field} is .*; expected a number") as refused:
+            dialect.parse({**LEAST[dialect.name], field: value}, ReplyMemory())
+        assert refused.value.status == 400
