@@ -127,7 +127,7 @@ async def test_draining_it_refuses_what_is_new_and_waits_for_what_is_open() -> N
 async def test_whoever_goes_away_while_his_change_is_made_leaves_it_made_or_all_as_it_was() -> None:
     async with serving_engine(tiny.params(1), 3, beside=False) as engine:
         slow = tiny.request("a", [1, 2], 100)
-        under_way = asyncio.wrap_future(engine.submit(slow, lambda _: time.sleep(0.01)))  # type: ignore[func-returns-value]
+        under_way = asyncio.wrap_future(engine.submit(slow, lambda _: time.sleep(0.01)))
         await until(lambda: engine.metrics().active == 1)
         for change in (engine.sleep(idle_s=60.0), engine.publish(tiny.params(2), 4, "four", idle_s=60.0)):
             waiting = asyncio.create_task(change)  # for the request to end
