@@ -134,10 +134,14 @@ class SessionLog:
             return recorded
         number = self._arrived
         self._arrived += 1
-        prompt = await self._render_prompt(located)
-        if chat.calls == "required":
-            prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        grammar = await self._make_grammar(chat, tool_format, prompt)
+        try:
+            prompt = await self._render_prompt(located)
+            if chat.calls == "required":
+                prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
+            grammar = await self._make_grammar(chat, tool_format, prompt)
+        except asyncio.CancelledError:
+            self._record.fail(ask, number, "cancelled")
+            raise
         request = self._make_request(chat, prompt, number, grammar, live=asked.stream or bool(chat.stop))
         pending = self._send(
             asked, located, tool_format, prompt, request, ask=ask, number=number, requested_at=requested_at
