@@ -18,9 +18,10 @@ from forgejax.chat import ChatFormat
 from forgejax.gateway.records.lines import AgainLine, CannedLine, FailedLine, RefusedLine
 from forgejax.gateway.records.reader import read_session
 from forgejax.gateway.records.replay import replay_session
+from forgejax.grammar import GrammarCompiler
 from forgejax.learner import CreditConfig, Learner, PackConfig, PackGroups, StepConfig
 from forgejax.models import PolicyConfig, abstract_policy, init_params
-from forgejax.types import Dispatch, Group, Reward, StopReason, Task, Trajectory, Turn
+from forgejax.types import Dispatch, Grammar, Group, Reward, StopReason, Task, Trajectory, Turn
 from tests.chat.families import save_family
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
 from tests.gateway.records.conversations import record_everything
@@ -119,14 +120,20 @@ def make_group(turns: Sequence[Turn]) -> Group:
 
 
 async def test_a_request_whose_agent_left_while_its_schema_compiled_ends_in_its_record_and_in_the_replay(
-    chat_format: ChatFormat, tmp_path: Path
+    chat_format: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await started(ScriptedSampler(chat_format, '{"a":1}<|im_end|>'), record=str(tmp_path))
     session = gateway.open(TRAINING)
-    hard = {f"p{n}": {"type": "string", "pattern": f"^(a|b{n}){{1,{n % 50 + 2}}}c{{2,9}}$"} for n in range(300)}
+    prepare = GrammarCompiler.prepare
+
+    async def compile_slowly(grammars: GrammarCompiler, grammar: Grammar) -> None:
+        await asyncio.sleep(30 if "slow" in grammar.schema else 0)
+        await prepare(grammars, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "prepare", compile_slowly)
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {session.api_key}"}) as http:
-        for properties, patience_s in ((hard, 0.05), ({"a": {"type": "integer"}}, 30)):
-            schema = {"type": "object", "properties": properties}
+        for name, patience_s in (("slow", 0.3), ("a", 30)):
+            schema = {"type": "object", "properties": {name: {"type": "integer"}}}
             body = {"messages": [{"role": "user", "content": "?"}], "guided_json": schema}
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
@@ -135,6 +142,7 @@ async def test_a_request_whose_agent_left_while_its_schema_compiled_ends_in_its_
             await asyncio.sleep(0.1)
     turns = await gateway.close(session.id)
     await gateway.stop()
+    monkeypatch.undo()
     recorded = read_session(tmp_path / f"{session.id}.jsonl")
 
     replayed = await replay_session(recorded, chat_format)
