@@ -108,10 +108,14 @@ class SessionLog:
             return recorded
         number = self._arrived
         self._arrived += 1
-        prompt = await self._render_prompt(located)
-        if chat.calls == "required":
-            prompt = self._conversation.force_beginning(prompt, open_call(chat, tool_format))
-        grammar = await bind_reply(self._service, chat, tool_format, prompt)
+        try:
+            prompt = await self._render_prompt(located)
+            if chat.calls == "required":
+                prompt = self._conversation.force_beginning(prompt, open_call(chat, tool_format))
+            grammar = await bind_reply(self._service, chat, tool_format, prompt)
+        except asyncio.CancelledError:
+            self._record.fail(ask, number, "cancelled")
+            raise
         if grammar is not None and self.refusal is not None:
             raise self.refusal
         live = asked.stream or bool(chat.stop)

@@ -133,6 +133,7 @@ class ChatHandler:
             session = self._find_session(http)
             with self._admit(http, session):
                 body = await read_body(http, self._service.config) if page.method in ("POST", "PUT") else {}
+                self._service.limits.check_body(body)
                 return web.json_response(await page.answer(session, body, dict(http.match_info)))
 
         return answer
@@ -149,6 +150,7 @@ class ChatHandler:
     async def _answer(self, http: web.Request, session: SessionLog, body: dict[str, Any]) -> web.StreamResponse:
         if session.refusal is not None:
             raise session.refusal
+        self._service.limits.check_body(body)
         request = self._dialect.parse(body, session.memory)
         for field in request.ignored:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()

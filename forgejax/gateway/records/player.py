@@ -131,6 +131,8 @@ class Player:
         ask = self.asks[number]
         task = ask.task
         assert task is not None
+        if ask.pending is None and isinstance(line, FailedLine) and line.why == "cancelled":
+            task.cancel()  # be it that its schema still compiles, as it may have done then
         await self._wait_until(lambda: task.done() or ask.pending is not None, number)
         pending = ask.pending
         if pending is not None and not pending.task.done():
@@ -145,7 +147,8 @@ class Player:
             else:
                 pending.abandon(_GONE)
         await self._wait_until(task.done, number)
-        task.result()
+        if not task.cancelled():
+            task.result()
 
     async def _wait_until(self, condition: Callable[[], bool], ask: int) -> None:
         try:

@@ -62,18 +62,14 @@ class RolloutServer:
             return refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
-            await served.enter()
-        except EngineError as error:
-            return _refuse_for_now(str(error))
-        try:
-            await served.prepare(sample)
+            await served.enter(sample)
             future = _submit(served, sample, lines)
         except OverloadedError as error:
             refusal = refuse(429, str(error))
             refusal.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
             return refusal
         except ForgejaxError as error:
-            return refuse(409, str(error)) if served.healthy else _refuse_for_now(str(error))
+            return refuse(409, str(error)) if served.healthy and served.taking else _refuse_for_now(str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
         try:
             await response.prepare(request)

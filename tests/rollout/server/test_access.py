@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import aiohttp
 import grpc  # type: ignore[import-untyped]
 import pytest
@@ -58,3 +60,18 @@ async def test_a_server_with_a_token_answers_whoever_knows_it() -> None:
                     await stub.HealthCheck(ping, timeout=10)
         await grpc_server.stop(grace=None)
     assert statuses == [200, 200, 401]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(b"\xff\x80", 401), ("schl\u00fcssel".encode(), 200), ("schl\u00fcssel".encode("latin-1"), 401)],
+)
+async def test_a_credential_whose_bytes_are_no_text_is_a_wrong_one(sent: bytes, status: int) -> None:
+    async with (
+        serving_engine(tiny.params()) as engine,
+        served(RolloutServer(engine).make_app(make_bearer_check("schl\u00fcssel"))) as url,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + sent + b"\r\n\r\n")
+        assert (await reader.read(12)).decode() == f"HTTP/1.1 {status}"
+        writer.close()
