@@ -75,7 +75,7 @@ class RemoteSampler:
                 return await _read_lines(request, response, on_tokens)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise UnservedError(
-                f"request {request.request_id}: no answer from {self.url} ({error!r}); is scripts/serve.py running "
+                f"request {request.request_id}: no answer from {self.url} ({str(error) or repr(error)}); is scripts/serve.py running "
                 "there, and is request_deadline_s long enough?"
             ) from error
 

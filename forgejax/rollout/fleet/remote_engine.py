@@ -104,7 +104,9 @@ class RemoteEngine(RemoteSampler):
                     raise EngineError(f"{self.url}{path}: {body[:500].decode(errors='replace')}")
                 return body
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise UnservedError(f"no answer from {self.url}{path} within {seconds:g} s ({error!r})") from error
+            raise UnservedError(
+                f"no answer from {self.url}{path} within {seconds:g} s ({str(error) or repr(error)})"
+            ) from error
 
 
 def _decode(data: bytes, kind: type[_T], url: str) -> _T:
