@@ -75,8 +75,8 @@ class RemoteSampler:
                 return await _read_lines(request, response, on_tokens)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise UnservedError(
-                f"request {request.request_id}: no answer from {self.url} ({str(error) or repr(error)}); is scripts/serve.py running "
-                "there, and is request_deadline_s long enough?"
+                f"request {request.request_id}: no answer from {self.url} ({str(error) or repr(error)}); "
+                "is scripts/serve.py running there, and is request_deadline_s long enough?"
             ) from error
 
     @property
