@@ -1,7 +1,14 @@
 """Meshes and partition rules: the only place a mesh axis or a chip is spelled."""
 
 from forgejax.sharding.layout import ONE_DEVICE, Layout, constrain, current_layout
-from forgejax.sharding.mesh import build_engine_mesh, build_mesh, has_accelerator, prepare_platform, spare_devices
+from forgejax.sharding.mesh import (
+    build_engine_mesh,
+    build_mesh,
+    has_accelerator,
+    prepare_engine,
+    prepare_platform,
+    spare_devices,
+)
 from forgejax.sharding.reshard import copy_shards
 from forgejax.sharding.rules import Rules
 from forgejax.sharding.topology import CHIPS, Chip, EngineMesh, MeshConfig, MeshPlan, resolve
@@ -21,6 +28,7 @@ __all__ = [
     "copy_shards",
     "current_layout",
     "has_accelerator",
+    "prepare_engine",
     "prepare_platform",
     "resolve",
     "spare_devices",

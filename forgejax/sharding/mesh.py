@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -38,19 +39,30 @@ def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
         _require_hardware(plan)
         return
     wanted = plan.devices + extra_devices
-    # XLA's CPU client runs collectives on a thread pool of NPROC threads (by default one a core), and each waiting
-    # participant blocks one. Independent collectives of a program run at once: too small a pool deadlocks.
-    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * wanted))
     try:
         jax.config.update("jax_platforms", "cpu")
-        asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked
-        jax.config.update("jax_num_cpu_devices", max(wanted, asked))
+        _ask_for_cpus(wanted)
     except RuntimeError as error:  # jax has started: what it has is all there will be
         if jax.default_backend() != "cpu" or len(jax.devices()) < wanted:
             raise MeshError(
                 f"mesh {plan.name} needs {wanted} CPU devices; jax has already started with {len(jax.devices())} on "
                 f"{jax.default_backend()}: {_ADVICE['cpu']}"
             ) from error
+
+
+def prepare_engine(devices: int) -> None:
+    """Asks for as many fake devices should a CPU be what jax finds. Once jax has started it changes nothing."""
+    with contextlib.suppress(RuntimeError):
+        _ask_for_cpus(devices)
+
+
+def _ask_for_cpus(wanted: int) -> None:
+    """Raises RuntimeError where jax has started already with another number."""
+    # XLA's CPU client runs collectives on a thread pool of NPROC threads (by default one a core), and each waiting
+    # participant blocks one. Independent collectives of a program run at once: too small a pool deadlocks.
+    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * wanted))
+    asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked
+    jax.config.update("jax_num_cpu_devices", max(wanted, asked))
 
 
 def build_mesh(plan: MeshPlan, devices: Sequence[jax.Device] | None = None) -> Mesh:

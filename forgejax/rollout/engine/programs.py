@@ -2,7 +2,9 @@
 
 The programs depend on the policy's shape, the layout, the pages and the number of tokens per step alone: equal engines
 share what is compiled. The pool is split by heads, the logits that tokens are drawn from by slots; all else but the
-weights is whole on every device. Dimension key: S slots, N stop ids, M pages of a sequence, k tokens per step, T new tokens of a batch.
+weights is whole on every device.
+
+Dimension key: S slots, N stop ids, M pages of a sequence, k tokens per step, T new tokens of a batch.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class WeightBox:
         self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def publish(self, params: Any, version: int) -> None:
-        """Copies the weights to the engine's devices, wherever they lie and however they are split, and makes them current.
+        """Copies the weights, wherever and however split they lie, to the engine's devices and makes them current.
 
         When this returns the copy is complete: the caller may donate its buffers. Raises EngineError for weights of
         another model, and for a version that is no int32 from 0.
