@@ -146,7 +146,8 @@ def _compiled(case: _Case) -> _Engine:
         assert memory is not None
         print(
             f"\n{case.name} on {case.topology}, {case.context:,} tokens, {name}: temporaries "
-            f"{memory.temp_size_in_bytes / _GIB:.2f}, in all {_peak(found[name]) / _GIB:.2f} GiB a chip, {took:.0f} s of CPU",
+            f"{memory.temp_size_in_bytes / _GIB:.2f}, in all {_peak(found[name]) / _GIB:.2f} GiB a chip, "
+            f"{took:.0f} s of CPU",
             end="",
         )
     engine = _Engine(
