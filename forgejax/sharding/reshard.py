@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 _Span = tuple[tuple[int, int], ...]  # begin and end along each dimension
@@ -17,7 +18,10 @@ def copy_shards(x: Any, sharding: Sharding) -> jax.Array:
     Each device is given the parts of its shard by the devices that hold them. There is no collective in it, so it may
     be called while other threads have programs on these devices. Device arrays are all within this process.
     """
-    if not isinstance(x, jax.Array) or x.sharding.is_equivalent_to(sharding, x.ndim):
+    if not isinstance(x, jax.Array):
+        # On a CPU jax may go on reading the host's array itself, whatever ``may_alias`` says.
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.array(x[index]))
+    if x.sharding.is_equivalent_to(sharding, x.ndim):
         copied: jax.Array = jax.device_put(x, sharding, may_alias=False)
         return copied
     held = {_span(shard.index, x.shape): shard.data for shard in reversed(x.addressable_shards)}
