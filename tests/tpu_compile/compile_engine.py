@@ -77,7 +77,7 @@ class _Case:
 _CASES = (
     _Case("8B", "v5e:2x2", EngineMesh(tensor=4), 32_768, 64, 4),
     _Case("8B", "v5e:2x2", EngineMesh(tensor=4), 200_704, 128, 4),
-    # Its loop over several tokens does not fit: the compiler moves copies of the experts' weights out of it.
+    # With several tokens a step the compiler wants 22 GiB of temporaries and refuses; docs/results/tpu_memory.md.
     _Case("30B-A3B", "v5e:2x4", EngineMesh(tensor=4, expert=2), 32_768, 64, 1),
 )
 

@@ -150,7 +150,8 @@ class Programs:
                 page_tokens=self.page_tokens,
             )
             hidden_SD, pool = self._run(policy, slots.token_S, pool, batch)
-            logits_SV = constrain(policy.logits(hidden_SD), "draws", None)
+            # Made where the vocabulary's weights are: for slots at once, these would be gathered instead of the logits.
+            logits_SV = constrain(constrain(policy.logits(hidden_SD), None, "vocab"), "draws", None)
             token_S, logp_S = draw_tokens(logits_SV, slots.laws, slots.position_S + 1, mask_SW)
             return self._laid(pool, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
 
