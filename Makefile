@@ -19,13 +19,14 @@ TPU_STAMP := $(TPU)/.complete
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test parity tpu-compile check format lock clean
+.PHONY: help env train test parity tpu-compile scaffolds check format lock clean
 
 help:
 	@echo 'make train    trains the quickstart on this CPU: report and figures land in runs/quickstart-N'
 	@echo 'make test     runs the tests'
 	@echo 'make parity   compares policies with transformers on torch (fetches both, and a model of 100 MB)'
 	@echo 'make tpu-compile  compiles kernels and train steps for v5e TPUs, on any machine (fetches 0.2 GB)'
+	@echo 'make scaffolds  installs the agent programs of configs/scaffolds (ARGS="codex aider" for some of them)'
 	@echo 'make check    formatting, lint, types and tests: what CI runs'
 	@echo 'make format   formats the code and sorts its imports'
 	@echo 'make env      installs .venv (the targets above do it on their own)'
@@ -48,6 +49,9 @@ parity: $(PARITY_STAMP) $(PARITY_MODEL)/config.json
 tpu-compile: $(TPU_STAMP)
 	@exec $(TPU)/bin/python -m pytest -c tests/tpu_compile/pytest.ini tests/tpu_compile $(ARGS)
 
+scaffolds: $(STAMP)
+	@$(ACTIVATE); exec python scripts/install_scaffolds.py $(ARGS)
+
 check: $(STAMP)
 	@$(ACTIVATE); ruff format --check .
 	@$(ACTIVATE); ruff check .
@@ -59,7 +63,7 @@ format: $(STAMP)
 	@$(ACTIVATE); ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(TPU) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(PARITY) $(TPU) .scaffolds .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 
 # The pins hold what the package and its tests need, without TensorFlow: docs/adr/001-jetstream-without-tensorflow.md.
 lock:

@@ -1,8 +1,10 @@
 """Serves an LLM API to unmodified agents, in front of any server of tokens, and records what was sampled.
 
-python scripts/gateway.py --engine http://127.0.0.1:8800 --tokenizer models/SmolLM2-135M
-python scripts/gateway.py --engine http://127.0.0.1:30000 --engine-kind sglang --tokenizer DIR --record sessions
-python scripts/gateway.py replay sessions/ID.jsonl --tokenizer DIR     plays a recorded session again
+- ``python scripts/gateway.py --engine http://127.0.0.1:8800 --tokenizer models/SmolLM2-135M`` stands in front of
+  scripts/serve.py;
+- ``python scripts/gateway.py --engine http://127.0.0.1:30000 --engine-kind sglang --tokenizer DIR --record sessions``
+  in front of SGLang, and keeps each session;
+- ``python scripts/gateway.py replay sessions/ID.jsonl --tokenizer DIR`` plays recorded sessions again.
 
 It prints what to set in an agent's environment. Each key that an agent sends is a session of its own.
 """
@@ -142,9 +144,13 @@ class ReplayConfig:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Files that --record has made."""
     tokenizer: Path
-    """As above."""
+    """Folder with tokenizer.json, tokenizer_config.json and the chat template, or one of these files."""
     tool_format: ToolFormatName | None = None
     """Instead of the one it was recorded with."""
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ConfigError("no file was given to replay; name those that --record has made, as sessions/*.jsonl")
 
 
 async def serve_alone(config: AloneConfig, stop: asyncio.Event) -> None:

@@ -19,8 +19,8 @@
   --agent.kind KIND      process (a program an episode), worker (a program that stays) or coroutine
   --help [SECTION]       this page, or all options of a section with their values
 
-Sections: run, mesh, tokenizer, policy, warm_start, step, packing, credit, pool, engine, sampling, gateway, agent,
-tasks, reward, stop_policy.
+Sections: run, mesh, tokenizer, policy, warm_start, step, packing, credit, pool, engine, rollout, sampling, gateway,
+agent, tasks, reward, stop_policy.
 
 Ctrl-C ends the run after the current step, with a checkpoint, and an evaluation at once; a second one ends it at once.
 """

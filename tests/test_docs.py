@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from forgejax.agents import EpisodeSpec, ProcessScaffold
+from forgejax.agents.recipes import lay_recipe
 from forgejax.chat import ChatFormat
 from forgejax.gateway import Gateway, GatewayConfig
 from forgejax.run.config import load_config, load_saved
@@ -86,6 +87,8 @@ async def test_the_readmes_agent_answers_through_the_gateway_with_the_readmes_op
                 question="Calculate 40 + 2.",
                 base_url=session.base_url,
                 api_key=session.api_key,
+                model=session.model,
+                context_length=session.context_length,
                 deadline_s=config.agent.deadline_s,
             )
         )
@@ -111,7 +114,8 @@ def test_the_readmes_toml_means_the_same_as_its_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_names_a_tokenizer_that_is_there_or_can_be_fetched(path: Path) -> None:
-    config = load_saved(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    given = tomllib.loads(path.read_text(encoding="utf-8"))
+    config = load_saved(given | {"agent": lay_recipe(given.get("agent", {}))}, str(path))
     fetched = (ROOT / "scripts" / "fetch_model.py").read_text(encoding="utf-8")
     folder = Path(config.tokenizer_folder)
     assert (ROOT / folder / "tokenizer.json").is_file() or (
@@ -158,7 +162,7 @@ def test_the_structure_page_names_exactly_the_rooms_folders_and_loose_files_that
     assert set(rooms()) == {path.parent.name for path in package.glob("*/__init__.py")}
     assert set(folders()) == {path.parent.relative_to(package).as_posix() for path in package.glob("*/*/__init__.py")}
     loose = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    assert loose == {"errors.py", "imports.py"} and all(f"`{name}`" in STRUCTURE for name in loose)
+    assert loose == {"errors.py", "imports.py", "plain.py"} and all(f"`{name}`" in STRUCTURE for name in loose)
     run = {path.stem for path in (package / "run").glob("*.py")} - {"__init__"}
     told = STRUCTURE[STRUCTURE.index("`run` has no folders") : STRUCTURE.index("`scripts/train.py` is the entrance")]
     assert set(re.findall(r"`(\w+)`", told)) == run | {"run"}

@@ -197,6 +197,8 @@ class EpisodeRunner:
                 question=task.question,
                 base_url=session.base_url,
                 api_key=session.api_key,
+                model=session.model,
+                context_length=session.context_length,
                 deadline_s=deadline_s,
                 workspace=workspace,
             )

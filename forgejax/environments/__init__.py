@@ -3,6 +3,7 @@
 from forgejax.environments.base import Environment, Score, Workspace
 from forgejax.environments.reasoning_gym import DatasetConfig, ReasoningGym, TasksConfig
 from forgejax.environments.rewards import RewardConfig, SpeedBaseline
+from forgejax.environments.write_file import WriteFile, WriteFileConfig
 
 __all__ = [
     "DatasetConfig",
@@ -13,6 +14,8 @@ __all__ = [
     "SpeedBaseline",
     "TasksConfig",
     "Workspace",
+    "WriteFile",
+    "WriteFileConfig",
     "make_environment",
 ]
 
@@ -22,3 +25,5 @@ def make_environment(config: TasksConfig) -> Environment:
     match config.kind:
         case "reasoning_gym":
             return ReasoningGym(config)
+        case "write_file":
+            return WriteFile(config.write_file, eval_tasks=config.eval_tasks, seed=config.seed)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from forgejax.environments.base import Score, Workspace
+from forgejax.environments.write_file import WriteFileConfig
 from forgejax.errors import ConfigError
 from forgejax.types import Task, Trajectory
 
@@ -39,11 +40,11 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets.
+    """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets, ``write_file`` asks for files.
 
     ``eval_tasks`` are held out. ``exact`` counts only the library's full score as 1 and everything below it as 0."""
 
-    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "write_file"] = "reasoning_gym"
     datasets: tuple[DatasetConfig, ...] = (
         DatasetConfig(
             name="chain_sum",
@@ -56,6 +57,7 @@ class TasksConfig:
             params={"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 4},
         ),
     )
+    write_file: WriteFileConfig = field(default_factory=WriteFileConfig)
     eval_tasks: int = 64
     seed: int = 0
     exact: bool = True

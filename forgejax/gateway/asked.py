@@ -8,7 +8,7 @@ from typing import Any
 
 from forgejax.chat.messages import ChatRequest
 from forgejax.gateway.dialects.base import Dialect, ParsedRequest
-from forgejax.gateway.retries import RetryHints
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.gateway.side_calls.rules import SideCall, SideCallRules
 
 

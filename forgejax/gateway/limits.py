@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from forgejax.chat.messages import ChatRequest
 from forgejax.errors import ConfigError
@@ -140,12 +141,21 @@ class Limits:
 
     def check_request(self, chat: ChatRequest) -> None:
         """Raises RefusedError (400) for more messages or tools than one request may have."""
-        for limit, count in (("messages", len(chat.messages)), ("tools", len(chat.tools))):
-            most: int = getattr(self._config, limit)
-            if count > most:
-                self._metrics.limited.labels(limit).inc()
-                message = f"{limit} has {count} entries; send at most {most}, or raise gateway.limits.{limit}"
-                raise RefusedError(400, message, code=f"too_many_{limit}", param=limit)
+        self._check_count("messages", "messages", len(chat.messages))
+        self._check_count("tools", "tools", len(chat.tools))
+
+    def check_body(self, body: Mapping[str, Any]) -> None:
+        """The same, of a body before it is read, which takes long if there are very many."""
+        for name, limit in (("messages", "messages"), ("input", "messages"), ("tools", "tools")):
+            if isinstance(body.get(name), list):
+                self._check_count(name, limit, len(body[name]))
+
+    def _check_count(self, name: str, limit: str, count: int) -> None:
+        most: int = getattr(self._config, limit)
+        if count > most:
+            self._metrics.limited.labels(limit).inc()
+            message = f"{name} has {count} entries; send at most {most}, or raise gateway.limits.{limit}"
+            raise RefusedError(400, message, code=f"too_many_{limit}", param=name)
 
     def store(self, session: Budget, added: int) -> None:
         """The session keeps so many bytes more until it is released."""

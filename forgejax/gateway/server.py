@@ -23,8 +23,8 @@ from forgejax.gateway.limits import Limits
 from forgejax.gateway.metrics import GatewayMetrics
 from forgejax.gateway.records.base import SessionRecords
 from forgejax.gateway.records.writer import RecordFolder
+from forgejax.gateway.service import Service
 from forgejax.gateway.session_table import SessionTable
-from forgejax.gateway.sessions import Service
 from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.gateway.walk_in import StandAlone, WalkInSessions
 from forgejax.grammar import GrammarCompiler
@@ -142,7 +142,13 @@ class Gateway:
     def open(self, spec: SessionSpec) -> Session:
         base_url = f"{self.url}/v1"
         session = self._sessions.open(spec)
-        return Session(id=session.id, base_url=base_url, api_key=session.api_key)
+        return Session(
+            id=session.id,
+            base_url=base_url,
+            api_key=session.api_key,
+            model=self._config.model_name,
+            context_length=self._service.context_length,
+        )
 
     async def close(self, session_id: str) -> tuple[Turn, ...]:
         return await self._sessions.close(session_id)

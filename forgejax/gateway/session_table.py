@@ -10,7 +10,8 @@ from typing import Protocol
 from forgejax.errors import GatewayError
 from forgejax.gateway.records.base import SessionRecords
 from forgejax.gateway.refusals import RefusedError, refuse_closed_session
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.service import Service
+from forgejax.gateway.sessions import SessionLog
 from forgejax.types import SessionSpec, Turn
 
 _CLOSED_KEPT = 64  # sessions that can be closed again; their turns take memory

@@ -1,66 +1,40 @@
-"""A session: what its requests are sampled with, the turns that are recorded, and what it remembers."""
+"""A session: its requests on their way through the engine, the turns that are recorded, and what it remembers."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
-
-from forgejax.chat.format import ChatFormat
 from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply import Reply
 from forgejax.chat.reply_builder import ReplyBuilder
-from forgejax.chat.reply_grammar import make_reply_grammar
 from forgejax.chat.template import TemplateError
-from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
-from forgejax.errors import GrammarError
+from forgejax.chat.tool_calls import ToolCallFormat
 from forgejax.gateway.asked import AskedRequest
-from forgejax.gateway.config import GatewayConfig
-from forgejax.gateway.conversation import Branch, Conversation, LocatedRequest, Prompt
-from forgejax.gateway.keys import make_key
-from forgejax.gateway.limits import Limits
-from forgejax.gateway.memory import ReplyMemory
-from forgejax.gateway.metrics import GatewayMetrics
-from forgejax.gateway.pending import PendingReply
-from forgejax.gateway.records.base import RecordedDraw, SessionRecords
-from forgejax.gateway.refusals import (
-    OverflowRefusedError,
-    RefusedError,
-    refuse_closed_session,
-    refuse_late_session,
+from forgejax.gateway.history.conversation import Branch, Conversation, LocatedRequest, Prompt
+from forgejax.gateway.history.retries import AnswerLog
+from forgejax.gateway.history.turns import (
+    count_well_formed,
+    judge_untrainable,
+    measure_chat,
+    measure_text,
+    measure_turn,
+    renumber_turns,
 )
-from forgejax.gateway.retries import AnswerLog
+from forgejax.gateway.keys import make_key
+from forgejax.gateway.memory import ReplyMemory
+from forgejax.gateway.pending import PendingReply
+from forgejax.gateway.records.base import RecordedDraw
+from forgejax.gateway.refusals import RefusedError, refuse_closed_session, refuse_late_session
+from forgejax.gateway.sampling import bind_reply, choose_call_format, make_sample_request, open_call
+from forgejax.gateway.service import Service
 from forgejax.gateway.side_calls.canned import Answering, CannedReply
-from forgejax.gateway.side_calls.rules import SideCallRules
-from forgejax.grammar import GrammarCompiler
-from forgejax.types import Completion, Grammar, Sampler, SampleRequest, SessionSpec, Turn
+from forgejax.types import Completion, SampleRequest, SessionSpec, Turn
 
 _LONG_CHARACTERS = 20_000  # some 10 ms of encoding
-_UNDELIVERED = "undelivered"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """What every session shares. ``tool_format`` is None where the policy knows no way to call tools; ``tell_tools``
-    says that the chat template prints none, so that the policy must be told of them."""
-
-    sampler: Sampler
-    chat_format: ChatFormat
-    tool_format: ToolCallFormat | None
-    tell_tools: bool
-    context_length: int
-    config: GatewayConfig
-    metrics: GatewayMetrics
-    grammars: GrammarCompiler
-    limits: Limits
-    side_calls: SideCallRules = field(default_factory=SideCallRules)
-    records: SessionRecords = field(default_factory=SessionRecords)
 
 
 class SessionLog:
@@ -124,7 +98,7 @@ class SessionLog:
     async def _sample(self, asked: AskedRequest, ask: int) -> PendingReply:
         requested_at = time.monotonic()
         chat = asked.chat
-        tool_format = self._choose_tool_format(chat)
+        tool_format = choose_call_format(self._service, chat)
         located = self._conversation.locate(chat)
         recorded = self._answers.find(located, asked.hints)
         if recorded is not None:
@@ -134,11 +108,20 @@ class SessionLog:
             return recorded
         number = self._arrived
         self._arrived += 1
-        prompt = await self._render_prompt(located)
-        if chat.calls == "required":
-            prompt = self._conversation.force_beginning(prompt, _open_call(chat, tool_format))
-        grammar = await self._make_grammar(chat, tool_format, prompt)
-        request = self._make_request(chat, prompt, number, grammar, live=asked.stream or bool(chat.stop))
+        try:
+            prompt = await self._render_prompt(located)
+            if chat.calls == "required":
+                prompt = self._conversation.force_beginning(prompt, open_call(chat, tool_format))
+            grammar = await bind_reply(self._service, chat, tool_format, prompt)
+        except asyncio.CancelledError:
+            self._record.fail(ask, number, "cancelled")
+            raise
+        if grammar is not None and self.refusal is not None:
+            raise self.refusal
+        live = asked.stream or bool(chat.stop)
+        request = make_sample_request(
+            self._service, self._spec, chat, prompt, grammar, session_id=self.id, number=number, live=live
+        )
         pending = self._send(
             asked, located, tool_format, prompt, request, ask=ask, number=number, requested_at=requested_at
         )
@@ -178,8 +161,8 @@ class SessionLog:
                     requested_at=requested_at,
                     finished_at=time.monotonic(),
                     requested_law=chat.law,
-                    untrainable=side_reason or _judge_untrainable(request, completion, abandoned),
-                    tool_calls=_count_well_formed(reply),
+                    untrainable=side_reason or judge_untrainable(request, completion, abandoned),
+                    tool_calls=count_well_formed(reply),
                     malformed_tool_calls=len(builder.malformed),
                 )
                 self._turns[number], self._branches[number] = turn, prompt.branch
@@ -187,9 +170,9 @@ class SessionLog:
                 number=number, prompt=prompt, request=request, completion=completion, turn=turn, abandoned=abandoned
             )
             self._record.draw(ask, drawn)
-            service.metrics.count_turn(completion, _count_well_formed(reply), len(builder.malformed))
+            service.metrics.count_turn(completion, count_well_formed(reply), len(builder.malformed))
             service.metrics.bound.inc(request.grammar is not None)
-            self._store(_measure_turn(completion, located))
+            self._store(measure_turn(completion, located))
 
         pending = PendingReply(
             sampler=service.sampler,
@@ -207,14 +190,14 @@ class SessionLog:
 
     async def count_tokens(self, chat: ChatRequest) -> int:
         """How many tokens the prompt of ``chat`` would have. Raises RefusedError."""
-        self._choose_tool_format(chat)
+        choose_call_format(self._service, chat)
         return len((await self._render_prompt(self._conversation.locate(chat))).ids)
 
     def remember(self, reply_id: str, history: Sequence[Message], reply: Message, body: Mapping[str, Any]) -> None:
         """Keeps a reply under its id, for agents that send only what is new."""
         if self.refusal is None:
             self.memory.remember(reply_id, (*history, reply), body)
-            self._store(_measure_text(history))
+            self._store(measure_text(history))
 
     async def close(self) -> tuple[Turn, ...]:
         """Ends the open requests and gives the turns, renumbered 0, 1, 2, ..."""
@@ -251,24 +234,13 @@ class SessionLog:
             self._service.limits.store(self.budget, added)
 
     def turns(self) -> tuple[Turn, ...]:
-        index_of = {number: index for index, number in enumerate(sorted(self._turns))}
-        followed = {turn.parent for turn in self._turns.values()}
-        unread = self._answers.list_undelivered() - followed  # whoever went on from a reply has read it
-        return tuple(
-            replace(
-                turn,
-                index=index_of[number],
-                parent=None if turn.parent is None else index_of.get(turn.parent),
-                untrainable=turn.untrainable or (_UNDELIVERED if number in unread else None),
-            )
-            for number, turn in sorted(self._turns.items())
-        )
+        return renumber_turns(self._turns, self._answers.list_undelivered())
 
     async def _render_prompt(self, located: LocatedRequest) -> Prompt:
         """The prompt's ids; a long one is made on another thread, so that other sessions need not wait for it."""
         chat = located.chat
         try:
-            if _measure(chat) < _LONG_CHARACTERS:
+            if measure_chat(chat) < _LONG_CHARACTERS:
                 return self._conversation.make_prompt(located)
             prompt = await asyncio.to_thread(self._conversation.make_prompt, located)
         except TemplateError as error:
@@ -276,36 +248,6 @@ class SessionLog:
         if self.refusal is not None:
             raise self.refusal
         return prompt
-
-    async def _make_grammar(self, chat: ChatRequest, tool_format: ToolCallFormat, prompt: Prompt) -> Grammar | None:
-        """What the reply is bound to, compiled. Raises RefusedError where the schema cannot be served."""
-        thoughts = self._service.chat_format.thoughts
-        grammar = make_reply_grammar(chat, thoughts, tool_format, thinking=prompt.thinking)
-        if grammar is None or chat.schema is None:
-            return None
-        try:
-            await self._service.grammars.prepare(grammar)
-        except GrammarError as error:
-            field = chat.schema.field
-            raise RefusedError(400, f"{field}: {error}", code="invalid_json_schema", param=field) from error
-        if self.refusal is not None:
-            raise self.refusal
-        return grammar
-
-    def _choose_tool_format(self, chat: ChatRequest) -> ToolCallFormat:
-        """How calls are read from the reply. Raises RefusedError for a request that asks for more than is served."""
-        self._service.limits.check_request(chat)
-        if not chat.tools or chat.calls == "none":
-            return PlainTextFormat()
-        if self._service.tool_format is None:
-            raise RefusedError(
-                400,
-                "tools were sent, and the policy's chat template writes tool calls in no known format; set "
-                "gateway.tool_format to the format the policy was trained on, or send no tools",
-                code="tools_not_served",
-                param="tools",
-            )
-        return self._service.tool_format
 
     def _drop(self, pending: PendingReply, task: asyncio.Task[Reply], ask: int, number: int) -> None:
         self._pending.discard(pending)
@@ -315,71 +257,3 @@ class SessionLog:
         self._service.metrics.in_flight.dec()
         if pending.abandoned:
             self._service.metrics.cancelled.inc()
-
-    def _make_request(
-        self, chat: ChatRequest, prompt: Prompt, number: int, grammar: Grammar | None, *, live: bool
-    ) -> SampleRequest:
-        room = self._service.context_length - len(prompt.ids)
-        if room < 1:
-            raise OverflowRefusedError(len(prompt.ids), self._service.context_length)
-        config = self._service.config
-        asked = chat.max_tokens if chat.max_tokens is not None else config.max_tokens_default
-        bounds = (room, asked, config.max_tokens_limit)
-        return SampleRequest(
-            request_id=f"{self.id}-{number}",
-            session_id=self.id,
-            prompt_ids=prompt.ids,
-            max_tokens=min(bound for bound in bounds if bound is not None),
-            law=chat.law if self._spec.law is None else self._spec.law,
-            stop_ids=self._service.chat_format.stop_ids,
-            grammar=grammar,
-            seed=self._choose_seed(chat, number),
-            purpose=self._spec.purpose,
-            owner=self._spec.owner,
-            repeatable=not live,
-        )
-
-    def _choose_seed(self, chat: ChatRequest, number: int) -> int | None:
-        if self._spec.seed is not None:
-            return derive_seed(self._spec.seed, number)
-        return None if chat.seed is None else chat.seed & 0x7FFFFFFF
-
-
-def derive_seed(seed: int, number: int) -> int:
-    """The seed of a session's request ``number``: independent between requests, equal between equal runs."""
-    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") & 0x7FFFFFFF
-
-
-def _open_call(chat: ChatRequest, tool_format: ToolCallFormat) -> str:
-    """The beginning of a call that must be made: its name as well, where there is one tool to call."""
-    names = [tool["function"]["name"] for tool in chat.callable_tools]
-    return tool_format.open_call(names[0] if len(names) == 1 else None)
-
-
-def _measure(chat: ChatRequest) -> int:
-    """Roughly the characters of a prompt."""
-    return _measure_text(chat.messages) + len(msgspec.json.encode(chat.tools))
-
-
-def _measure_text(messages: Sequence[Message]) -> int:
-    return sum(len(m.text) + len(m.reasoning) + sum(len(c.raw) for c in m.tool_calls) for m in messages)
-
-
-def _measure_turn(completion: Completion, located: LocatedRequest) -> int:
-    """Roughly the bytes that are kept of a turn: of its messages those that no earlier turn has."""
-    drawn = (completion.token_ids, completion.logprobs, completion.versions, completion.oldest_versions)
-    known = 0 if located.turn is None else located.known
-    return completion.prompt_ids.nbytes + sum(each.nbytes for each in drawn) + _measure_text(located.messages[known:])
-
-
-def _judge_untrainable(request: SampleRequest, completion: Completion, abandoned: bool) -> str | None:
-    if abandoned:
-        return "cancelled"
-    if request.grammar is not None:
-        return "grammar"  # its log-probs are of the law over what the masks allowed, and the trainer knows no masks
-    return "sampling_law" if completion.law.truncated else None
-
-
-def _count_well_formed(reply: Reply) -> int:
-    return sum(call.problem is None for call in reply.message.tool_calls)

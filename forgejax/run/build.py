@@ -81,10 +81,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     with progress.phase("loading", "tokenizer and tasks"):
         chat = load_chat(config)
         environment = make_environment(config.tasks)
-    checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
-    stack.callback(checkpoints.close)
-    for damage in checkpoints.set_aside:
-        progress.note(damage)
+    checkpoints = _open_checkpoints(config, place, progress, stack)
     resume_step = checkpoints.latest
     learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
@@ -133,6 +130,14 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         step=step,
         missed_evaluation=_missed_evaluation(config, place, step) and bool(environment.held_out),
     )
+
+
+def _open_checkpoints(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Checkpoints:
+    checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    for damage in checkpoints.set_aside:
+        progress.note(damage)
+    return checkpoints
 
 
 def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout, jax.Device]:

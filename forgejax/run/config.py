@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import re
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from forgejax.agents import AgentConfig, StopPolicy
+from forgejax.agents.recipes import lay_recipe, load_recipe
 from forgejax.environments import RewardConfig, TasksConfig
 from forgejax.errors import ConfigError
 from forgejax.gateway import GatewayConfig
 from forgejax.learner import CreditConfig, PackConfig, StepConfig
 from forgejax.models import PolicyConfig, read_policy_config
+from forgejax.plain import from_mapping, suggest_name
 from forgejax.pool.pool import PoolConfig
 from forgejax.rollout import EngineConfig, RolloutConfig
 from forgejax.run.warm_start import WarmStartConfig
@@ -183,13 +183,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a TOML file with command-line overrides (``--run.steps 200``, ``--mesh=cpu-8``) on top.
 
     What stands behind a ``--`` of its own is ``agent.command``, whatever its words look like. Where ``policy.path`` is
-    set, the shape of the policy is the one found there.
+    set, the shape of the policy is the one found there, and where ``agent.recipe`` is, what the section does not say is
+    the recipe's; a recipe that is chosen by an override stands above the section.
 
     Raises:
         ConfigError: the file is missing or malformed, a key is unknown, a value has the wrong type or cannot be run.
         MeshError: there is no such mesh.
     """
-    config = load_saved(_read_toml(path), str(path), overrides)
+    config = load_saved(_lay_recipe(_read_toml(path)), str(path), overrides)
     if config.policy.path:
         return dataclasses.replace(config, policy=read_policy_config(config.policy.path, base=config.policy))
     return config
@@ -201,6 +202,8 @@ def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] =
     if command:
         agent = saved.get("agent", {})
         saved = {**saved, "agent": {**agent, "command": command} if isinstance(agent, Mapping) else agent}
+    if chosen := _find_recipe_option(options):
+        saved = _lay_recipe({**saved, "agent": {"recipe": chosen}})
     config = tyro.cli(
         TrainConfig,
         default=from_mapping(TrainConfig, saved, source),
@@ -221,7 +224,7 @@ def print_options(config: TrainConfig, section: str) -> None:
     """
     hints = typing.get_type_hints(TrainConfig)
     if section not in hints:
-        raise ConfigError(f"there are no options of {section!r}; {_suggest(section, hints)}")
+        raise ConfigError(f"there are no options of {section!r}; {suggest_name(section, hints)}")
     shown = dataclasses.make_dataclass(
         "Options", [(section, hints[section], field(default=getattr(config, section)))], frozen=True
     )
@@ -244,15 +247,6 @@ def _read_bool(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
         str_from_instance=lambda value: [str(value).lower()],
         choices=("true", "false", "True", "False"),
     )
-
-
-def from_mapping(cls: type[_T], given: Mapping[str, Any], source: str) -> _T:
-    """A dataclass from plain data; unknown keys and wrong types are errors that name their place."""
-    _refuse_unknown(cls, given, source, "")
-    try:
-        return msgspec.convert(given, cls, strict=True)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_explain_mismatch(cls, given, str(error))}") from error
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -279,6 +273,26 @@ def _mesh_shorthand(argument: str) -> str:
     return argument
 
 
+def _lay_recipe(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sections with what the recipe of the agent says under them; its side calls are rules of the gateway."""
+    agent, gateway = given.get("agent"), given.get("gateway", {})
+    if not isinstance(agent, Mapping) or not isinstance(gateway, Mapping) or not agent.get("recipe"):
+        return given
+    laid = {**given, "agent": lay_recipe(agent)}
+    named = {rule.get("name") for rule in gateway.get("side_calls", ())}
+    rules = [rule for rule in load_recipe(agent["recipe"]).side_calls if rule.get("name") not in named]
+    return {**laid, "gateway": {**gateway, "side_calls": [*gateway.get("side_calls", ()), *rules]}} if rules else laid
+
+
+def _find_recipe_option(options: Sequence[str]) -> str:
+    """What ``--agent.recipe`` says, however it is written; "" where it is not there."""
+    for index, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name == "--agent.recipe":
+            return value if equals else "".join(options[index + 1 : index + 2])
+    return ""
+
+
 def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """The options before a ``--`` of its own, and the agent's command behind it. Raises ConfigError."""
     if "--" not in arguments:
@@ -291,60 +305,3 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[st
             f"found {' '.join(command) or 'nothing'!r}{' and --agent.command as well' if command else ''}"
         )
     return options, command
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
-
-
-def _explain_mismatch(cls: Any, given: Any, problem: str) -> str:
-    """What msgspec says of a value, as that value and what to write in its place."""
-    said, _, place = problem.partition(" - at `$")
-    where, kind, value = place.rstrip("`").lstrip("."), cls, given
-    if not where or "..." in where:  # of a table of free keys msgspec does not tell the key
-        return f"a value in {where.partition('[...]')[0]}: {said}" if where else said
-    for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place):
-        kinds = [kind, *typing.get_args(kind)]
-        if name:
-            kind = typing.get_type_hints(next(filter(dataclasses.is_dataclass, kinds)))[name]
-            value = value[name]
-        else:
-            kind = typing.get_args(next(each for each in kinds if typing.get_origin(each) in (tuple, list)))[0]
-            value = value[int(number)]
-    form = _describe_kind(kind)
-    return f"{where} is {value!r}; expected {form}" if form else f"{where} is {value!r}: {said}"
-
-
-def _describe_kind(kind: Any) -> str:
-    """What a value of this type looks like in a TOML file; "" where it has no simple form."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return f"one of: {', '.join(map(str, arguments))}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(filter(None, map(_describe_kind, arguments)))
-    if origin is tuple or origin is list:
-        return f"a list in brackets, each of them {_describe_kind(arguments[0])}"
-    if origin is dict or dataclasses.is_dataclass(kind):
-        return "a section, with keys of its own"
-    forms = {int: "a whole number, without quotes", float: "a number, without quotes", str: "text in quotes"}
-    return (forms | {bool: "true or false, without quotes"}).get(kind, "")
-
-
-def _refuse_unknown(cls: Any, given: Any, source: str, place: str) -> None:
-    """Walks the nested dataclasses beside the data."""
-    for argument in typing.get_args(cls):
-        if isinstance(given, list | tuple):
-            for number, item in enumerate(given):
-                _refuse_unknown(argument, item, source, f"{place}[{number}]")
-        elif typing.get_origin(cls) in (typing.Union, types.UnionType, Annotated):
-            _refuse_unknown(argument, given, source, place)
-    if not (dataclasses.is_dataclass(cls) and isinstance(given, Mapping)):
-        return
-    hints = typing.get_type_hints(cls)
-    known = {each.name: hints[each.name] for each in dataclasses.fields(cls)}
-    for key, value in given.items():
-        where = f"{place}.{key}".lstrip(".")
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {where!r}; {_suggest(key, known)}")
-        _refuse_unknown(known[key], value, source, where)

@@ -97,7 +97,7 @@ class Trainer:
         finished = self.step >= self.config.steps
         self.service.stop_groups()
         self.pool.close()
-        after = self.evaluate() if finished else None
+        after = self.evaluate("last-evaluation") if finished else None
         finished = after is not None
         self.pool.rewind(self.step)  # what was prefetched and never trained goes back into the account
         self.checkpoints.wait()
@@ -132,14 +132,15 @@ class Trainer:
             raise
         self.save()
 
-    def evaluate(self) -> Evaluated | None:
+    def evaluate(self, what: str = "evaluation") -> Evaluated | None:
         """Plays the held-out tasks on the current weights; measures the sampler/trainer gap on what was drawn.
 
-        None where ``stop`` broke it off.
+        None where ``stop`` broke it off. ``what`` names its tokens: another one after the same step needs another name,
+        as the last one of a run without steps does.
         """
         tasks = self.environment.held_out
         with self.progress.phase("evaluating", f"{len(tasks)} held-out tasks after step {self.step}"):
-            owner = self.account.name_owner("evaluation", self.step)
+            owner = self.account.name_owner(what, self.step)
             with self.progress.wait(partial(self._describe_evaluation, self.service.tally.played, len(tasks))):
                 evaluation = self.service.evaluate(tasks, owner)
             self.account.count_evaluation(evaluation.sampled_tokens, owner)

@@ -22,7 +22,7 @@ from forgejax.agents import AgentConfig, make_scaffold
 from forgejax.agents.scaffolds.children import find_program, quote_command
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment, make_environment
-from forgejax.errors import ConfigError, ForgejaxError, MeshError
+from forgejax.errors import AgentError, ConfigError, ForgejaxError, MeshError
 from forgejax.learner import lay_empty
 from forgejax.models import PolicyConfig, abstract_policy, check_weights, count_params
 from forgejax.ops import Kernel, kernel_for
@@ -265,7 +265,14 @@ def check_agent(config: AgentConfig) -> None:
     make_scaffold(config)
     if config.kind == "coroutine":
         return
-    find_program(config.command)
+    try:
+        find_program(config.command)
+    except AgentError as error:
+        if not config.recipe:
+            raise
+        raise AgentError(
+            f'{error}; what a recipe needs is installed by: make scaffolds ARGS="{config.recipe}"'
+        ) from error
     script = config.command[1] if len(config.command) > 1 else "-"
     by_python = re.fullmatch(r"python[\d.]*", Path(config.command[0]).name) is not None
     if by_python and not script.startswith("-") and "{" not in script and not Path(script).exists():

@@ -164,11 +164,16 @@ class SessionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """An open session as the agent sees it: ``base_url`` and ``api_key`` are all an agent program is given."""
+    """An open session as the agent sees it: ``base_url`` and ``api_key`` are all an agent program needs.
+
+    ``model`` is the policy's name there, ``context_length`` how many tokens a prompt and its reply have together.
+    """
 
     id: str
     base_url: str
     api_key: str = field(repr=False)
+    model: str
+    context_length: int
 
 
 class Sessions(Protocol):

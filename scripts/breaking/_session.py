@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from forgejax.run import build, conclude
+from forgejax.run import conclude
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRANCE = REPOSITORY / "scripts" / "train.py"
 THREADS_S = 5.0  # in which what a run has started must be gone
+IMPORTED_LATE = ("forgejax.run.build", "forgejax.report.live.progress")  # by train.py; here once, for all forks
 SETTLED = 2  # runs after which a process keeps no further file open: jax and its caches have theirs by then
 
 
@@ -39,6 +41,8 @@ class Session:
     def __init__(self) -> None:
         theirs, self._asks = os.pipe()
         self._tells, answers = os.pipe()
+        for name in IMPORTED_LATE:
+            importlib.import_module(name)
         sys.stdout.flush()
         self.process_id = os.fork()
         if self.process_id == 0:
@@ -104,7 +108,7 @@ def _serve(asked: int, answers: int) -> NoReturn:
             os.chdir(REPOSITORY)
             status = _play(main, arguments, log)
             left = [f"threads are left: {names}"] if (names := _wait_for_threads()) else []
-            played, after = played + 1, len(os.listdir("/proc/self/fd"))
+            played, after = played + 1, len(list(Path("/proc/self/fd").iterdir()))
             if played > SETTLED and after > before:
                 left.append(f"{after - before} files are left open")
             before = after
@@ -137,6 +141,3 @@ def _wait_for_threads() -> list[str]:
     while (others := threading.enumerate()[1:]) and time.monotonic() < deadline:
         time.sleep(0.01)
     return [thread.name for thread in others]
-
-
-assert build.play_run  # what a run imports late is imported here, once for all forks

@@ -1,7 +1,7 @@
 """Ends a small run again and again, goes on with it each time, and checks what each end has left.
 
     python scripts/breaking/break_runs.py ends 300      it finishes, or gets Ctrl-C or SIGTERM, alone or with all of its
-    python scripts/breaking/break_runs.py kills 100     kill -9 anywhere: starting, warm start, training, evaluation, save
+    python scripts/breaking/break_runs.py kills 100     kill -9 at any moment: start, warm start, step, evaluation, save
     python scripts/breaking/break_runs.py workers 20    kill -9 of the agent worker alone: the run must go on
     python scripts/breaking/break_runs.py engines 10    kill -9 of one of two inference servers, SIGSTOP of the other
 

@@ -90,7 +90,13 @@ class FakeSessions:
 
     def open(self, spec: SessionSpec) -> Session:
         self.opened.append(spec)
-        return Session(id=f"s{len(self.opened)}", base_url="http://127.0.0.1:1/v1", api_key="key")
+        return Session(
+            id=f"s{len(self.opened)}",
+            base_url="http://127.0.0.1:1/v1",
+            api_key="key",
+            model="policy",
+            context_length=4096,
+        )
 
     async def close(self, session_id: str) -> tuple[Turn, ...]:
         self.closed.append(session_id)
@@ -192,7 +198,13 @@ def python_agent(source: str, **fields: Any) -> AgentConfig:
 
 def make_episode(name: str = "e", question: str = "q", deadline_s: float = 10.0) -> EpisodeSpec:
     return EpisodeSpec(
-        id=name, question=question, base_url="http://127.0.0.1:1/v1", api_key="key", deadline_s=deadline_s
+        id=name,
+        question=question,
+        base_url="http://127.0.0.1:1/v1",
+        api_key="key",
+        model="policy",
+        context_length=4096,
+        deadline_s=deadline_s,
     )
 
 

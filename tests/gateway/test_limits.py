@@ -276,3 +276,21 @@ async def test_what_an_anonymous_request_leaves_counts_for_nobody(chat_format: C
         assert response.status == 200
     assert gateway._service.limits._total.stored_bytes == 0
     await gateway.stop()
+
+
+async def test_more_messages_or_items_than_allowed_are_refused_before_they_are_read(chat_format: ChatFormat) -> None:
+    gateway = await started(ScriptedSampler(chat_format), limits=LimitsConfig(messages=3, tools=2))
+    session = gateway.open(TRAINING)
+    async with aiohttp.ClientSession(headers={"x-api-key": session.api_key}) as http:
+        for path, field, count in (
+            ("chat/completions", "messages", 4),
+            ("messages", "messages", 4),
+            ("messages/count_tokens", "messages", 4),
+            ("responses", "input", 4),
+            ("responses", "tools", 3),
+        ):
+            async with http.post(f"{gateway.url}/v1/{path}", json={field: [5] * count}) as response:
+                said = (await response.json())["error"]["message"]
+                assert response.status == 400 and said.startswith(f"{field} has {count} entries; send at most"), path
+    await gateway.close(session.id)
+    await gateway.stop()

@@ -62,7 +62,7 @@ def test_every_product_of_the_sampler_names_its_precision(platform: str, dtype: 
     engine = PolicyEngine(policy, _ENGINE)
     slots, weights = engine.make_slots(), engine.load_params()
     traced = engine._programs.generate.trace(
-        engine._programs, 4, weights.current.params, (slots._pool, slots._state), slots._tables_SM, np.int32(0)
+        engine._programs, 4, weights.current.params, (slots._pool, slots._state), (slots._tables_SM, None), np.int32(0)
     )
     lowered = str(traced.lower(lowering_platforms=(platform,)).as_text())
     products = [line for line in lowered.splitlines() if "dot_general" in line or "ragged_dot" in line]

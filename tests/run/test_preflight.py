@@ -234,6 +234,7 @@ def test_a_hard_limit_of_open_files_below_that_is_refused(tmp_path: Path, monkey
     ("config", "sentence"),
     [
         (AgentConfig(command=("nosuchprogram",)), '"nosuchprogram" is not an executable file and not on PATH'),
+        (AgentConfig(recipe="codex", command=("nosuchprogram",)), 'is installed by: make scaffolds ARGS="codex"'),
         (AgentConfig(kind="process", command=("python", "nofile.py")), "there is no file nofile.py in"),
         (AgentConfig(kind="coroutine", function="nomodule:f"), "cannot be imported: No module named 'nomodule'"),
         (AgentConfig(kind="coroutine", function="os:getcwd"), 'is no coroutine function; write it as "async def"'),

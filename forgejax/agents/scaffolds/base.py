@@ -14,12 +14,14 @@ from forgejax.types import StopReason
 class EpisodeSpec:
     """All that an agent program is given; of ``workspace`` as far as its scaffold starts a process for the episode.
 
-    ``deadline_s`` counts from the call of ``Scaffold.run``."""
+    ``deadline_s`` counts from the call of ``Scaffold.run``; ``context_length`` is in tokens."""
 
     id: str
     question: str
     base_url: str
     api_key: str = field(repr=False)
+    model: str
+    context_length: int
     deadline_s: float
     workspace: Workspace = field(default_factory=Workspace)
 
@@ -64,13 +66,21 @@ class Scaffold(Protocol):
 class AgentConfig:
     """Which agent program plays the episodes, and how it is started.
 
-    ``command`` and the values of ``env`` may hold ``{question}``, ``{base_url}`` (it ends with /v1), ``{origin}`` (it
-    does not) and ``{api_key}``: kind ``process`` only; ``{question}`` in the command stands in for ``question_via``.
+    ``recipe`` names what the other values were taken from, where they are not given (``forgejax.agents.recipes``).
+
+    For kind ``process``, ``command``, ``answer_file`` and the values of ``env`` and ``files`` may hold ``{question}``,
+    ``{base_url}`` (it ends with /v1), ``{origin}`` (it does not), ``{api_key}``, ``{model}`` (its name at the gateway),
+    ``{context}`` (its length in tokens) and ``{home}``; ``{question}`` in the command stands in for ``question_via``.
+    ``{home}`` is a folder that the episode has for itself: ``files`` are written there before the program starts, by
+    their names in it. Who has one works in an empty folder beside it, unless the environment gives another. The answer
+    is the last line of stdout, or all of ``answer_file``.
+
     Every agent process inherits this process's environment; ``env`` is laid over it. ``function`` is
     ``module:function`` for kind ``coroutine``. ``preload`` names modules that a Python program of kind ``process``
     imports: they are imported once, and each episode's program is forked behind that.
     """
 
+    recipe: str = ""
     kind: Literal["process", "worker", "coroutine"] = "worker"
     command: tuple[str, ...] = ()
     function: str = ""
@@ -82,6 +92,8 @@ class AgentConfig:
     start_timeout_s: float = 60.0  # for a worker to say that it is ready
     max_restarts: int = 3  # deaths in a row of one worker, or what forks agents, without a result in between
     env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    answer_file: str = ""
 
     @property
     def longest_s(self) -> float:
@@ -98,6 +110,10 @@ class AgentConfig:
             raise ConfigError(
                 f'agent preload is {list(self.preload)} with kind "{self.kind}"; expected kind "process", or none'
             )
+        if self.kind != "process" and (self.files or self.answer_file):
+            raise ConfigError(f'agent files and answer_file belong to kind "process"; the kind is "{self.kind}"')
+        if odd := [name for name in self.files if name.startswith(("/", "~")) or ".." in name.split("/")]:
+            raise ConfigError(f'agent files has "{odd[0]}"; expected a path inside the home, as ".config/agent.toml"')
         if self.workers < 1:
             raise ConfigError(f"agent workers is {self.workers}; expected at least 1 process")
         if self.max_restarts < 0:

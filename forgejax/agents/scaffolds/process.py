@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from urllib.parse import urlsplit
+from pathlib import Path
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
 from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
 from forgejax.agents.scaffolds.fork_server import ForkServer
+from forgejax.agents.scaffolds.lodging import Lodging, prepare_lodging
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
-ANSWER_BYTES = 64 * 1024  # the end of stdout in which the answer is looked for
+ANSWER_BYTES = 64 * 1024  # the end of stdout, or of a file, in which the answer is looked for
 
 
 class ProcessScaffold:
     """Runs ``config.command`` once per episode.
 
-    The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY (or where ``config.env`` puts ``{base_url}``,
-    ``{origin}`` and ``{api_key}``). Exit status 0 and the last line of stdout that is not blank are its answer; any
-    other status is a failed agent. Where the configuration preloads modules, it is forked behind their import.
+    The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY (or where ``config.env`` and ``config.files``
+    put ``{base_url}``, ``{origin}`` and ``{api_key}``). Exit status 0 and the last line of stdout that is not blank, or
+    what is in ``config.answer_file``, are its answer; any other status is a failed agent. Where the configuration
+    preloads modules, it is forked behind their import.
     """
 
     def __init__(self, config: AgentConfig) -> None:
@@ -47,14 +49,24 @@ class ProcessScaffold:
     async def run(self, episode: EpisodeSpec) -> AgentResult:
         if self._guard is None:
             raise AgentError("the agent scaffold is not started; await start() first")
-        filled = [_fill(word, episode) for word in self._config.command]
+        try:
+            lodging = await asyncio.to_thread(prepare_lodging, self._config, episode)
+        except AgentError as error:
+            return AgentResult(error=str(error), stop_reason=StopReason.AGENT_FAILED)
+        try:
+            return await self._play(episode, lodging, self._guard.marker)
+        finally:
+            await asyncio.shield(asyncio.to_thread(lodging.leave))
+
+    async def _play(self, episode: EpisodeSpec, lodging: Lodging, marker: str) -> AgentResult:
+        filled = [lodging.fill(word) for word in self._config.command]
         in_command = any("{question}" in word for word in self._config.command)
         via_stdin = not in_command and self._config.question_via == "stdin"
         command = filled if in_command or via_stdin else [*filled, episode.question]
         env = {
             "OPENAI_BASE_URL": episode.base_url,
             "OPENAI_API_KEY": episode.api_key,
-            **{name: _fill(value, episode) for name, value in self._config.env.items()},
+            **{name: lodging.fill(value) for name, value in self._config.env.items()},
             **episode.workspace.variables,
         }
         output = bytearray()
@@ -66,8 +78,8 @@ class ProcessScaffold:
         try:
             process = await (spawn if self._forks is None else self._forks.fork)(
                 command,
-                merge_environment(env, self._guard.marker),
-                directory=episode.workspace.directory,
+                merge_environment(env, marker),
+                directory=lodging.directory,
                 stdin=via_stdin,
                 on_output=keep_end,
             )
@@ -76,6 +88,8 @@ class ProcessScaffold:
         failed = await self._watch(process, episode, episode.question if via_stdin else None)
         if failed is not None:
             return failed
+        if self._config.answer_file:
+            return AgentResult(answer=await asyncio.to_thread(_read_end, lodging.fill(self._config.answer_file)))
         lines = [line.strip() for line in output.decode("utf-8", errors="replace").splitlines() if line.strip()]
         return AgentResult(answer=lines[-1] if lines else None)
 
@@ -115,10 +129,11 @@ class ProcessScaffold:
             self._guard = None
 
 
-def _fill(text: str, episode: EpisodeSpec) -> str:
-    """Puts the episode's values into a word of the configuration; other braces are left as they are."""
-    parts = urlsplit(episode.base_url)
-    text = text.replace("{origin}", f"{parts.scheme}://{parts.netloc}")
-    for name in ("base_url", "api_key", "question"):
-        text = text.replace(f"{{{name}}}", getattr(episode, name))
-    return text
+def _read_end(path: str) -> str | None:
+    """What stands in a file that the agent wrote; None where it wrote none, or nothing."""
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - ANSWER_BYTES))
+            return file.read().decode("utf-8", errors="replace").strip() or None
+    except OSError:
+        return None

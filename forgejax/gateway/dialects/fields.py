@@ -12,6 +12,9 @@ from forgejax.chat.messages import CallRule, Tool
 from forgejax.gateway.refusals import refuse_field
 from forgejax.types import SamplingLaw
 
+_MOST_STOPS = 64
+_LONGEST_STOP = 256
+
 IGNORED = frozenset(
     {
         "background",
@@ -76,9 +79,15 @@ def read_number(body: Mapping[str, Any], name: str, *, default: float) -> float:
     value = body.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise refuse_field(name, value, "a number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond what a float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise refuse_field(name, value, "a number")
+    return number
 
 
 def read_boolean(body: Mapping[str, Any], name: str) -> bool:
@@ -135,12 +144,19 @@ def read_limit(body: Mapping[str, Any], name: str) -> int | None:
 
 
 def read_stops(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A string or an array of strings; empty ones stop nothing."""
+    """A string or an array of strings; empty ones stop nothing. More, or longer ones, than anybody means are refused:
+    the engine looks for all of them at every token, while all others wait."""
     value = body.get(name)
     if value is None:
         return ()
     items = [value] if isinstance(value, str) else read_array(value, name)
-    return tuple(read_text(item, f"{name}[{index}]") for index, item in enumerate(items) if item != "")
+    if len(items) > _MOST_STOPS:
+        raise refuse_field(name, f"an array of {len(items)}", f"at most {_MOST_STOPS} strings")
+    stops = tuple(read_text(item, f"{name}[{index}]") for index, item in enumerate(items) if item != "")
+    longest = max(map(len, stops), default=0)
+    if longest > _LONGEST_STOP:
+        raise refuse_field(name, f"{longest} characters long", f"at most {_LONGEST_STOP} in each string")
+    return stops
 
 
 def list_ignored(body: Mapping[str, Any], served: frozenset[str]) -> tuple[str, ...]:

@@ -16,15 +16,16 @@ from forgejax.errors import GatewayError
 from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects import Dialect
 from forgejax.gateway.dialects.base import Event, Page, ParsedRequest, ReplyHead, ReplyStream, remember_reply
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.gateway.http.bodies import read_body
 from forgejax.gateway.http.deliveries import Deliveries
 from forgejax.gateway.http.doors import allow_origin, list_paths, word_errors
 from forgejax.gateway.keys import KEYED, get_logger
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.retries import RetryHints
+from forgejax.gateway.service import Service
 from forgejax.gateway.session_table import SessionFinder
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.sessions import SessionLog
 from forgejax.gateway.side_calls.canned import Answering
 
 _log = get_logger(__name__)
@@ -132,6 +133,7 @@ class ChatHandler:
             session = self._find_session(http)
             with self._admit(http, session):
                 body = await read_body(http, self._service.config) if page.method in ("POST", "PUT") else {}
+                self._service.limits.check_body(body)
                 return web.json_response(await page.answer(session, body, dict(http.match_info)))
 
         return answer
@@ -148,6 +150,7 @@ class ChatHandler:
     async def _answer(self, http: web.Request, session: SessionLog, body: dict[str, Any]) -> web.StreamResponse:
         if session.refusal is not None:
             raise session.refusal
+        self._service.limits.check_body(body)
         request = self._dialect.parse(body, session.memory)
         for field in request.ignored:
             self._service.metrics.ignored.labels(self._dialect.name, field).inc()

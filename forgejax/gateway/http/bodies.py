@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, NoReturn
+import re
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from forgejax.chat.messages import mend_surrogates
 from forgejax.gateway.config import GatewayConfig
 from forgejax.gateway.refusals import RefusedError
+
+# An escape is a whole pair of surrogates, half of one (group 1), or anything else, as a backslash.
+_HALF = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\(u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
 
 
 async def read_body(http: web.Request, config: GatewayConfig) -> dict[str, Any]:
@@ -31,27 +35,24 @@ async def read_body(http: web.Request, config: GatewayConfig) -> dict[str, Any]:
     except TimeoutError as error:
         message = f"the body did not arrive within {config.body_timeout_s:g} s; send it again"
         raise RefusedError(408, message, code="timeout") from error
-    body = _decode(raw)
+    body = await _decode(raw)
     if not isinstance(body, dict):
         raise RefusedError(400, f"the body is a JSON {type(body).__name__}; expected an object", code="invalid_json")
     return body
 
 
-def _decode(raw: bytes) -> Any:
+async def _decode(raw: bytes) -> Any:
     try:
-        return msgspec.json.decode(raw)
+        try:
+            return msgspec.json.decode(raw)
+        except msgspec.DecodeError:
+            if b"\\u" not in raw:
+                raise
+        # On another thread, for there may be millions of them.
+        return msgspec.json.decode(await asyncio.to_thread(_HALF.sub, _mend_half, raw))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if b"\\u" not in raw or isinstance(error, RecursionError):
-            raise _refuse(error) from error
-    try:
-        return mend_surrogates(json.loads(raw.decode(), parse_constant=_refuse_constant))
-    except (ValueError, RecursionError) as error:
-        raise _refuse(error) from error
+        raise RefusedError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _refuse(error: Exception) -> RefusedError:
-    return RefusedError(400, f"the body is not valid JSON: {error}", code="invalid_json")
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
+def _mend_half(escape: re.Match[bytes]) -> bytes:
+    return rb"\ufffd" if escape[1] else escape[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgejax.gateway.asked import AskedRequest
-from forgejax.gateway.conversation import Prompt
+from forgejax.gateway.history.conversation import Prompt
 from forgejax.gateway.refusals import RefusedError
 from forgejax.gateway.side_calls.rules import SideCall
 from forgejax.types import Completion, SampleRequest, SessionSpec, Turn

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from forgejax.errors import EngineError, GatewayError
 from forgejax.gateway.asked import make_asked
 from forgejax.gateway.dialects.base import Dialect, ReplyHead, remember_reply
+from forgejax.gateway.history.retries import RetryHints
 from forgejax.gateway.pending import PendingReply
 from forgejax.gateway.records.lines import AskLine, CloseLine, FailedLine, OpenLine, TurnLine
 from forgejax.gateway.records.reader import RecordedSession
 from forgejax.gateway.records.witness import Witness
 from forgejax.gateway.refusals import RefusedError
-from forgejax.gateway.retries import RetryHints
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.service import Service
+from forgejax.gateway.sessions import SessionLog
 from forgejax.types import Completion, FinishReason, OnTokens, SampleRequest
 
 _WAIT_S = 60.0
@@ -130,6 +131,8 @@ class Player:
         ask = self.asks[number]
         task = ask.task
         assert task is not None
+        if ask.pending is None and isinstance(line, FailedLine) and line.why == "cancelled":
+            task.cancel()  # be it that its schema still compiles, as it may have done then
         await self._wait_until(lambda: task.done() or ask.pending is not None, number)
         pending = ask.pending
         if pending is not None and not pending.task.done():
@@ -144,7 +147,8 @@ class Player:
             else:
                 pending.abandon(_GONE)
         await self._wait_until(task.done, number)
-        task.result()
+        if not task.cancelled():
+            task.result()
 
     async def _wait_until(self, condition: Callable[[], bool], ask: int) -> None:
         try:

@@ -17,7 +17,8 @@ from forgejax.gateway.records.lines import TurnLine
 from forgejax.gateway.records.player import Player, Prompter
 from forgejax.gateway.records.reader import RecordedSession
 from forgejax.gateway.records.witness import Witness, compare_turn, describe_end
-from forgejax.gateway.sessions import Service, SessionLog
+from forgejax.gateway.service import Service
+from forgejax.gateway.sessions import SessionLog
 from forgejax.gateway.side_calls.rules import SideCallRules
 from forgejax.grammar import GrammarCompiler
 from forgejax.types import SessionSpec, Turn

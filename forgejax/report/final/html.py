@@ -15,7 +15,7 @@ from forgejax.report.final.headlines import (
     make_headlines,
 )
 from forgejax.report.final.history import AttemptSpan
-from forgejax.report.final.invariants import Bounds, check_invariants
+from forgejax.report.final.invariants import NO_BOUND, Bounds, check_invariants
 from forgejax.report.final.summary import Summary
 from forgejax.report.names import format_duration
 from forgejax.report.storage import write_atomic
@@ -102,6 +102,8 @@ def render_html(report: Report) -> str:
         headlines=make_headlines(summary),
         checks=found,
         broken=sum(check.holds is False for check in found),
+        no_bound=NO_BOUND,
+        untold=", ".join(check.name for check in found if check.holds is None and check.bound != NO_BOUND),
         tokens=make_slices(summary.tokens_trained, summary.tokens_not_trained, unaccounted=summary.account_open_tokens),
         groups=make_slices(summary.groups_trained, summary.groups_not_trained, unaccounted=summary.groups_open),
         endings=make_endings(report.ended_before, summary.episodes, report.ended_after),

@@ -7,6 +7,8 @@ from forgejax.report.evaluation import find_failed_share
 from forgejax.report.final.account import describe_account
 from forgejax.report.final.summary import Summary
 
+NO_BOUND = "none claimed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -32,7 +34,7 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One invariant. ``holds`` is None where no bound is claimed."""
+    """One invariant. ``holds`` is None where no bound is claimed, or too little was measured to tell."""
 
     name: str
     measured: str
@@ -102,11 +104,12 @@ def _gap(summary: Summary, bounds: Bounds) -> Check:
     gap, tokens = summary.logprob_gap_max, summary.logprob_gap_tokens
     enough = tokens > bounds.gap_tokens
     meaning = "The largest difference between the log-probability the sampler recorded and the trainer's own."
+    holds = gap is None or gap <= bounds.logprob_gap
     return Check(
         name="Log-prob gap",
         measured=f"{'none' if gap is None else f'{gap:.2e}'} over {tokens:,} tokens",
         bound=f"≤ {bounds.logprob_gap:.0e} over more than {bounds.gap_tokens:,} tokens",
-        holds=gap is not None and enough and gap <= bounds.logprob_gap,
+        holds=None if holds and (gap is None or not enough) else holds,
         meaning=meaning if enough else f"{meaning} It was measured on too few tokens to say anything.",
     )
 
@@ -115,7 +118,7 @@ def _bounded(name: str, value: int | None, bound: int | None, unit: str, meaning
     return Check(
         name=name,
         measured="not measured" if value is None else f"{value:,} {unit}",
-        bound="none claimed" if bound is None else f"≤ {bound:,}",
+        bound=NO_BOUND if bound is None else f"≤ {bound:,}",
         holds=None if bound is None else value is not None and value <= bound,
         meaning=meaning,
     )

@@ -52,7 +52,7 @@ class Inbox:
         with self._wake:
             if self.refusal is not None:
                 raise EngineError(f"request {request.request_id}: {self.refusal}")
-            if len(self._fresh) + self._scheduler.waiting >= self._config.max_waiting:
+            if len(self._open) >= self._config.slots + self._config.max_waiting:
                 raise OverloadedError(
                     f"request {request.request_id}: {self._config.max_waiting} requests are waiting already; "
                     "ask again later or raise engine.max_waiting",

@@ -25,7 +25,7 @@ class WeightBox:
     """
 
     def __init__(self, params: Any, version: int, device: jax.Device):
-        _check_version(version)
+        check_version(version)
         self._device = device
         self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         self.current = PublishedWeights(params=self._copy(params), version=version)
@@ -36,7 +36,7 @@ class WeightBox:
         When this returns the copy is complete: the caller may donate its buffers. Raises EngineError for weights of
         another model, and for a version that is no int32 from 0.
         """
-        _check_version(version)
+        check_version(version)
         given = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         if given != self._shape:
             raise EngineError(
@@ -49,7 +49,8 @@ class WeightBox:
         return jax.block_until_ready(jax.device_put(params, self._device, may_alias=False))
 
 
-def _check_version(version: int) -> None:
+def check_version(version: int) -> None:
+    """Raises EngineError for a version that tokens cannot carry."""
     if not 0 <= version < 2**31:
         raise EngineError(f"policy version {version}: expected 0 to {2**31 - 1}; tokens carry it as an int32")
 

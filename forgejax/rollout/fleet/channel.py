@@ -28,7 +28,7 @@ _serials = itertools.count(1)
 
 
 class WeightReceiver(Protocol):
-    """A server as the channel knows it; ``RemoteSampler`` is one."""
+    """A server as the channel knows it; ``RemoteEngine`` is one."""
 
     async def begin(self, manifest: Manifest) -> str: ...
     async def write(self, transfer: str, offset: int, data: bytes, checksum: int) -> None: ...

@@ -16,7 +16,8 @@ from forgejax.rollout.fleet.books import ServerBooks
 from forgejax.rollout.fleet.channel import Publication, stage
 from forgejax.rollout.fleet.config import RolloutConfig
 from forgejax.rollout.fleet.process import Launch, ServerProcess
-from forgejax.rollout.fleet.remote import RemoteSampler, UnservedError
+from forgejax.rollout.fleet.remote import UnservedError
+from forgejax.rollout.fleet.remote_engine import RemoteEngine
 from forgejax.rollout.server.admin import StatusBody
 from forgejax.types import Completion, OnTokens, SampleRequest
 
@@ -53,7 +54,7 @@ class Replica:
     books: list[ServerBooks] = field(default_factory=list)
     archive: Archive | None = None  # of its log, while no process has it
     process: ServerProcess | None = None
-    sampler: RemoteSampler | None = None
+    sampler: RemoteEngine | None = None
     _up: bool = False
     _suspect: bool = False
     _status: StatusBody | None = None
@@ -248,7 +249,7 @@ class Replica:
         if not self.url:
             return None
         if self.sampler is None:
-            sampler = RemoteSampler(
+            sampler = RemoteEngine(
                 self.url,
                 request_deadline_s=self.request_deadline_s,
                 silence_s=self.config.silence_s,

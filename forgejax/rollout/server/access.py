@@ -68,4 +68,4 @@ class BearerInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _knows(token: str, given: str) -> bool:
-    return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode())

@@ -161,7 +161,7 @@ class EngineAdmin:
 
     async def write(self, request: web.Request) -> web.Response:
         data = await take_body(request)
-        offset, checksum = int(request.query["offset"]), int(request.query["checksum"])
+        offset, checksum = _read_count(request, "offset"), _read_count(request, "checksum")
         async with self._turn:
             staging = self._find(request)
             await asyncio.to_thread(staging.write, offset, data, checksum)
@@ -302,6 +302,13 @@ def decode_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<i4").astype(np.int32)
 
 
+def _read_count(request: web.Request, name: str) -> int:
+    given = request.query.get(name, "")
+    if not (given.isascii() and given.isdigit() and len(given) < 20):
+        raise ValueError(f"{name} is {given[:40]!r}; expected a number of at least 0, as in ?offset=0&checksum=CRC32")
+    return int(given)
+
+
 def _answer(body: msgspec.Struct) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
@@ -310,7 +317,7 @@ def _word_errors(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     async def answer(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             return refuse(400, f"{error}")
         except ForgejaxError as error:
             return refuse(409, str(error))

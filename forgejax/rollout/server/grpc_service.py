@@ -58,7 +58,7 @@ class OrchestratorService(jetstream_pb2_grpc.OrchestratorServicer):
             loop.call_soon_threadsafe(drawn.put_nowait, draw.token_ids.tolist())
 
         try:
-            await self._served.enter()
+            await self._served.enter(sample)
         except EngineError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         try:

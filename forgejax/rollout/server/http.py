@@ -23,11 +23,8 @@ from forgejax.rollout.server.admin import EngineAdmin, PublishRoot
 from forgejax.rollout.server.bodies import MOST_BYTES, PATIENCE_S, refuse, take_body
 from forgejax.rollout.server.metrics import DriverCollector
 from forgejax.rollout.server.served import ServedEngine
-from forgejax.rollout.server.wire import Line, decode_request, encode_draw, encode_end
+from forgejax.rollout.server.wire import INSTANCE_HEADER, Line, decode_request, encode_draw, encode_end
 from forgejax.types import Completion, SampleRequest
-
-INSTANCE_HEADER = "Forgejax-Instance"
-"""Which server process a request is meant for: another at the same address refuses it."""
 
 _HEARTBEAT_S = 5.0
 _RETRY_S = 5
@@ -65,18 +62,14 @@ class RolloutServer:
             return refuse(400, str(error))
         lines: asyncio.Queue[Line] = asyncio.Queue()
         try:
-            await served.enter()
-        except EngineError as error:
-            return _refuse_for_now(str(error))
-        try:
-            await served.prepare(sample)
+            await served.enter(sample)
             future = _submit(served, sample, lines)
         except OverloadedError as error:
             refusal = refuse(429, str(error))
             refusal.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
             return refusal
         except ForgejaxError as error:
-            return refuse(409, str(error)) if served.healthy else _refuse_for_now(str(error))
+            return refuse(409, str(error)) if served.healthy and served.taking else _refuse_for_now(str(error))
         response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
         try:
             await response.prepare(request)

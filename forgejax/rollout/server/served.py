@@ -12,7 +12,7 @@ import gc
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from forgejax.rollout.driver.job import OnDraw
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.warm_up import make_warm_ups
 from forgejax.rollout.engine.engine import PolicyEngine
+from forgejax.rollout.engine.weights import check_version
 from forgejax.types import Completion, SampleRequest
 
 EngineState = Literal["empty", "starting", "serving", "paused", "asleep", "draining"]
@@ -86,6 +87,11 @@ class ServedEngine:
         return driver.healthy if driver is not None else self.state in ("empty", "starting", "asleep")
 
     @property
+    def taking(self) -> bool:
+        """Whether requests are taken, be it that they wait."""
+        return self.state in ("serving", "paused")
+
+    @property
     def version(self) -> int:
         """That of the weights that serve, or will once it is awake; -1 where there are none."""
         driver, kept = self._driver, self._kept
@@ -141,16 +147,18 @@ class ServedEngine:
             ended.cancel()
             came.cancel()
 
-    async def enter(self) -> None:
-        """Waits until requests may be submitted. Raises EngineError where they are refused."""
-        while not self._door.is_set() and self.state == "paused":
-            await self._door.wait()
-        if not self._door.is_set():
-            raise EngineError(f"the engine is {self.state}")
-
-    async def prepare(self, request: SampleRequest) -> None:
-        """See ``Driver.prepare``."""
-        await self.driver.prepare(request)
+    async def enter(self, request: SampleRequest) -> None:
+        """Waits until a request may be submitted, and its grammar is compiled; it is to be submitted at once, without
+        another wait. Raises EngineError where it is refused."""
+        prepared = False
+        while not (prepared and self._door.is_set()):
+            while not self._door.is_set() and self.state == "paused":
+                await self._door.wait()
+            if not self._door.is_set():
+                raise EngineError(f"the engine is {self.state}")
+            # While it compiles the door may be shut; and again, for others may have taken its place by then.
+            await self.driver.prepare(request)
+            prepared = True
 
     async def publish(self, params: Any, version: int, publication: str, *, idle_s: float) -> None:
         """New weights; each token of a later decode step is theirs. Before it serves, and asleep, they wait for that.
@@ -159,15 +167,15 @@ class ServedEngine:
         ``idle_s`` at most. Raises EngineError, and the old weights go on serving.
         """
         async with self._turn:
+            check_version(version)
             if self._driver is None:
-                self._kept = (params, version)
+                self._kept, self.publication = (params, version), publication
                 self.state = "starting" if self.state == "empty" else self.state
                 self._came.set()
             elif self._beside:
-                await asyncio.to_thread(self._driver.publish, params, version)
+                await _finish(self._swap(self._driver, params, version, publication))
             else:
-                await self._replace(params, version, idle_s)
-            self.publication = publication
+                await self._replace(params, version, publication, idle_s)
 
     async def pause(self, *, idle_s: float) -> int:
         """New requests wait from now on; gives how many are still under way when they have ended or ``idle_s`` is over.
@@ -197,23 +205,20 @@ class ServedEngine:
                 raise EngineError(f"the engine is {self.state}; only one that serves can be put to sleep")
             before = self.state
             self._shut("paused")
-            if left := await self._await_idle(idle_s):
-                self._shut("paused") if before == "paused" else self._admit()
-                raise EngineError(f"{left} requests have not ended within {idle_s:g} s; ask again when they have")
-            weights = self.driver.weights
-            self._kept = (await asyncio.to_thread(jax.device_get, weights.params), weights.version)
-            del weights
-            await self._drop_driver()
-            self.state = "asleep"
-            self._door.set()
-            self._door.clear()
+            try:
+                if left := await self._await_idle(idle_s):
+                    raise EngineError(f"{left} requests have not ended within {idle_s:g} s; ask again when they have")
+                await _finish(self._fall_asleep())
+            finally:
+                if self.state == "paused" and before == "serving":
+                    self._admit()
 
     async def wake(self) -> None:
         """Brings weights, keys and values back and serves. Raises EngineError unless it sleeps."""
         async with self._turn:
             if self.state != "asleep":
                 raise EngineError(f"the engine is {self.state}; only one that sleeps can be woken")
-            await self._bring_back()
+            await _finish(self._bring_back())
 
     async def drain(self, deadline_s: float) -> int:
         """Refuses new requests and waits for those under way; gives how many the deadline cuts off."""
@@ -256,7 +261,20 @@ class ServedEngine:
         metrics = driver.metrics()
         return metrics.active + metrics.waiting
 
-    async def _replace(self, params: Any, version: int, idle_s: float) -> None:
+    async def _swap(self, driver: Driver, params: Any, version: int, publication: str) -> None:
+        await asyncio.to_thread(driver.publish, params, version)
+        self.publication = publication
+
+    async def _fall_asleep(self) -> None:
+        weights = self.driver.weights
+        self._kept = (await asyncio.to_thread(jax.device_get, weights.params), weights.version)
+        del weights
+        await self._drop_driver()
+        self.state = "asleep"
+        self._door.set()  # whoever waits at it is told
+        self._door.clear()
+
+    async def _replace(self, params: Any, version: int, publication: str, idle_s: float) -> None:
         before = self.state
         self._shut("paused")
         try:
@@ -265,13 +283,17 @@ class ServedEngine:
                     f"version {version} needs the place of the weights that serve, and {left} requests have not ended "
                     f"within {idle_s:g} s; allow more memory, or a longer deadline"
                 )
-            await self._drop_driver()
-            await self._make_driver(params, version)
+            await _finish(self._exchange(params, version, publication))
         finally:
             if before == "serving":
                 self._admit()
             else:
                 self.state = before
+
+    async def _exchange(self, params: Any, version: int, publication: str) -> None:
+        await self._drop_driver()
+        await self._make_driver(params, version)
+        self.publication = publication
 
     async def _bring_back(self) -> None:
         assert self._kept is not None
@@ -289,6 +311,16 @@ class ServedEngine:
         self._drivers = ((*self._drivers[0], dataclasses.replace(driver.metrics(), active=0, waiting=0)), None)
         del driver
         gc.collect()
+
+
+async def _finish(change: Coroutine[Any, Any, None]) -> None:
+    """Awaits what must not stop halfway, whoever asked for it may go away meanwhile."""
+    task = asyncio.ensure_future(change)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _add(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:

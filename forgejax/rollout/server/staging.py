@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from forgejax.errors import EngineError
+from forgejax.rollout.engine.weights import check_version
 from forgejax.rollout.server.manifest import Manifest, check_manifest, join_leaves
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -25,7 +26,9 @@ class Staging:
     """
 
     def __init__(self, manifest: Manifest, like: Any):
-        """Raises EngineError for weights of another model than ``like``, the tree of shapes that is served."""
+        """Raises EngineError for weights of another model than ``like``, the tree of shapes that is served, and for a
+        version that tokens cannot carry."""
+        check_version(manifest.version)
         check_manifest(manifest, like)
         self.transfer = uuid.uuid4().hex
         self.version = manifest.version

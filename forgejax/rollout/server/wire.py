@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # what sends requests needs no jax
     from forgejax.rollout.driver.job import Draw
 
 
+INSTANCE_HEADER = "Forgejax-Instance"
+"""The server process that a request is meant for; another one at its address refuses it."""
+
+
 class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``types.SamplingLaw``."""
 

@@ -1,8 +1,10 @@
 """Serves a policy, token ids in and token ids out, over HTTP and over JetStream's gRPC service.
 
-python scripts/serve.py --policy.path models/SmolLM2-135M       a Hugging Face folder, or a .gguf file
-python scripts/serve.py --run runs/quickstart-1 --step 120      what a run has trained; without --step the newest
-python scripts/serve.py --weights weights --policy.num-layers 2 bare weights, and the policy they belong to
+- ``python scripts/serve.py --policy.path models/SmolLM2-135M`` serves a Hugging Face folder, or a .gguf file;
+- ``python scripts/serve.py --run runs/quickstart-1 --step 120`` what a run has trained, without --step the newest;
+- ``python scripts/serve.py --weights weights --policy.num-layers 2`` bare weights, and the policy they belong to;
+- ``python scripts/serve.py --policy.vocab-size 640 --tokenizer examples/quickstart/tokenizer`` random weights, to try
+  programs against.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ time.sleep(60)
 async def main():
     scaffold = ProcessScaffold(AgentConfig(kind="process", command=(sys.executable, "-I", "-S", "-c", AGENT)))
     await scaffold.start()
-    episode = EpisodeSpec(id="e", question=sys.argv[1], base_url="u", api_key="k", deadline_s=60.0)
+    place = {"base_url": "u", "api_key": "k", "model": "policy", "context_length": 4096}
+    episode = EpisodeSpec(id="e", question=sys.argv[1], deadline_s=60.0, **place)
     await scaffold.run(episode)
 
 thread = threading.Thread(target=lambda: asyncio.run(main()))

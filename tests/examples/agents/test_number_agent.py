@@ -53,7 +53,15 @@ async def test_a_reply_that_was_cut_off_is_no_answer(finish_reason: str, answer:
         await scaffold.start()
         try:
             url = str(server.make_url("/v1"))
-            episode = EpisodeSpec(id="e", question="What is 3 + 4?", base_url=url, api_key="k", deadline_s=20.0)
+            episode = EpisodeSpec(
+                id="e",
+                question="What is 3 + 4?",
+                base_url=url,
+                api_key="k",
+                model="policy",
+                context_length=4096,
+                deadline_s=20.0,
+            )
             result = await scaffold.run(episode)
         finally:
             await scaffold.close()

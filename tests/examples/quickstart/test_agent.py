@@ -66,7 +66,15 @@ async def test_it_answers_through_its_tool_in_both_modes(kind: Any) -> None:
     scaffold = make_scaffold(AgentConfig(kind=kind, command=command, env=FAST))
     async with model(use_tool_once) as (url, requests):
         await scaffold.start()
-        episode = EpisodeSpec(id="e", question="12 * 34", base_url=url, api_key="secret", deadline_s=20.0)
+        episode = EpisodeSpec(
+            id="e",
+            question="12 * 34",
+            base_url=url,
+            api_key="secret",
+            model="policy",
+            context_length=4096,
+            deadline_s=20.0,
+        )
         result = await scaffold.run(episode)
         await scaffold.close()
     assert (result.answer, result.error) == ("408", None)
@@ -82,7 +90,17 @@ async def test_a_demonstration_is_what_the_agent_exchanges() -> None:
     scaffold = make_scaffold(AgentConfig(command=(*PROGRAM, "--worker"), env=FAST))
     async with model(use_tool_once) as (url, requests):
         await scaffold.start()
-        await scaffold.run(EpisodeSpec(id="e", question=task.question, base_url=url, api_key="k", deadline_s=20.0))
+        await scaffold.run(
+            EpisodeSpec(
+                id="e",
+                question=task.question,
+                base_url=url,
+                api_key="k",
+                model="policy",
+                context_length=4096,
+                deadline_s=20.0,
+            )
+        )
         await scaffold.close()
     assert requests[-1]["messages"] == expected[:-1]
     assert requests[-1]["tools"] == list(agent.tools)
@@ -104,13 +122,31 @@ async def test_a_worker_survives_what_a_model_or_server_may_do() -> None:
         await scaffold.start()
         for question in ("loop", "cut", "empty"):
             result = await scaffold.run(
-                EpisodeSpec(id=question, question=question, base_url=url, api_key="k", deadline_s=20)
+                EpisodeSpec(
+                    id=question,
+                    question=question,
+                    base_url=url,
+                    api_key="k",
+                    model="policy",
+                    context_length=4096,
+                    deadline_s=20,
+                )
             )
             assert (result.answer, result.error) == (None, None)
         assert requests[1]["messages"][-1]["content"] == "error: 'expression'"
-        gone = EpisodeSpec(id="g", question="?", base_url="http://127.0.0.1:1/v1", api_key="k", deadline_s=20.0)
+        gone = EpisodeSpec(
+            id="g",
+            question="?",
+            base_url="http://127.0.0.1:1/v1",
+            api_key="k",
+            model="policy",
+            context_length=4096,
+            deadline_s=20.0,
+        )
         assert (await scaffold.run(gone)).stop_reason is StopReason.ENVIRONMENT_FAILED
-        long = EpisodeSpec(id="l", question="long", base_url=url, api_key="k", deadline_s=20.0)
+        long = EpisodeSpec(
+            id="l", question="long", base_url=url, api_key="k", model="policy", context_length=4096, deadline_s=20.0
+        )
         assert (await scaffold.run(long)).stop_reason is StopReason.TRUNCATED
         await scaffold.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forgejax.gateway.dialects import DIALECTS
-from forgejax.gateway.dialects.fields import IGNORED, list_ignored
+from forgejax.gateway.dialects.fields import IGNORED, list_ignored, read_stops
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.gateway.refusals import RefusedError
 from tests.chat.tokenizers import CALCULATOR
@@ -78,3 +78,23 @@ def test_every_field_is_served_ignored_or_refused_as_the_docs_say(column: int) -
 def test_null_asks_for_nothing_and_unknown_fields_are_one() -> None:
     body = {"a": 1, "b": 2, "min_p": 0.1, "logit_bias": None, "stop": None}
     assert list_ignored(body, frozenset({"stop"})) == ("min_p", "other")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), "1", True, [1]])
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+def test_what_is_no_number_a_float_can_hold_is_refused_by_name(field: str, value: object) -> None:
+    for dialect in DIALECTS:
+        with pytest.raises(RefusedError, match=f"^{field} is .*; expected a number") as refused:
+            dialect.parse({**LEAST[dialect.name], field: value}, ReplyMemory())
+        assert refused.value.status == 400
+
+
+def test_stops_are_as_many_and_as_long_as_an_engine_can_look_for_at_each_token() -> None:
+    most = [f"{number:0256}" for number in range(64)]
+    assert read_stops({"stop": [*most[1:], ""]}, "stop") == tuple(most[1:])
+    assert read_stops({"stop": most}, "stop") == tuple(most)
+    with pytest.raises(RefusedError, match="stop is 'an array of 65'; expected at most 64 strings"):
+        read_stops({"stop": [*most, "x"]}, "stop")
+    for long in ("x" * 257, ["a", "x" * 257]):
+        with pytest.raises(RefusedError, match="stop is '257 characters long'; expected at most 256 in each string"):
+            read_stops({"stop": long}, "stop")

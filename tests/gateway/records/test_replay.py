@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import jax
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from forgejax.chat import ChatFormat
 from forgejax.gateway.records.lines import AgainLine, CannedLine, FailedLine, RefusedLine
 from forgejax.gateway.records.reader import read_session
 from forgejax.gateway.records.replay import replay_session
+from forgejax.grammar import GrammarCompiler
 from forgejax.learner import CreditConfig, Learner, PackConfig, PackGroups, StepConfig
 from forgejax.models import PolicyConfig, abstract_policy, init_params
-from forgejax.types import Dispatch, Group, Reward, StopReason, Task, Trajectory, Turn
+from forgejax.types import Dispatch, Grammar, Group, Reward, StopReason, Task, Trajectory, Turn
 from tests.chat.families import save_family
+from tests.gateway.fakes import TRAINING, ScriptedSampler, started
 from tests.gateway.records.conversations import record_everything
 
 
@@ -113,3 +117,36 @@ def make_group(turns: Sequence[Turn]) -> Group:
             for member, (kept, outcome) in enumerate(((turns, 1.0), (turns[:1], 0.0)))
         ),
     )
+
+
+async def test_a_request_whose_agent_left_while_its_schema_compiled_ends_in_its_record_and_in_the_replay(
+    chat_format: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await started(ScriptedSampler(chat_format, '{"a":1}<|im_end|>'), record=str(tmp_path))
+    session = gateway.open(TRAINING)
+    prepare = GrammarCompiler.prepare
+
+    async def compile_slowly(grammars: GrammarCompiler, grammar: Grammar) -> None:
+        await asyncio.sleep(30 if "slow" in grammar.schema else 0)
+        await prepare(grammars, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "prepare", compile_slowly)
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {session.api_key}"}) as http:
+        for name, patience_s in (("slow", 0.3), ("a", 30)):
+            schema = {"type": "object", "properties": {name: {"type": "integer"}}}
+            body = {"messages": [{"role": "user", "content": "?"}], "guided_json": schema}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    async with http.post(f"{session.base_url}/chat/completions", json=body) as response:
+                        assert response.status == 200
+            await asyncio.sleep(0.1)
+    turns = await gateway.close(session.id)
+    await gateway.stop()
+    monkeypatch.undo()
+    recorded = read_session(tmp_path / f"{session.id}.jsonl")
+
+    replayed = await replay_session(recorded, chat_format)
+
+    ended = [(line.ask, line.why) for line in recorded.lines if isinstance(line, FailedLine)]
+    assert ended == [(0, "cancelled")] and len(turns) == 1
+    assert replayed.differences == () and spell(replayed.turns) == spell(turns)

@@ -38,9 +38,16 @@ def test_each_invariant_breaks_on_its_own() -> None:
         assert [check.name for check in check_invariants(given, BOUNDS) if not check.holds] == [name]
 
 
-def test_a_gap_measured_on_too_few_tokens_is_no_gap() -> None:
+def test_a_gap_measured_on_too_few_tokens_neither_holds_nor_is_broken() -> None:
     for given in (summary(logprob_gap_tokens=1000), summary(logprob_gap_max=None)):
-        assert [check.name for check in check_invariants(given, BOUNDS) if not check.holds] == ["Log-prob gap"]
+        assert {check.name: check.holds for check in check_invariants(given, BOUNDS)}["Log-prob gap"] is None
+        page = render_html(Report(title="run", summary=given, bounds=BOUNDS))
+        assert "No invariant was broken; too little was measured to tell of Log-prob gap." in page and "✗" not in page
+
+
+def test_a_gap_above_its_bound_is_broken_however_few_tokens_show_it() -> None:
+    given = summary(logprob_gap_max=2e-4, logprob_gap_tokens=3)
+    assert {check.name: check.holds for check in check_invariants(given, BOUNDS)}["Log-prob gap"] is False
 
 
 def test_the_greedy_window_claims_no_bound() -> None:

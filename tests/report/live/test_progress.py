@@ -315,6 +315,19 @@ def test_lines_tell_of_a_wait_every_now_and_then_and_less_often_the_longer_it_ta
     assert stream.getvalue().splitlines()[0].endswith("] step 1: 1 of 8 groups done")
 
 
+def test_lines_tell_of_a_phase_that_nothing_else_is_said_of() -> None:
+    stream = io.StringIO()
+    progress = LinesProgress(stream, steps=2, quiet_s=0.05)
+    with progress.phase("training", "2 steps"), progress.phase("compiling", "the engine"):
+        time.sleep(0.3)
+    progress.close()
+    lines = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    told = [line for line in lines if line.startswith("compiling: the engine, for ") and line.endswith(" so far")]
+    assert 1 <= len(told) <= 6  # 0.3 s, and at most one in 0.05 s
+    assert lines[:2] == ["training: 2 steps ...", "compiling: the engine ..."]
+    assert lines[2:-2] == told and lines[-1].startswith("training done in")
+
+
 def test_a_wait_that_is_short_is_not_told_of() -> None:
     stream = io.StringIO()
     progress = LinesProgress(stream, steps=2)

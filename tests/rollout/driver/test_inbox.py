@@ -42,9 +42,9 @@ async def test_a_full_queue_and_a_used_id_are_refused() -> None:
 
     async with serving_engine(tiny.params(), engine=tiny.engine(max_waiting=1)) as engine:
         driver = engine.driver
-        first = driver.submit(tiny.request("a", [1], 4), block)
+        taken = [driver.submit(tiny.request("a", [1], 4), block)]
         await asyncio.to_thread(begun.wait, 20)
-        second = driver.submit(tiny.request("b", [1], 4))
+        taken += [driver.submit(tiny.request(f"b{number}", [1], 4)) for number in range(engine.engine.config.slots)]
         with pytest.raises(OverloadedError, match="1 requests are waiting already") as caught:
             driver.submit(tiny.request("c", [1], 4))
         assert caught.value.retry_after_s == 1.0
@@ -53,8 +53,8 @@ async def test_a_full_queue_and_a_used_id_are_refused() -> None:
                 await remote.sample(tiny.request("d", [1], 4))
         assert told.value.retry_after_s == 1.0
         hold.set()
-        assert len((await asyncio.wrap_future(first)).token_ids) == 4
-        assert len((await asyncio.wrap_future(second)).token_ids) == 4
+        drawn = await asyncio.gather(*(asyncio.wrap_future(each) for each in taken))
+        assert len(drawn) == 5 and all(len(completion.token_ids) == 4 for completion in drawn)
     hold.clear()
     with Driver(tiny.engine(), tiny.params()) as driver:
         first = driver.submit(tiny.request("a", [1], 4), block)

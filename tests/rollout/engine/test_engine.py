@@ -61,7 +61,7 @@ def test_a_decode_step_does_not_copy_the_pool() -> None:
         engine.config.slots,
         weights.current.params,
         (slots._pool, slots._state),
-        slots._put(slots._tables_SM),
+        (slots._put(slots._tables_SM), None),
         np.int32(0),
     ).compile()
     memory = compiled.memory_analysis()

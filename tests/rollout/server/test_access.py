@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import aiohttp
 import grpc  # type: ignore[import-untyped]
 import pytest
 
 from forgejax.errors import ConfigError, EngineError
-from forgejax.rollout import RemoteSampler
 from forgejax.rollout.engine._jetstream import jetstream_pb2, jetstream_pb2_grpc
+from forgejax.rollout.fleet.remote_engine import RemoteEngine
 from forgejax.rollout.server.access import BearerInterceptor, check_exposure, make_bearer_check
 from forgejax.rollout.server.grpc_service import OrchestratorService
 from forgejax.rollout.server.http import RolloutServer
@@ -43,7 +45,7 @@ async def test_a_server_with_a_token_answers_whoever_knows_it() -> None:
         port = grpc_server.add_insecure_port("127.0.0.1:0")
         await grpc_server.start()
         async with served(RolloutServer(engine).make_app(make_bearer_check("secret"))) as url:
-            async with RemoteSampler(url, token="secret") as known, RemoteSampler(url, token="other") as unknown:
+            async with RemoteEngine(url, token="secret") as known, RemoteEngine(url, token="other") as unknown:
                 assert len((await known.sample(tiny.request("a", [1, 2], 4))).token_ids) == 4
                 for refused in (unknown.sample(tiny.request("b", [1, 2], 4)), unknown.status()):
                     with pytest.raises(EngineError, match="wants its token"):
@@ -58,3 +60,18 @@ async def test_a_server_with_a_token_answers_whoever_knows_it() -> None:
                     await stub.HealthCheck(ping, timeout=10)
         await grpc_server.stop(grace=None)
     assert statuses == [200, 200, 401]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(b"\xff\x80", 401), ("schl\u00fcssel".encode(), 200), ("schl\u00fcssel".encode("latin-1"), 401)],
+)
+async def test_a_credential_whose_bytes_are_no_text_is_a_wrong_one(sent: bytes, status: int) -> None:
+    async with (
+        serving_engine(tiny.params()) as engine,
+        served(RolloutServer(engine).make_app(make_bearer_check("schl\u00fcssel"))) as url,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"GET /status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + sent + b"\r\n\r\n")
+        assert (await reader.read(12)).decode() == f"HTTP/1.1 {status}"
+        writer.close()

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from forgejax.errors import EngineError
-from forgejax.rollout import RemoteSampler, RequestLog
+from forgejax.rollout import RequestLog
 from forgejax.rollout.fleet.channel import Publication, stage
+from forgejax.rollout.fleet.remote_engine import RemoteEngine
 from forgejax.rollout.server.admin import PublishRoot
 from forgejax.rollout.server.http import RolloutServer
 from forgejax.rollout.server.manifest import make_manifest
@@ -27,12 +28,12 @@ from tests.rollout.serving import served, serving_engine
 @asynccontextmanager
 async def reached(
     version: int = 3, log: RequestLog | None = None, root: Path | None = None
-) -> AsyncIterator[tuple[ServedEngine, RemoteSampler]]:
+) -> AsyncIterator[tuple[ServedEngine, RemoteEngine]]:
     publish_root = None if root is None else PublishRoot(root=root, read=load_tree)
     async with (
         serving_engine(tiny.params(1), version, log) as engine,
         served(RolloutServer(engine, publish_root).make_app()) as url,
-        RemoteSampler(url) as remote,
+        RemoteEngine(url) as remote,
     ):
         yield engine, remote
 

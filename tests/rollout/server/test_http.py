@@ -12,7 +12,8 @@ import pytest
 from forgejax.errors import EngineError
 from forgejax.rollout import RemoteSampler
 from forgejax.rollout.server.admin import PublishRoot
-from forgejax.rollout.server.http import INSTANCE_HEADER, RolloutServer
+from forgejax.rollout.server.http import RolloutServer
+from forgejax.rollout.server.wire import INSTANCE_HEADER
 from forgejax.run.checkpoint import load_tree, save_tree
 from tests.rollout import tiny
 from tests.rollout.serving import served, serving_engine

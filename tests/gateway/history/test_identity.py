@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forgejax.chat.messages import Message, MessagePart, ReasoningPart, RefusalPart, TextPart, ToolCallPart, read_call
-from forgejax.gateway.identity import digest_tools, digest_turn, extend_digest, is_echo
+from forgejax.gateway.history.identity import digest_tools, digest_turn, extend_digest, is_echo
 
 THOUGHT = ReasoningPart(text="hm", signature="t")
 CALL = read_call("f", '{"a": 1, "b": "é"}', "c1")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from forgejax.gateway.conversation import LocatedRequest
+from forgejax.gateway.history.conversation import LocatedRequest
 from forgejax.gateway.pending import PendingReply
 
 
@@ -23,6 +23,8 @@ class RetryHints:
         """Names of ``headers`` are found in any case."""
         count = headers.get("x-stainless-retry-count", "")
         key = headers.get("idempotency-key") or headers.get("x-idempotency-key")
+        if key is not None:  # whose bytes may be no text, and are kept apart all the same
+            key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return cls(count=int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0, key=key or None)
 
 

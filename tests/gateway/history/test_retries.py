@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from forgejax.chat import ChatFormat
-from forgejax.gateway.retries import RetryHints
+from forgejax.gateway.history.retries import RetryHints
+from forgejax.gateway.records.reader import read_session
+from forgejax.gateway.records.replay import replay_session
 from forgejax.types import Session
 from tests.gateway.asking import GOOD, until
 from tests.gateway.fakes import TRAINING, ScriptedSampler, started
@@ -137,3 +140,23 @@ async def test_the_same_asked_again_after_the_connection_was_closed_leaves_the_f
     await gateway.stop()
     assert second[1] == "second"
     assert [(turn.parent, turn.untrainable) for turn in turns] == [(None, "undelivered"), (None, None), (1, None)]
+
+
+async def test_a_key_whose_bytes_are_no_text_is_a_key_and_is_recorded(chat_format: ChatFormat, tmp_path: Path) -> None:
+    gateway = await started(ScriptedSampler(chat_format, "1<|im_end|>", "2<|im_end|>"), record=str(tmp_path))
+    session = gateway.open(TRAINING)
+    said: list[str] = []
+    body = json.dumps(GOOD).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {session.api_key}\r\n"
+    for key in (b"k\x80", b"k\x80", b"k\x81"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+        writer.write(head.encode() + b"Connection: close\r\nIdempotency-Key: " + key)
+        writer.write(f"\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+        said.append(answer["choices"][0]["message"]["content"])
+        writer.close()
+    await gateway.close(session.id)
+    await gateway.stop()
+    replayed = await replay_session(read_session(tmp_path / f"{session.id}.jsonl"), chat_format)
+    assert said == ["1", "1", "2"]
+    assert (len(replayed.turns), replayed.differences) == (2, ())

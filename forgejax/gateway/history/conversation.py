@@ -11,7 +11,7 @@ import numpy as np
 from forgejax.chat.format import ChatFormat, RenderedPrompt, SpokenTurn, TextMark
 from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.tool_calls import describe_tools
-from forgejax.gateway.identity import digest_tools, digest_turn, extend_digest, is_echo
+from forgejax.gateway.history.identity import digest_tools, digest_turn, extend_digest, is_echo
 from forgejax.types import Completion, TokenIds
 
 Branch = Literal["history", "template", "twins"]

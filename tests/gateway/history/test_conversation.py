@@ -21,9 +21,9 @@ from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import HermesFormat, PlainTextFormat
 from forgejax.chat.tool_format import choose_tool_format
-from forgejax.gateway.conversation import Conversation, Prompt
 from forgejax.gateway.dialects.base import ParsedRequest, ReplyHead
 from forgejax.gateway.dialects.chat_completions import ChatCompletions
+from forgejax.gateway.history.conversation import Conversation, Prompt
 from forgejax.gateway.memory import ReplyMemory
 from forgejax.types import Completion, FinishReason, SampleRequest
 from tests.chat.families import FAMILY_NAMES, load_families
