@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-
-import jax
 
 from forgejax.agents import EpisodeTally, make_scaffold
 from forgejax.chat import ChatFormat
@@ -42,7 +41,7 @@ from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome, Trainer
-from forgejax.run.preflight import ENGINE_DEVICES, load_chat
+from forgejax.run.preflight import lay_engine, load_chat
 from forgejax.run.rows import Compiles, StepRows
 from forgejax.run.rundir import RunDir, read_history
 from forgejax.run.steps import PooledSteps
@@ -56,7 +55,7 @@ from forgejax.run.warm_start import (
     note_tenths,
     save_cached,
 )
-from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, resolve, spare_devices
+from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, resolve
 
 BEFORE_FILE = "evaluation-before.json"
 
@@ -77,7 +76,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     began = time.monotonic()
     compiles = Compiles()
     stack.callback(compiles.close)
-    plan, layout, device = _devices(config)
+    plan, layout = _devices(config)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = load_chat(config)
         environment = make_environment(config.tasks)
@@ -91,7 +90,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
     grammars = GrammarCompiler(chat.codec.spell_vocabulary())
-    engines = _engines(config, place, learner, step, device=device, grammars=grammars, stack=stack)
+    engines = _engines(config, place, learner, step, layout=layout, grammars=grammars, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
     gateway = Gateway(engines, chat, config.engine.max_context, config.gateway, grammars=grammars)
     tally = EpisodeTally(progress.note)
@@ -140,13 +139,11 @@ def _open_checkpoints(config: TrainConfig, place: RunDir, progress: Progress, st
     return checkpoints
 
 
-def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout, jax.Device]:
-    """The learner's layout and the engine's device: one outside its mesh where there is one, for then their programs
-    need not wait for each other; else the mesh's first. The engine's programs hold no collective: sharing is safe."""
+def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout]:
+    """The learner's layout."""
     plan = resolve(config.mesh)
-    prepare_platform(plan, extra_devices=ENGINE_DEVICES)
-    mesh = build_mesh(plan)
-    return plan, Layout(mesh=mesh), next(iter(spare_devices(mesh)), mesh.devices.flat[0])
+    prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
+    return plan, Layout(mesh=build_mesh(plan))
 
 
 def _learner(
@@ -227,11 +224,14 @@ def _engines(
     learner: Learner,
     step: int,
     *,
-    device: jax.Device,
+    layout: Layout,
     grammars: GrammarCompiler,
     stack: ExitStack,
 ) -> Engines:
-    """The engines that the configuration asks for, with the learner's weights; they serve once they are entered."""
+    """The engines that the configuration asks for, with the learner's weights; they serve once they are entered.
+
+    ``layout``: the learner's.
+    """
     launches = [_launch(config, place, number) for number in range(_count_servers(config.rollout))]
     local = config.rollout.engines == "local"
     current = {place.requests} if local else {launch.requests for launch in launches}
@@ -249,7 +249,8 @@ def _engines(
         )
     requests = RequestLog(place.requests)
     stack.callback(requests.close)
-    engine = PolicyEngine(config.policy, config.engine, device=device)
+    assert layout.mesh is not None
+    engine = PolicyEngine(config.policy, config.engine, lay_engine(config.rollout.mesh, layout.mesh))
     driver = Driver(engine, learner.params(), version=step, request_log=requests, grammars=grammars)
     return LocalEngines(driver, requests, former)
 
@@ -263,8 +264,9 @@ def _launch(config: TrainConfig, place: RunDir, number: int) -> Launch:
     command = [sys.executable, "-m", "forgejax.run.serving.program", f"--run={place.path}", "--await-weights"]
     folder = config.rollout.weights_folder
     root = [f"--publish-root={Path(folder).absolute()}"] if folder else []
+    mesh = [f"--mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.rollout.mesh).items()]
     return Launch(
-        command=[*command, f"--token-env={config.rollout.token_env}", *root],
+        command=[*command, f"--token-env={config.rollout.token_env}", *root, *mesh],
         env=make_environment_of_server(),
         folder=place.servers / str(number),
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from forgejax.agents import AgentConfig, make_scaffold
 from forgejax.agents.scaffolds.children import find_program, quote_command
@@ -30,10 +31,16 @@ from forgejax.rollout import EngineConfig, RolloutConfig
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.rundir import Attempt, list_changes
 from forgejax.run.warm_start import make_demonstrations
-from forgejax.sharding import MeshPlan, build_mesh, prepare_platform, resolve
-
-ENGINE_DEVICES = 1
-"""Devices beside the learner's mesh."""
+from forgejax.sharding import (
+    EngineMesh,
+    Layout,
+    MeshPlan,
+    build_engine_mesh,
+    build_mesh,
+    prepare_platform,
+    resolve,
+    spare_devices,
+)
 
 _CPU_DEVICES = 64  # fake ones: each brings threads of its own
 _GIB = 2**30
@@ -137,7 +144,8 @@ def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
 
     What is counted is what no setting can avoid, so a run that passes may still need more than there is.
     """
-    learner, engine = _count_learner_bytes(config, plan), _count_engine_bytes(config.policy, config.engine)
+    learner, mesh = _count_learner_bytes(config, plan), config.rollout.mesh
+    engine = _count_engine_bytes(config.policy, config.engine, mesh)
     servers = config.rollout.engines
     if isinstance(servers, int):
         engine = {f"{name}, in rollout.engines {servers} servers": size * servers for name, size in engine.items()}
@@ -145,15 +153,18 @@ def check_memory(config: TrainConfig, plan: MeshPlan, host_bytes: int) -> None:
         engine = {}  # elsewhere
     if plan.platform == "cpu":
         parts = {name: size * plan.devices for name, size in learner.items()}
-        _require_memory({**parts, **engine}, host_bytes, "this machine")
+        parts |= {name: size * mesh.devices for name, size in engine.items()}
+        _require_memory(parts, host_bytes, "this machine")
     elif plan.chip.hbm_bytes is not None:
         _require_memory(learner, plan.chip.hbm_bytes, f"a device of {plan.name}")
         _require_memory(engine, plan.chip.hbm_bytes, f"a device of {plan.name}")
 
 
-def check_engine_memory(policy: PolicyConfig, engine: EngineConfig, there: int, place: str) -> None:
-    """Raises ConfigError where the weights and the pages of an engine take more than the ``there`` bytes of a place."""
-    _require_memory(_count_engine_bytes(policy, engine), there, place)
+def check_engine_memory(
+    policy: PolicyConfig, engine: EngineConfig, mesh: EngineMesh, *, there: int, place: str
+) -> None:
+    """Raises ConfigError where what an engine has of weights and pages on a device is more than ``there`` bytes."""
+    _require_memory(_count_engine_bytes(policy, engine, mesh), there, place)
 
 
 def find_memory() -> int:
@@ -214,8 +225,28 @@ def check_mesh(config: TrainConfig) -> None:
             f"mesh {plan.name} asks for {plan.devices} fake devices on this machine's CPU; expected {_CPU_DEVICES} at "
             f"most, as cpu-{_CPU_DEVICES}"
         )
-    prepare_platform(plan, extra_devices=ENGINE_DEVICES)
-    check_kernel(kernel_for(build_mesh(plan)), config)
+    prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
+    mesh = build_mesh(plan)
+    check_kernel(kernel_for(mesh), config)
+    if config.rollout.engines == "local":
+        lay_engine(config.rollout.mesh, mesh)
+
+
+def lay_engine(config: EngineMesh, mesh: Mesh) -> Layout:
+    """Where a run's own engine lies: outside the learner's mesh, for then their programs need not wait for each other.
+
+    An engine of one device may share the mesh's first where there is no other: its programs hold no collective. Raises
+    MeshError where one of several devices would have to share some: collectives of two threads would wait for ever.
+    """
+    spare = spare_devices(mesh)
+    if config.devices == 1:
+        return Layout(mesh=build_engine_mesh(config, [*spare, mesh.devices.flat[0]]))
+    if len(spare) < config.devices:
+        raise MeshError(
+            f"rollout.mesh takes {config.devices} devices and the learner's mesh leaves {len(spare)} of "
+            f"{mesh.size + len(spare)} free; choose a smaller --mesh, or a smaller rollout.mesh"
+        )
+    return Layout(mesh=build_engine_mesh(config, spare))
 
 
 def check_kernel(kernel: Kernel, config: TrainConfig) -> None:
@@ -307,14 +338,14 @@ def _count_learner_bytes(config: TrainConfig, plan: MeshPlan) -> dict[str, int]:
     }
 
 
-def _count_engine_bytes(policy: PolicyConfig, engine: EngineConfig) -> dict[str, int]:
-    """Bytes on the engine's device, by what they are for."""
+def _count_engine_bytes(policy: PolicyConfig, engine: EngineConfig, mesh: EngineMesh) -> dict[str, int]:
+    """Bytes on each device of an engine, by what they are for."""
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_policy(policy)[1]))
-    of_token = 2 * policy.num_layers * policy.num_kv_heads * policy.head_size
+    of_token = 2 * policy.num_layers * max(policy.num_kv_heads // mesh.tensor, 1) * policy.head_size
     pages = of_token * engine.page_tokens * engine.pool_pages * jnp.dtype(policy.compute_dtype).itemsize
     asked = f"engine.kv_pages {engine.kv_pages}"
     derived = f"engine.slots {engine.slots} of engine.max_context {engine.max_context} (engine.kv_pages bounds it)"
-    return {"the engine's copy of the weights": weights, asked if engine.kv_pages else derived: pages}
+    return {"the engine's copy of the weights": weights // mesh.devices, asked if engine.kv_pages else derived: pages}
 
 
 def _require_memory(parts: dict[str, int], there: int, place: str) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from forgejax.errors import MeshError
-from forgejax.sharding.topology import AXES, CHIPS, MeshPlan, Platform
+from forgejax.sharding.topology import AXES, CHIPS, EngineMesh, MeshPlan, Platform
 
 _THREADS_PER_DEVICE = 4
 _GOOGLE_PCI_VENDOR = "0x1ae0"
@@ -39,19 +39,30 @@ def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
         _require_hardware(plan)
         return
     wanted = plan.devices + extra_devices
-    # XLA's CPU client runs collectives on a thread pool of NPROC threads (by default one a core), and each waiting
-    # participant blocks one. Independent collectives of a program run at once: too small a pool deadlocks.
-    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * wanted))
     try:
         jax.config.update("jax_platforms", "cpu")
-        asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked
-        jax.config.update("jax_num_cpu_devices", max(wanted, asked))
+        _ask_for_cpus(wanted)
     except RuntimeError as error:  # jax has started: what it has is all there will be
         if jax.default_backend() != "cpu" or len(jax.devices()) < wanted:
             raise MeshError(
                 f"mesh {plan.name} needs {wanted} CPU devices; jax has already started with {len(jax.devices())} on "
                 f"{jax.default_backend()}: {_ADVICE['cpu']}"
             ) from error
+
+
+def prepare_engine(devices: int) -> None:
+    """Asks for as many fake devices should a CPU be what jax finds. Once jax has started it changes nothing."""
+    with contextlib.suppress(RuntimeError):
+        _ask_for_cpus(devices)
+
+
+def _ask_for_cpus(wanted: int) -> None:
+    """Raises RuntimeError where jax has started already with another number."""
+    # XLA's CPU client runs collectives on a thread pool of NPROC threads (by default one a core), and each waiting
+    # participant blocks one. Independent collectives of a program run at once: too small a pool deadlocks.
+    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * wanted))
+    asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody has asked
+    jax.config.update("jax_num_cpu_devices", max(wanted, asked))
 
 
 def build_mesh(plan: MeshPlan, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -71,7 +82,22 @@ def build_mesh(plan: MeshPlan, devices: Sequence[jax.Device] | None = None) -> M
             f"mesh {plan.name} needs {plan.devices} devices; there are {len(devices)} "
             f"({devices[0].device_kind}): {advice}"
         )
-    return Mesh(_grid(plan, devices[: plan.devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _make(plan.shape, devices[: plan.devices], plan.describe())
+
+
+def build_engine_mesh(config: EngineMesh, devices: Sequence[jax.Device]) -> Mesh:
+    """An engine's mesh with Auto axes, over the first of ``devices``.
+
+    Raises:
+        MeshError: they are too few, or cannot be laid out in these axis sizes.
+    """
+    asked = f"an engine's mesh of tensor {config.tensor} x expert {config.expert}"
+    if len(devices) < config.devices:
+        raise MeshError(
+            f"{asked} needs {config.devices} devices; there are {len(devices)} for it: choose smaller sizes"
+        )
+    shape = dict.fromkeys(AXES, 1) | {"tensor": config.tensor, "expert": config.expert}
+    return _make(shape, devices[: config.devices], asked)
 
 
 def spare_devices(mesh: Mesh) -> tuple[jax.Device, ...]:
@@ -140,22 +166,22 @@ def _name_for(devices: Sequence[jax.Device]) -> str:
     return f"{chip.name}-{len(devices) * chip.counted_per_chip // chip.devices_per_chip}"
 
 
-def _grid(plan: MeshPlan, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices as an array of the plan's shape, neighbours in the machine as neighbours in the mesh.
+def _make(shape: Mapping[str, int], devices: Sequence[jax.Device], asked: str) -> Mesh:
+    """The mesh of these devices, neighbours in the machine as neighbours in it; ``asked`` is its name in errors.
 
     Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them.
     """
-    shape = tuple(plan.shape.values())
+    sizes = tuple(shape.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if plan.data % slices:
-        raise MeshError(f"{plan.describe()}: these are {slices} slices; set mesh.data to a multiple of {slices}")
+    if shape["data"] % slices:
+        raise MeshError(f"{asked}: these are {slices} slices; set mesh.data to a multiple of {slices}")
     try:
         if slices == 1:
-            return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-        within = (plan.data // slices, *shape[1:])
-        between = (slices,) + (1,) * (len(shape) - 1)
-        return mesh_utils.create_hybrid_device_mesh(within, between, list(devices), allow_split_physical_axes=True)
+            grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+        else:
+            within = (shape["data"] // slices, *sizes[1:])
+            between = (slices,) + (1,) * (len(sizes) - 1)
+            grid = mesh_utils.create_hybrid_device_mesh(within, between, list(devices), allow_split_physical_axes=True)
     except (ValueError, NotImplementedError) as error:
-        raise MeshError(
-            f"{plan.describe()}: these sizes do not fit the slice's shape ({error}); choose others"
-        ) from error
+        raise MeshError(f"{asked}: these sizes do not fit the slice's shape ({error}); choose others") from error
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -26,7 +26,8 @@ class Rules:
     router: tuple[str, ...] = ()  # the scores of all experts, by which each device chooses for its own tokens
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ("data", "fsdp", "expert")  # B of a packed batch, S of a decode state
+    rows: tuple[str, ...] = ("data", "fsdp", "expert")  # B of a packed batch
+    draws: tuple[str, ...] = ("expert", "tensor")  # S of the logits that an engine draws from
     length: tuple[str, ...] = ("context",)  # T of a packed batch
     kept: tuple[str, ...] = ("context", "tensor")  # T of the input that a layer keeps, where devices keep shares of it
 

@@ -100,6 +100,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineMesh:
+    """Over how many devices one engine is split; 1 and 1 is one device."""
+
+    tensor: int = 1  # heads, MLP and vocabulary; beyond the key-value heads each of them is kept several times
+    expert: int = 1  # the experts of a mixture
+
+    def __post_init__(self) -> None:
+        for axis in ("tensor", "expert"):
+            if getattr(self, axis) < 1:
+                raise ConfigError(f"an engine's mesh.{axis} is {getattr(self, axis)}; expected 1 or more")
+
+    @property
+    def devices(self) -> int:
+        """How many JAX devices it takes."""
+        return self.tensor * self.expert
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshPlan:
     """A resolved mesh: what to build, before any device is touched."""
 

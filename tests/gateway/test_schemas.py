@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
-import jax
 import numpy as np
 import openai
 import pytest
@@ -47,7 +46,7 @@ async def policy_behind(chat_format: ChatFormat, *, remote: bool = False) -> Asy
     config = EngineConfig(slots=1, max_context=CONTEXT, tokens_per_step=2, prefill_buckets=(32,), page_tokens=4)
     grammars = GrammarCompiler(chat_format.codec.spell_vocabulary())
     weights = nnx.split(Policy(policy, nnx.Rngs(0)))[1]
-    engine = PolicyEngine(policy, config, jax.devices()[1])
+    engine = PolicyEngine(policy, config, tiny.LAYOUT)
     async with serving_engine(weights, grammars=grammars, engine=engine) as serving:
         if not remote:
             async with _serving(LocalSampler(serving.driver), chat_format, grammars) as gateway:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -80,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(folder: Path) -> None:
 def _ours(folder: Path, prompts: Sequence[TokenIds]) -> list[TokenIds]:
     config, params = load(folder)
     settings = EngineConfig(slots=len(CHATS), max_context=256, prefill_buckets=(64,))
-    with Driver(PolicyEngine(config, settings, jax.devices()[0]), params) as driver:
+    with Driver(PolicyEngine(config, settings), params) as driver:
         waiting = [
             driver.submit(
                 SampleRequest(

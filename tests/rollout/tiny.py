@@ -11,8 +11,10 @@ from flax import nnx
 
 from forgejax.models import Policy, PolicyConfig
 from forgejax.rollout import EngineConfig, PolicyEngine
+from forgejax.sharding import EngineMesh, Layout, build_engine_mesh
 from forgejax.types import SampleRequest, SamplingLaw
 
+LAYOUT = Layout(mesh=build_engine_mesh(EngineMesh(), jax.devices()[1:]))
 POLICY = PolicyConfig(vocab_size=50, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32)
 _ENGINES: dict[EngineConfig, PolicyEngine] = {}
 
@@ -33,7 +35,7 @@ def engine(**settings: Any) -> PolicyEngine:
     }
     config = EngineConfig(**(base | settings))
     if config not in _ENGINES:
-        _ENGINES[config] = PolicyEngine(POLICY, config, jax.devices()[1])
+        _ENGINES[config] = PolicyEngine(POLICY, config, LAYOUT)
     return _ENGINES[config]
 
 

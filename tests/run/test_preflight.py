@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from forgejax.agents import AgentConfig
@@ -29,10 +30,11 @@ from forgejax.run.preflight import (
     check_resumed,
     check_run,
     digest_tokenizer,
+    lay_engine,
     load_chat,
 )
 from forgejax.run.rundir import Attempt
-from forgejax.sharding import MeshConfig, resolve
+from forgejax.sharding import EngineMesh, MeshConfig, build_mesh, resolve
 from tests.run.tiny_run import QUICKSTART, REPOSITORY, tiny_config
 
 DEMONSTRATOR = f"{REPOSITORY / 'examples' / 'quickstart' / 'demonstrations.py'}:CalculatorDemonstrator"
@@ -311,3 +313,12 @@ def test_weights_that_are_not_there_are_told_by_a_fresh_run_alone(tmp_path: Path
     with pytest.raises(ConfigError, match=r"policy\.path .*gone is no folder; give a Hugging Face folder"):
         check_run(config, tmp_path, fresh=True)
     check_run(config, tmp_path, fresh=False)
+
+
+def test_an_engine_of_several_devices_gets_those_that_the_learner_leaves_and_shares_none() -> None:
+    learner = build_mesh(resolve(MeshConfig(name="cpu-4")))
+    assert lay_engine(EngineMesh(tensor=2), learner).mesh.devices.flatten().tolist() == jax.devices()[4:6]  # type: ignore[union-attr]
+    with pytest.raises(MeshError, match=r"takes 6 devices and the learner's mesh leaves 4 of 8 free"):
+        lay_engine(EngineMesh(tensor=6), learner)
+    every = build_mesh(resolve(MeshConfig(name="cpu-8")))
+    assert lay_engine(EngineMesh(), every).mesh.devices.flatten().tolist() == jax.devices()[:1]  # type: ignore[union-attr]

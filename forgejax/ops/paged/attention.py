@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +22,8 @@ from forgejax.ops.paged.tpu import TpuPagedKernel
 class PagedKernel(Protocol):
     """A backend and its layout of the pool: a hashable value, the same for calls that shall share a program.
 
-    A pool is a pytree of arrays [L, P, ...]: whoever copies a page need not know what lies behind these two.
+    A pool is a pytree of arrays [L, P, _, heads, ...]: whoever copies a page or splits the heads over devices need not
+    know what else there is. ``heads`` are K, or several for each of K that are neighbours.
     """
 
     def make_pool(
@@ -58,6 +63,14 @@ def pick_paged_kernel(platform: str, *, batch_invariant: bool = False) -> PagedK
     return _KERNELS[platform]
 
 
+def count_kept_heads(kv_heads: int, head_shards: int = 1) -> int:
+    """``kv_heads`` of the pool whose heads are split over so many devices: more than K where these exceed K.
+
+    Each device then keeps the one that its queries read, and several keep the same.
+    """
+    return max(kv_heads, head_shards)
+
+
 def paged_attention(
     q_THC: Float[Array, "T H C"],
     k_TKC: Float[Array, "T K C"],
@@ -68,6 +81,8 @@ def paged_attention(
     batch: PagedBatch,
     kernel: PagedKernel,
     window: int | None = None,
+    mesh: Mesh | None = None,
+    head_axis: str | None = None,
 ) -> tuple[Float[Array, "T H C"], Any]:
     """Writes the new tokens' keys and values into one layer of the pool, then lets each see its sequence up to itself.
 
@@ -83,16 +98,60 @@ def paged_attention(
         batch: which token is whose.
         kernel: the backend, from ``pick_paged_kernel``.
         window: how many tokens a query sees at most, itself included; None is all of them.
+        mesh: where given, each device writes and reads its own heads, inside a ``shard_map``; no collective.
+        head_axis: the mesh axis that splits H, the pool, which has ``count_kept_heads``, and K where it can; or None.
 
     Raises:
-        ValueError: H is not a multiple of K, or the window is less than 1.
+        ValueError: H is not a multiple of K, the heads cannot be split, or the window is less than 1.
     """
     if q_THC.shape[1] % k_TKC.shape[1]:
         raise ValueError(f"{q_THC.shape[1]} query heads over {k_TKC.shape[1]} key heads: expected a multiple")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens; expected at least 1, for a token sees itself")
-    pool = kernel.write(pool, layer, k_TKC, v_TKC, batch.place_tokens(len(q_THC)))
-    return kernel.attend(q_THC, pool, layer, batch, window=window), pool
+    attend = functools.partial(_write_and_attend, kernel, window)
+    if mesh is None:
+        return attend((q_THC, k_TKC, v_TKC), pool, layer, batch)
+    return _attend_on_mesh(attend, (q_THC, k_TKC, v_TKC), (pool, layer, batch), mesh, head_axis)
+
+
+def _write_and_attend(
+    kernel: PagedKernel, window: int | None, qkv: tuple[jax.Array, ...], pool: Any, *of_layer: Any
+) -> tuple[jax.Array, Any]:
+    (q, k, v), (layer, batch) = qkv, of_layer
+    pool = kernel.write(pool, layer, k, v, batch.place_tokens(len(q)))
+    return kernel.attend(q, pool, layer, batch, window=window), pool
+
+
+def _attend_on_mesh(
+    attend: Callable[..., tuple[jax.Array, Any]],
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    rest: tuple[Any, jax.Array, PagedBatch],
+    mesh: Mesh,
+    head_axis: str | None,
+) -> tuple[jax.Array, Any]:
+    """Each device writes and reads its own heads; see ``paged_attention``."""
+    H, K = qkv[0].shape[1], qkv[1].shape[1]
+    shards = mesh.shape[head_axis] if head_axis else 1
+    if H % shards or (K % shards and shards % K):
+        raise ValueError(
+            f"{H} query and {K} key heads cannot be split over {shards} head shards: "
+            f"choose a count that divides {H} and divides, or is a multiple of, {K}"
+        )
+    split_keys = K % shards == 0
+
+    def local(qkv: tuple[jax.Array, jax.Array, jax.Array], *rest: Any) -> tuple[jax.Array, Any]:
+        q, k, v = qkv
+        if not split_keys:  # more shards than key heads: each keeps the one that its queries read
+            first = lax.axis_index(head_axis) * K // shards
+            k, v = (lax.dynamic_slice_in_dim(x, first, 1, axis=1) for x in (k, v))
+        return attend((q, k, v), *rest)
+
+    heads, whole, of_pool = PartitionSpec(None, head_axis), PartitionSpec(), PartitionSpec(None, None, None, head_axis)
+    keys = heads if split_keys else whole
+    in_specs, out_specs = ((heads, keys, keys), of_pool, whole, whole), (heads, of_pool)
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    out_THC, pool = run(qkv, *rest)
+    return out_THC, pool
 
 
 def copy_page(pool: Any, source: Int[Array, ""], target: Int[Array, ""]) -> Any:

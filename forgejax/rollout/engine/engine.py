@@ -1,4 +1,4 @@
-"""The policy behind JetStream's ``Engine`` contract: prefill, insert, generate, on one device.
+"""The policy behind JetStream's ``Engine`` contract: prefill, insert, generate, over a mesh of its own.
 
 The contract's prefixes and its decode state live in one pool, ``Slots``, which is changed in place: a prefix is a
 sequence that holds its pages for as long as somebody refers to it. Our driver makes ``Slots`` of its own.
@@ -21,11 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from numpy.typing import NDArray
 
-from forgejax.errors import EngineError
-from forgejax.models import Policy, PolicyConfig
+from forgejax.errors import EngineError, MeshError
+from forgejax.models import PolicyConfig, abstract_policy, init_params
 from forgejax.ops.paged.attention import pick_paged_kernel
 from forgejax.rollout.engine._jetstream import engine_api, tokenizer_api, tokenizer_pb2
 from forgejax.rollout.engine.config import EngineConfig
@@ -33,6 +32,7 @@ from forgejax.rollout.engine.programs import Programs
 from forgejax.rollout.engine.settings import SlotSettings
 from forgejax.rollout.engine.slots import Slots
 from forgejax.rollout.engine.weights import PublishedWeights, WeightBox
+from forgejax.sharding import EngineMesh, Layout, build_engine_mesh
 from forgejax.types import TokenIds
 
 
@@ -66,16 +66,23 @@ class IdTokenizer(tokenizer_api.Tokenizer):
 
 
 class PolicyEngine(engine_api.Engine):
-    """A policy on one device. ``params`` arguments take a ``WeightBox`` or one set of ``PublishedWeights``."""
+    """A policy over the mesh of a layout, which splits nothing but heads, MLP, vocabulary and experts.
 
-    def __init__(self, policy: PolicyConfig, config: EngineConfig, device: jax.Device | None = None):
+    ``params`` arguments take a ``WeightBox`` or one set of ``PublishedWeights``.
+    """
+
+    def __init__(self, policy: PolicyConfig, config: EngineConfig, layout: Layout | None = None):
+        """``layout``: of ``build_engine_mesh``; None is jax's first device. Raises MeshError for a policy that it
+        cannot split."""
         self.policy, self.config = policy, config
-        self.device = device if device is not None else jax.devices()[0]
-        abstract = nnx.eval_shape(lambda: Policy(policy, nnx.Rngs(0)))
-        self.abstract_params = nnx.split(abstract)[1]
+        self.layout = layout if layout is not None else Layout(mesh=build_engine_mesh(EngineMesh(), jax.devices()))
+        _check_layout(policy, self.layout)
+        self.abstract_params = abstract_policy(policy)[1]
+        self._placements = self.layout.placements(self.abstract_params)
         self._programs = Programs(
             policy=policy,
-            kernel=pick_paged_kernel(self.device.platform, batch_invariant=config.batch_invariant),
+            kernel=pick_paged_kernel(self.layout.platform, batch_invariant=config.batch_invariant),
+            layout=self.layout,
             page_tokens=config.page_tokens,
             tokens_per_step=config.tokens_per_step,
         )
@@ -88,10 +95,10 @@ class PolicyEngine(engine_api.Engine):
     # -- JetStream's contract ------------------------------------------------------------------------------------
 
     def load_params(self, params: Any = None, version: int = 0) -> WeightBox:
-        """A box holding a copy of ``params`` (randomly initialised if None) on the engine's device."""
+        """A box holding a copy of ``params`` (randomly initialised if None) on the engine's devices."""
         if params is None:
-            params = nnx.split(Policy(self.policy, nnx.Rngs(self.config.seed)))[1]
-        return WeightBox(params, version, self.device)
+            params = init_params(self.policy, self.layout, self.config.seed)
+        return WeightBox(params, version, self._placements)
 
     def prefill(
         self, *, params: Any, existing_prefix: PrefilledSequence | None = None, padded_tokens: Any, true_length: int
@@ -168,8 +175,8 @@ class PolicyEngine(engine_api.Engine):
             self._decoding.clear()
             return slots
 
-    def get_prefix_destination_sharding(self) -> jax.sharding.Sharding:
-        return jax.sharding.SingleDeviceSharding(self.device)
+    def get_prefix_destination_sharding(self) -> jax.sharding.Sharding | None:
+        return self.layout.sharding()
 
     def get_tokenizer(self) -> Any:
         return tokenizer_pb2.TokenizerParameters(path="token-ids")
@@ -191,7 +198,8 @@ class PolicyEngine(engine_api.Engine):
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        return jax.sharding.Mesh(np.array([self.device]), ("engine",))
+        assert self.layout.mesh is not None
+        return self.layout.mesh
 
     @property
     def colocated_cpus(self) -> None:
@@ -201,7 +209,7 @@ class PolicyEngine(engine_api.Engine):
 
     def make_slots(self) -> Slots:
         """A pool of one's own, and its slots: it takes the device memory of them."""
-        return Slots(self._programs, self.policy, self.config, self.device)
+        return Slots(self._programs, self.config)
 
     @contextmanager
     def _turn(self) -> Iterator[Slots]:
@@ -216,3 +224,16 @@ class PolicyEngine(engine_api.Engine):
 
 def _take_current(params: WeightBox | PublishedWeights) -> PublishedWeights:
     return params.current if isinstance(params, WeightBox) else params
+
+
+def _check_layout(policy: PolicyConfig, layout: Layout) -> None:
+    """Raises MeshError for devices that would all do the same work."""
+    if rest := layout.devices("data", "fsdp", "context") - 1:
+        raise MeshError(
+            f"an engine's mesh has axes tensor and expert alone; this one has {rest + 1} devices along others"
+        )
+    if layout.devices("expert") > 1 and not policy.moe.num_experts:
+        raise MeshError(
+            f"an engine's mesh of expert {layout.devices('expert')} for a policy without experts; set expert to 1, and "
+            "tensor to the number of devices"
+        )

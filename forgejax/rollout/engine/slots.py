@@ -1,4 +1,4 @@
-"""One pool of keys and values on the device, the sequences in it, and the slots that decode some of them."""
+"""One pool of keys and values on the devices, the sequences in it, and the slots that decode some of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from forgejax.models import PolicyConfig
 from forgejax.rollout.engine._jetstream import engine_api
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.rollout.engine.kv.paged_cache import Begun, PagedCache
-from forgejax.rollout.engine.programs import Programs, SlotState
-from forgejax.rollout.engine.sampling import Laws
+from forgejax.rollout.engine.programs import Programs
 from forgejax.rollout.engine.settings import SlotSettings
 from forgejax.rollout.engine.weights import PublishedWeights
 from forgejax.types import TokenIds
@@ -32,21 +29,10 @@ class Slots:
     number of ``grow`` and ``generate``; ``cache`` shares and releases it.
     """
 
-    def __init__(self, programs: Programs, policy: PolicyConfig, config: EngineConfig, device: jax.Device):
-        self._programs, self._config, self._device = programs, config, device
+    def __init__(self, programs: Programs, config: EngineConfig):
+        self._programs, self._config = programs, config
         self._cache = PagedCache(config)
-        # Program constants of JAX are placed on the default device unless told otherwise.
-        with jax.default_device(device):
-            self._pool = programs.kernel.make_pool(
-                layers=policy.num_layers,
-                pages=config.pool_pages,
-                page_tokens=config.page_tokens,
-                kv_heads=policy.num_kv_heads,
-                head_size=policy.head_size,
-                dtype=policy.compute_dtype,
-            )
-            self._state = _make_state(config)
-        self._pool, self._state = jax.device_put((self._pool, self._state), device)
+        self._pool, self._state = programs.make(config)
         self._tables_SM = np.zeros((config.slots, config.context_pages), np.int32)
         self._put_tables: jax.Array | None = None
 
@@ -144,23 +130,4 @@ class Slots:
         self._put_tables = None
 
     def _put(self, value: Any) -> jax.Array:
-        return jax.device_put(value, self._device)
-
-
-def _make_state(config: EngineConfig) -> SlotState:
-    """Every slot free."""
-    S = config.slots
-    return SlotState(
-        token_S=jnp.zeros(S, jnp.int32),
-        position_S=jnp.zeros(S, jnp.int32),
-        drawn_S=jnp.zeros(S, jnp.int32),
-        budget_S=jnp.zeros(S, jnp.int32),
-        active_S=jnp.zeros(S, jnp.bool_),
-        stop_SN=jnp.full((S, config.max_stop_ids), -1, jnp.int32),
-        laws=Laws(
-            temperature_S=jnp.ones(S, jnp.float32),
-            top_p_S=jnp.ones(S, jnp.float32),
-            top_k_S=jnp.zeros(S, jnp.int32),
-            key_S2=jnp.zeros((S, 2), jnp.uint32),
-        ),
-    )
+        return jax.device_put(value, self._programs.layout.sharding())

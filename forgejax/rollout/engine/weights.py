@@ -1,4 +1,4 @@
-"""Policy weights on the engine's device, and the box they are swapped in."""
+"""Policy weights on the engine's devices, and the box they are swapped in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from forgejax.errors import EngineError
+from forgejax.sharding import copy_shards
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,14 +25,15 @@ class WeightBox:
     ``publish`` may be called from any thread.
     """
 
-    def __init__(self, params: Any, version: int, device: jax.Device):
+    def __init__(self, params: Any, version: int, placements: Any):
+        """``placements``: a sharding for each weight, in their order."""
         check_version(version)
-        self._device = device
+        self._placements = jax.tree.leaves(placements)
         self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def publish(self, params: Any, version: int) -> None:
-        """Copies the weights to the engine's device and makes them current.
+        """Copies the weights, wherever and however split they lie, to the engine's devices and makes them current.
 
         When this returns the copy is complete: the caller may donate its buffers. Raises EngineError for weights of
         another model, and for a version that is no int32 from 0.
@@ -46,7 +48,9 @@ class WeightBox:
         self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def _copy(self, params: Any) -> Any:
-        return jax.block_until_ready(jax.device_put(params, self._device, may_alias=False))
+        leaves, structure = jax.tree.flatten(params)
+        copied = [copy_shards(x, placement) for x, placement in zip(leaves, self._placements, strict=True)]
+        return jax.block_until_ready(jax.tree.unflatten(structure, copied))
 
 
 def check_version(version: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
 from forgejax.errors import ConfigError
+from forgejax.sharding import EngineMesh
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """``engines``: "local", one in the trainer's process; a number, as many server processes on this machine, which the
-    trainer starts and ends; or the addresses of servers (``scripts/serve.py``) elsewhere.
+    trainer starts and ends; or the addresses of servers (``scripts/serve.py``) elsewhere. ``mesh``: over how many
+    devices each of the trainer's own engines is split, beside the learner's mesh.
 
     The others concern servers alone, who are asked every ``poll_s``. One that gives no sign of life for ``silence_s``
     is taken to be lost: its requests go elsewhere. The trainer's own are then killed and started again,
@@ -24,6 +26,7 @@ class RolloutConfig:
     """
 
     engines: Literal["local"] | int | tuple[str, ...] = "local"
+    mesh: EngineMesh = field(default_factory=EngineMesh)
     weights_folder: str = ""
     publish_s: float = 600.0
     poll_s: float = 0.5
@@ -40,6 +43,8 @@ class RolloutConfig:
             raise ConfigError(f"rollout.max_restarts is {self.max_restarts}; expected 0 or more")
         if isinstance(self.engines, int) and self.engines < 1:
             raise ConfigError(f"rollout.engines is {self.engines}; expected 1 or more, addresses, or local")
+        if isinstance(self.engines, tuple) and self.mesh != EngineMesh():
+            raise ConfigError("rollout.mesh is that of the trainer's own engines; give servers elsewhere --mesh theirs")
         if self.poll_s >= self.silence_s:
             raise ConfigError(f"rollout.poll_s {self.poll_s} must be shorter than rollout.silence_s {self.silence_s}")
         if not isinstance(self.engines, tuple):

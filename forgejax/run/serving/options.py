@@ -10,6 +10,7 @@ from forgejax.errors import ConfigError
 from forgejax.models import PolicyConfig
 from forgejax.rollout import EngineConfig
 from forgejax.rollout.server.access import check_exposure
+from forgejax.sharding import EngineMesh
 from forgejax.types import SamplingLaw
 
 
@@ -41,7 +42,9 @@ class ServeConfig:
     seed: int = 0
     """Seed of random weights, served where none of run, weights and policy.path is given."""
     device: int = 0
-    """Index of the device the engine runs on."""
+    """Index of the device the engine runs on, the first where it is split over several."""
+    mesh: EngineMesh = field(default_factory=EngineMesh)
+    """Over how many devices the engine is split."""
     weights_gib: float | None = None
     """Device memory that weights may take. Less than twice their size: new ones take the place of those that serve,
     while requests wait; else (and if left out) they are loaded beside them and swapped between two decode steps."""

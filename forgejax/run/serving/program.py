@@ -40,6 +40,7 @@ from forgejax.run.checkpoint import load_trained, load_tree
 from forgejax.run.config import load_saved
 from forgejax.run.preflight import check_engine_memory, find_memory
 from forgejax.run.serving.options import ServeConfig
+from forgejax.sharding import Layout, build_engine_mesh, prepare_engine
 from forgejax.types import SamplingLaw
 
 _GIB = 2**30
@@ -79,9 +80,12 @@ def load_served(config: ServeConfig) -> LoadedPolicy:
 
 def make_engine(config: ServeConfig) -> PolicyEngine:
     """The engine, without weights. Raises ForgejaxError for what cannot be served."""
+    if config.mesh.devices > 1:
+        prepare_engine(config.device + config.mesh.devices)
     devices = jax.devices()
     if not 0 <= config.device < len(devices):
         raise ConfigError(f"device {config.device} was asked for; this machine has 0 to {len(devices) - 1}")
+    mesh = build_engine_mesh(config.mesh, devices[config.device :])
     device = devices[config.device]
     there = find_memory() if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
     settings = config.engine
@@ -89,8 +93,8 @@ def make_engine(config: ServeConfig) -> PolicyEngine:
         settings = load_saved(rundir.saved_config(config.run), str(config.run)).engine
     policy = find_policy(config)
     if there is not None:
-        check_engine_memory(policy, settings, there, f"device {config.device}")
-    return PolicyEngine(policy, settings, device)
+        check_engine_memory(policy, settings, config.mesh, there=there, place=f"device {config.device}")
+    return PolicyEngine(policy, settings, Layout(mesh=mesh))
 
 
 def make_served(config: ServeConfig) -> ServedEngine:

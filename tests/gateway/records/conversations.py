@@ -102,6 +102,7 @@ async def _retry_and_leave(session: Any) -> None:
         for _ in range(2):
             async with http.post(url, json=body) as response:
                 assert response.status == 200
+                await response.read()  # whoever closes a connection in which bytes lie unread has not had the answer
         endless = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "endless"}]}
         async with http.post(url, json=endless) as response:
             await response.content.readline()

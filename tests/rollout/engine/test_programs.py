@@ -49,8 +49,10 @@ class PlainKernel:
 def _draw(kernel: PagedKernel) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and log-probs of a prompt of 13 tokens, fed in two chunks and decoded in slot 2 of 4."""
     config, ids = tiny.engine().config, tiny.prompt(5, 13)
-    programs = Programs(policy=tiny.POLICY, kernel=kernel, page_tokens=config.page_tokens, tokens_per_step=2)
-    slots = Slots(programs, tiny.POLICY, config, jax.devices()[1])
+    programs = Programs(
+        policy=tiny.POLICY, kernel=kernel, layout=tiny.LAYOUT, page_tokens=config.page_tokens, tokens_per_step=2
+    )
+    slots = Slots(programs, config)
     weights = tiny.engine().load_params(tiny.params()).current
     assert slots.begin(2, ids) == 0
     for end in (8, 12):

@@ -12,7 +12,7 @@ from tests.rollout import tiny
 
 def test_published_weights_survive_the_donation_of_the_learners_buffers() -> None:
     engine = tiny.engine()
-    given = jax.device_put(tiny.params(1), engine.device)
+    given = jax.device_put(tiny.params(1), engine.layout.sharding())
     expected = jax.tree.map(np.asarray, given)
     box = engine.load_params(tiny.params(0))
     box.publish(given, 7)
@@ -29,7 +29,7 @@ def test_weights_sharded_over_a_mesh_are_gathered_on_the_engines_device() -> Non
     box = engine.load_params(tiny.params(0))
     box.publish(given, 1)
     for leaf, expected in zip(jax.tree.leaves(box.current.params), jax.tree.leaves(tiny.params(1)), strict=True):
-        assert leaf.devices() == {engine.device}
+        assert leaf.devices() == set(engine.mesh.devices.flat)
         np.testing.assert_array_equal(leaf, expected)
 
 

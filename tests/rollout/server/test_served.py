@@ -71,10 +71,10 @@ async def test_asleep_it_has_no_weights_on_its_device_and_wakes_with_the_newest(
         before = await ask(engine, tiny.request("a", [1, 2, 3], 6, seed=1))
         weights = engine.driver.weights.params
         leaf = next(iter(jax.tree.leaves(weights)))
-        held = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.devices() == {engine.engine.device})
+        held = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.devices() == set(engine.engine.mesh.devices.flat))
         del weights, leaf
         await engine.sleep(idle_s=10.0)
-        left = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.devices() == {engine.engine.device})
+        left = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.devices() == set(engine.engine.mesh.devices.flat))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine.engine.abstract_params))
         assert held - left > 2 * size  # weights, keys and values
         assert (engine.state, engine.version, engine.healthy) == ("asleep", 3, True)

@@ -1,0 +1,201 @@
+"""An engine's programs through the real TPU compiler: what they need of a chip's memory, and what chips exchange.
+
+Qwen3-8B on a described host of four v5e, Qwen3-30B-A3B on eight; 64 slots of 32k and of 200k tokens, whose pool of
+pages fills what weights and programs leave of each chip's memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before jax is imported: no TPU is looked for, and other processes may compile at the same time.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from forgejax.models import PolicyConfig, abstract_policy
+from forgejax.models.moe import MoEConfig
+from forgejax.ops.paged.attention import pick_paged_kernel
+from forgejax.rollout import EngineConfig
+from forgejax.rollout.engine.programs import Programs
+from forgejax.sharding import EngineMesh, Layout, build_engine_mesh
+
+_GIB = 2**30
+_USABLE = 15.75 * _GIB  # of the 16 GiB of a v5e: past it the compiler itself refuses
+_SLOTS, _CHUNK = 64, 512
+_SPARE = 1.75 * _GIB  # of a chip: what the programs may take beside weights and pool
+_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_QWEN3_8B = PolicyConfig(
+    vocab_size=151_936,
+    num_layers=36,
+    d_model=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=12_288,
+    tied_embeddings=False,
+    qk_norm="head",
+    param_dtype="bfloat16",
+    compute_dtype="bfloat16",
+)
+_QWEN3_30B_A3B = dataclasses.replace(
+    _QWEN3_8B,
+    num_layers=48,
+    d_model=2048,
+    num_kv_heads=4,
+    d_ff=768,
+    moe=MoEConfig(num_experts=128, experts_per_token=8, d_ff=768),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """A policy on the chips of a topology, and the longest sequence."""
+
+    name: str
+    topology: str
+    mesh: EngineMesh
+    context: int
+    page_tokens: int
+    tokens_per_step: int
+
+    @property
+    def policy(self) -> PolicyConfig:
+        return {"8B": _QWEN3_8B, "30B-A3B": _QWEN3_30B_A3B}[self.name]
+
+
+_CASES = (
+    _Case("8B", "v5e:2x2", EngineMesh(tensor=4), 32_768, 64, 4),
+    _Case("8B", "v5e:2x2", EngineMesh(tensor=4), 200_704, 128, 4),
+    # With several tokens a step the compiler wants 22 GiB of temporaries and refuses; docs/results/tpu_memory.md.
+    _Case("30B-A3B", "v5e:2x4", EngineMesh(tensor=4, expert=2), 32_768, 64, 1),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Engine:
+    """An engine's programs as compiled, and the bytes of weights and pool on each chip."""
+
+    programs: dict[str, jax.stages.Compiled]
+    weights: int
+    pool: int
+    kv_tokens: int
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _bytes(tree: Any) -> int:
+    """On each chip."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@functools.cache
+def _compiled(case: _Case) -> _Engine:
+    """What it needs is printed, for docs/results/tpu_memory.md (``ARGS=-s``)."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    layout = Layout(mesh=build_engine_mesh(case.mesh, devices))
+    abstract = abstract_policy(case.policy)[1]
+    params = _placed(abstract, layout.placements(abstract))
+    programs = Programs(
+        policy=case.policy,
+        kernel=pick_paged_kernel("tpu"),
+        layout=layout,
+        page_tokens=case.page_tokens,
+        tokens_per_step=case.tokens_per_step,
+    )
+    heads = max(case.policy.num_kv_heads // case.mesh.tensor, 1)
+    of_page = 2 * case.policy.num_layers * heads * case.policy.head_size * 2 * case.page_tokens
+    pages = int((_USABLE - _SPARE - _bytes(params)) // of_page)
+    config = EngineConfig(
+        slots=_SLOTS,
+        max_context=case.context,
+        page_tokens=case.page_tokens,
+        kv_pages=pages - 1,
+        prefill_buckets=(_CHUNK,),
+    )
+
+    def whole(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding())
+
+    pool, slots = jax.eval_shape(functools.partial(Programs.make, programs, config))
+    pool = jax.tree.map(lambda x: _placed(x, layout.sharding(None, None, None, "heads")), pool)
+    slots = jax.tree.map(lambda x: _placed(x, layout.sharding()), slots)
+    M = config.context_pages
+    calls = {
+        "decode": (Programs.generate, _SLOTS, params, (pool, slots), (whole(_SLOTS, M), None), whole()),
+        "prefill": (Programs.extend, params, pool, whole(_CHUNK), whole(M), (whole(), whole())),
+    }
+    found = {}
+    for name, (function, *args) in calls.items():
+        start = time.process_time()
+        found[name] = function.trace(programs, *args).lower(lowering_platforms=("tpu",)).compile()
+        took = time.process_time() - start
+        memory = found[name].memory_analysis()
+        assert memory is not None
+        print(
+            f"\n{case.name} on {case.topology}, {case.context:,} tokens, {name}: temporaries "
+            f"{memory.temp_size_in_bytes / _GIB:.2f}, in all {_peak(found[name]) / _GIB:.2f} GiB a chip, "
+            f"{took:.0f} s of CPU",
+            end="",
+        )
+    engine = _Engine(
+        programs=found, weights=_bytes(params), pool=_bytes(pool), kv_tokens=(pages - 1) * case.page_tokens
+    )
+    print(
+        f"\n{case.name} on {case.topology}, {case.context:,} tokens: weights {engine.weights / _GIB:.2f}, pool "
+        f"{engine.pool / _GIB:.2f} GiB a chip, room for {engine.kv_tokens:,} tokens"
+    )
+    return engine
+
+
+def _peak(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a chip's memory while the program runs: arguments, results in no argument's place, temporaries, code."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _exchanged(compiled: jax.stages.Compiled) -> list[int]:
+    """The size of every array that some collective gives a chip."""
+    text = compiled.as_text()
+    assert text is not None
+    results = re.findall(rf"= (.*?) (?:{_COLLECTIVES})(?:-start)?\(", text)
+    return [math.prod(map(int, dims.split(","))) for each in results for dims in re.findall(r"\w\[([\d,]+)\]", each)]
+
+
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: f"{case.name}-{case.context}")
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+def test_an_engine_fits_its_chips_and_changes_its_pool_in_place(case: _Case, program: str) -> None:
+    engine = _compiled(case)
+    compiled = engine.programs[program]
+    memory = compiled.memory_analysis()
+
+    assert memory is not None and memory.alias_size_in_bytes >= engine.pool
+    assert memory.temp_size_in_bytes < engine.pool / 4
+    assert _peak(compiled) < _USABLE
+    assert engine.kv_tokens >= case.context
+
+
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: f"{case.name}-{case.context}")
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+def test_chips_exchange_activations_and_logits_but_neither_pool_nor_weights(case: _Case, program: str) -> None:
+    policy, tokens = case.policy, {"decode": _SLOTS, "prefill": _CHUNK}[program]
+    activations = tokens * max(policy.d_model, policy.num_heads * policy.head_size)
+    logits = _SLOTS * policy.vocab_size // case.mesh.devices
+
+    exchanged = _exchanged(_compiled(case).programs[program])
+    assert exchanged
+    assert max(exchanged) <= max(activations, logits if program == "decode" else 0)
