@@ -90,7 +90,10 @@ class Checkpoints:
         self.set_aside = _set_damaged_aside(directory)
         self._keep = keep
         # Older ones are deleted here and not by Orbax, which would do it before the new one has its checksums.
-        options = ocp.CheckpointManagerOptions(async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S))
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,  # of saves that a crash has cut short
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
+        )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._safe = self.latest
         self._saving: threading.Thread | None = None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from _audit_run import GROUPS_PER_STEP, NAME
+from _audit_run import GROUPS_PER_STEP, NAME, list_unfinished
+from _results import EVALUATING, SAVING
 from _session import End, Session
 
 START_S, END_S = 300.0, 300.0
@@ -42,6 +44,8 @@ OPTIONS = {
     "agent.kind": "worker",
     "tasks.eval-tasks": "12",
 }
+_BEGUN = re.compile(r"^\[ *[\dhms.]+\] ([a-z ]+)(?:: .*)? \.\.\.$")  # how progress tells of a phase
+_ENDED = re.compile(r"^\[ *[\dhms.]+\] ([a-z ]+) (?:done|failed) in ")
 LISTS = ("--engine.prefill-buckets", "64", "--agent.command", sys.executable, "tests/run/tiny_agent.py")
 
 
@@ -75,6 +79,7 @@ class Attempt:
         self.run = stage.run
         self.log = stage.root / "log"
         self.log.write_bytes(b"")
+        self._left = list_unfinished(stage.run)  # by ends before
         begun = ["--resume=" + NAME] if self.run.exists() else stage.options
         self.session = stage.session()
         arguments = [f"--run.root={stage.root}", f"--run.steps={steps}", *begun, *options]
@@ -101,11 +106,26 @@ class Attempt:
     def until_at(self, where: str) -> None:
         """Waits until it is in its warm start, in its training, or there in an evaluation or a save."""
         self.until_said("warm start: " if where == "warm start" else "training: ")
-        if where == "evaluating":
+        if where == EVALUATING:
             self.until_said("evaluating: ", again=True)
-        if where == "saving":
-            folder = self.run / "checkpoints"
-            self.until(lambda: any(not path.name.isdigit() for path in folder.glob("*")), 60.0)
+        if where == SAVING:
+            self.until(lambda: self.saving, 60.0)
+
+    @property
+    def saving(self) -> bool:
+        """Whether there is a checkpoint that this attempt has begun and not sealed."""
+        return not list_unfinished(self.run) <= self._left
+
+    @property
+    def doing(self) -> tuple[str, ...]:
+        """The phase that it is in, as it tells itself, and whether it saves."""
+        phases = []
+        for line in self.output.splitlines():
+            if (begun := _BEGUN.match(line)) and begun[1] not in phases:  # of a long one it tells again
+                phases.append(begun[1])
+            elif (ended := _ENDED.match(line)) and ended[1] in phases:
+                phases.remove(ended[1])
+        return (phases[-1] if phases else "starting", *([SAVING] if self.saving else []))
 
     def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

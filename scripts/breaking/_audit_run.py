@@ -13,6 +13,7 @@ from typing import Any
 
 from forgejax.pool.journal import Journal
 from forgejax.pool.schema import sqlite_url
+from forgejax.report.storage import CHECKSUMS_FILE
 
 MARK = "FORGEJAX_BREAK_RUNS"  # in the environment of every process of a campaign: its root
 NAME = "broken"
@@ -72,6 +73,16 @@ def _audit_figures(run: Path, sizes: Counter[int]) -> Iterator[str]:
     }.items():
         if value:
             yield f"{value} {name}: {summary['tokens_not_trained']}, {summary['groups_not_trained']}"
+
+
+def list_unfinished(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or whose writing was cut short: names and inodes."""
+    found = set()
+    for path in (run / "checkpoints").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError):  # it is whole by now, and has another name
+            if not (path / CHECKSUMS_FILE).is_file():
+                found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def trained_rows(run: Path) -> list[int]:

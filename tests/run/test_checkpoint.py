@@ -139,18 +139,21 @@ def test_restoring_from_nothing_says_to_start_anew(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_a_save_cut_off_by_a_crash_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_save_cut_off_by_a_crash_is_no_checkpoint_and_goes_by_the_next_save(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.save(1, state(1.0), {}, numbers())
     checkpoints.wait()
     checkpoints.close()
-    torn = tmp_path / "2.orbax-checkpoint-tmp-1"
+    torn = tmp_path / "2.orbax-checkpoint-tmp"
     torn.mkdir()
     (torn / "state").mkdir()
 
     again = Checkpoints(tmp_path, keep=3)
     assert again.latest == 1
+    again.save(3, state(3.0), {}, numbers())
+    again.wait()
     again.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_one_tree_goes_to_a_file_and_back_and_into_no_other_policy(tmp_path: Path) -> None:
