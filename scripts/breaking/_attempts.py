@@ -44,7 +44,7 @@ OPTIONS = {
     "agent.kind": "worker",
     "tasks.eval-tasks": "12",
 }
-_BEGUN = re.compile(r"^\[ *[\dhms.]+\] ([a-z ]+)(?:: .*)? \.\.\.$")  # how progress tells of a phase
+_BEGUN = re.compile(r"^\[ *[\dhms.]+\] (?!note:)([a-z ]+)(?:: .*)? \.\.\.$")  # how progress tells of a phase
 _ENDED = re.compile(r"^\[ *[\dhms.]+\] ([a-z ]+) (?:done|failed) in ")
 LISTS = ("--engine.prefill-buckets", "64", "--agent.command", sys.executable, "tests/run/tiny_agent.py")
 
@@ -119,13 +119,7 @@ class Attempt:
     @property
     def doing(self) -> tuple[str, ...]:
         """The phase that it is in, as it tells itself, and whether it saves."""
-        phases = []
-        for line in self.output.splitlines():
-            if (begun := _BEGUN.match(line)) and begun[1] not in phases:  # of a long one it tells again
-                phases.append(begun[1])
-            elif (ended := _ENDED.match(line)) and ended[1] in phases:
-                phases.remove(ended[1])
-        return (phases[-1] if phases else "starting", *([SAVING] if self.saving else []))
+        return (find_phase(self.output), *([SAVING] if self.saving else []))
 
     def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -140,3 +134,14 @@ class Attempt:
     @property
     def tail(self) -> str:
         return self.output[-600:]
+
+
+def find_phase(output: str) -> str:
+    """The innermost phase that a run is in, by the lines it tells its progress with."""
+    phases = []
+    for line in output.splitlines():
+        if (begun := _BEGUN.match(line)) and begun[1] not in phases:  # of a long one it tells again
+            phases.append(begun[1])
+        elif (ended := _ENDED.match(line)) and ended[1] in phases:
+            phases.remove(ended[1])
+    return phases[-1] if phases else "starting"
