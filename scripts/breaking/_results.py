@@ -50,22 +50,23 @@ def append_result(file: Path, result: Result) -> None:
 
 
 def lay_table(results: Iterable[Result]) -> Iterator[str]:
-    """A row of Markdown for each kind of end and what it hit, and one for all of a campaign."""
-    rows: dict[tuple[str, str, str], list[Result]] = {}
+    """A row of Markdown for all of a campaign and for each kind of end. An end can hit an evaluation and a save."""
+    rows: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        for hit in (" and ".join(result.hit), ""):
-            kind = result.kind if hit else ""
-            rows.setdefault((result.what, kind, hit), []).append(result)
-    yield "| ends | while | number | with a closed account | something wrong | s until it had ended, median and most |"
-    yield "|---|---|---|---|---|---|"
-    for (what, kind, hit), those in sorted(rows.items()):
+        for kind in (result.kind, ""):
+            rows.setdefault((result.what, kind), []).append(result)
+    columns = ("ends", "number", EVALUATING, SAVING, "else", "account closed", "wrong", "s to the end: median, most")
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for (what, kind), those in sorted(rows.items()):
         took = [result.took_s for result in those]
-        cells = [
-            kind or f"**{what}**",
-            hit or "**in all**",
-            str(len(those)),
-            str(sum(result.closed for result in those)),
-            str(sum(bool(result.wrong) for result in those)),
-            f"{statistics.median(took):.1f}, {max(took):.1f}",
-        ]
+        counts = (
+            len(those),
+            sum(EVALUATING in result.hit for result in those),
+            sum(SAVING in result.hit for result in those),
+            sum(not {EVALUATING, SAVING} & {*result.hit} for result in those),
+            sum(result.closed for result in those),
+            sum(bool(result.wrong) for result in those),
+        )
+        cells = [kind or f"**{what}**", *map(str, counts), f"{statistics.median(took):.1f}, {max(took):.1f}"]
         yield f"| {' | '.join(cells)} |"

@@ -25,10 +25,11 @@ def test_results_come_back_and_are_counted_by_kind_and_by_what_they_hit(tmp_path
         append_result(file, each)
     assert read_results(file) == kept
     assert kept[2].describe() == "3: SIGINT while training, in 3.0 s, step 3 -> 4: 2 open tokens"
+    kept.append(result(4, kind="SIGTERM", hit=("evaluating",)))
     assert list(lay_table(kept))[2:] == [
-        "| **ends** | **in all** | 3 | 2 | 1 | 2.0, 3.0 |",
-        "| SIGINT | evaluating and saving | 1 | 1 | 0 | 2.0, 2.0 |",
-        "| SIGINT | training | 2 | 1 | 1 | 2.0, 3.0 |",
+        "| **ends** | 4 | 2 | 1 | 2 | 3 | 1 | 2.5, 4.0 |",
+        "| SIGINT | 3 | 1 | 1 | 2 | 2 | 1 | 2.0, 3.0 |",
+        "| SIGTERM | 1 | 1 | 0 | 0 | 1 | 0 | 4.0, 4.0 |",
     ]
 
 
