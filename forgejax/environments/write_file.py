@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from forgejax.environments.base import Score, Workspace
+from forgejax.environments.scratch import make_scratch
 from forgejax.errors import ConfigError
 from forgejax.types import Task, Trajectory
 
@@ -60,7 +59,7 @@ class WriteFile:
         return self._make("train", index, self._draw_new("train", index))
 
     async def open(self, task: Task) -> Workspace:
-        return Workspace(directory=Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="forgejax-task-")))
+        return Workspace(directory=await asyncio.to_thread(make_scratch, "task"))
 
     async def close(self, workspace: Workspace) -> None:
         assert workspace.directory is not None
