@@ -127,13 +127,16 @@ def _read_variables(rest: str, where: str) -> dict[str, str]:
 
 
 def _read_copy(rest: str, folder: Path, work: PurePosixPath, where: str) -> Iterator[tuple[Path, PurePosixPath]]:
+    before, bracket, listed = rest.partition("[")
     try:
-        words = json.loads(rest) if rest.startswith("[") else shlex.split(rest)
+        words = shlex.split(before) + (json.loads(bracket + listed) if bracket else [])
     except ValueError as error:
         raise ConfigError(f"{where}: COPY {rest} cannot be read: {error}") from error
     if flags := [word for word in words if word.startswith("--") and not word.startswith(("--chmod", "--chown"))]:
         raise ConfigError(f"{where}: {flags[0]} needs an image to be built, and a sandbox has none; leave it out")
-    *sources, target = [word for word in words if not word.startswith("--")]
+    *sources, target = [word for word in words if not word.startswith("--")] or [""]
+    if not sources:
+        raise ConfigError(f"{where}: COPY {rest} names no place; expected files and where they go")
     for name in sources:
         found = sorted(folder.glob(name.strip("/") or ".")) if name not in (".", "./") else [folder]
         if not found:

@@ -105,7 +105,7 @@ class Bubblewrap:
         for place in own:
             await asyncio.to_thread(self.give, place)
         door.mkdir()
-        entered = Entered(words=self._word((), port=outlet.port, read=read, own=own))
+        entered = Entered(words=self._word((), port=outlet.inside, read=read, own=own))
         try:
             async with open_door(door / "socket", outlet) as inside:
                 noting = asyncio.create_task(self._note(inside, entered))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from forgejax.environments.sandbox.watch import find_namespace
 
+_UNPRIVILEGED = 1024
 _CHUNK = 64 * 1024
 _PEER = struct.Struct("3i")  # process, user, group
 _log = logging.getLogger(__name__)
@@ -21,10 +22,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outlet:
-    """Where calls to ``127.0.0.1:port`` inside lead to."""
+    """Where calls to ``127.0.0.1:inside`` in a sandbox lead to."""
 
     host: str
     port: int
+
+    @property
+    def inside(self) -> int:
+        """``port``, or another where only a privileged program could listen at that."""
+        return self.port if self.port >= _UNPRIVILEGED else self.port + _UNPRIVILEGED
 
     @classmethod
     def of(cls, url: str) -> Outlet:
@@ -36,7 +42,7 @@ class Outlet:
 
     def localise(self, url: str) -> str:
         """``url`` as it reads inside."""
-        return urlsplit(url)._replace(netloc=f"127.0.0.1:{self.port}").geturl()
+        return urlsplit(url)._replace(netloc=f"127.0.0.1:{self.inside}").geturl()
 
 
 @contextlib.asynccontextmanager
