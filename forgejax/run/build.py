@@ -40,6 +40,7 @@ from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
+from forgejax.run.evaluate import load_evaluated
 from forgejax.run.loop import Outcome, Trainer
 from forgejax.run.preflight import lay_engine, load_chat
 from forgejax.run.rows import Compiles, StepRows
@@ -65,10 +66,12 @@ def play_run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: C
 
     ``on_ready`` gets the trainer as soon as it can be stopped. Raises ForgejaxError with a sentence for the user.
     """
+    before_file = place.path / BEFORE_FILE
+    load_evaluated(before_file)  # a damaged one is told before anything is made
     with ExitStack() as stack:
         trainer = build(config, place, progress, stack)
         on_ready(trainer)
-        return trainer.run(place.path / BEFORE_FILE)
+        return trainer.run(before_file)
 
 
 def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Trainer:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from forgejax.errors import CheckpointError
 from forgejax.report.sinks import Row
 from forgejax.report.sinks.jsonl import JsonLines
 from forgejax.rollout import RequestLog
-from forgejax.run.build import _missed_evaluation, play_run
+from forgejax.run.build import BEFORE_FILE, _missed_evaluation, play_run
 from forgejax.run.conclude import summarise
 from forgejax.run.loop import Trainer
 from tests.run.tiny_run import REPOSITORY, Ended, Notes, tiny_config, tiny_place
@@ -29,6 +30,17 @@ def test_an_evaluation_that_scored_nothing_is_one_all_the_same(
             rows.write(Row(step=2, values=figures, at=0.0))
         assert _missed_evaluation(config, place, 2) is missed
         assert _missed_evaluation(config, place, 4) and not _missed_evaluation(config, place, 3)
+
+
+def test_a_damaged_first_evaluation_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path)
+    with contextlib.closing(tiny_place(config)) as place:
+        (place.path / BEFORE_FILE).write_text("{")
+        monkeypatch.setattr("forgejax.run.build.build", None)
+        with pytest.raises(CheckpointError, match=r"evaluation-before\.json is damaged: .*; delete it"):
+            play_run(config, place, Notes(), lambda _: None)
 
 
 def test_a_taken_port_is_no_obstacle_and_the_one_chosen_is_told(ended: Ended) -> None:
