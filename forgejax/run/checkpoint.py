@@ -160,8 +160,11 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, TypeError, OSError) as error:
+            # Behind its first sentence Orbax gives advice to programmers.
+            cause = str(error).partition("\n")[0].partition(". ")[0].rstrip(":")
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._directory} cannot be restored into this model: {error}"
+                f"the checkpoint of step {step} in {self._directory} cannot be restored into this model: {cause}; "
+                "go on with the policy that it is of"
             ) from error
         return step, _unnamed(found["state"], like), found["figures"]
 
