@@ -110,10 +110,10 @@ class TrainConfig:
     stop_policy: StopPolicy = field(default_factory=StopPolicy)
 
     def __post_init__(self) -> None:
-        if self.sampling.truncated:
+        if not self.sampling.trainable:
             raise ConfigError(
-                f"sampling {self.sampling}: tokens of a truncated or greedy law cannot be trained; "
-                "set temperature above 0, top_p = 1 and top_k = 0"
+                f"sampling {self.sampling}: tokens of a truncated, greedy or biased law cannot be trained; set "
+                "temperature above 0, top_p = 1, top_k = 0, min_p = 0 and no logit_bias"
             )
         self._require_rows_for_the_longest()
         self._require_requests_for_the_episodes()
