@@ -133,7 +133,7 @@ def main(options: Options) -> None:
                 scored = score(versions[version], each)
                 if each.oldest_versions[0] < version:
                     carried.add(scored - each.logprobs)
-                if version + 1 < len(versions):
+                if not age and version + 1 < len(versions):
                     step.add(score(versions[version + 1], each) - scored)
             metrics, name = driver.metrics(), f"drift {drift:g}, age {age}"
             result |= {
@@ -143,8 +143,9 @@ def main(options: Options) -> None:
                 f"{name}: their gap": carried.mean,
                 f"{name}: its p99": carried.p99,
                 f"{name}: their ess": carried.ess,
-                f"{name}: gap of one update": step.mean,
             }
+            if not age:
+                result[f"drift {drift:g}: gap of one update"] = step.mean
     show(result, options.json)
 
 
