@@ -87,19 +87,16 @@ class Soak:
     async def run(self) -> None:
         """All of it; returns once every request has ended."""
         until = time.monotonic() + self.seconds
-        others = [asyncio.create_task(work) for work in (self._publish_on(), self._kill_on(), self._watch_memory())]
-        async with asyncio.TaskGroup() as requests:
+        watch = asyncio.create_task(self._watch_memory())
+        async with asyncio.TaskGroup() as group:
+            changes = [group.create_task(work) for work in (self._publish_on(), self._kill_on())]
             number = 0
-            while time.monotonic() < until:
+            while time.monotonic() < until or not all(change.done() for change in changes):
                 await asyncio.sleep(self.random.expovariate(self.options.rate))
                 if self.open < _MOST_OPEN:
-                    requests.create_task(self._play_session(number))
+                    group.create_task(self._play_session(number))
                     number += 1
-        for other in others:
-            other.cancel()
-        for end in await asyncio.gather(*others, return_exceptions=True):
-            if isinstance(end, Exception):
-                raise end
+        watch.cancel()
 
     async def _play_session(self, number: int) -> None:
         """One to three turns; each goes on from the one before."""
@@ -190,7 +187,7 @@ async def soak(options: Options, folder: Path) -> tuple[dict[str, Any], dict[str
         Launch(command=_word_server(), env=make_environment_of_server(), folder=folder / str(number))
         for number in range(2)
     ]
-    config = RolloutConfig(engines=2, silence_s=60.0)
+    config = RolloutConfig(engines=2, silence_s=60.0, publish_s=60.0)
     params = init_params(_POLICY, seed=0)
     with ServerEngines(config, params, 0, request_deadline_s=_DEADLINE_S, launches=launches) as engines:
         run = Soak(engines=engines, options=options, folder=folder)
