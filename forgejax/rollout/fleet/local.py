@@ -77,6 +77,7 @@ class LocalEngines(LocalSampler):
             inherited_failed=inherited.failed,
             prompt_tokens=metrics.prompt_tokens,
             cached_tokens=metrics.cached_tokens,
+            computed_tokens=metrics.computed_tokens,
             active=metrics.active,
             waiting=metrics.waiting,
         )
