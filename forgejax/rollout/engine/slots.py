@@ -57,9 +57,10 @@ class Slots:
         chunk[:count] = ids[start : start + count]
         row_M = np.zeros(self._config.context_pages, np.int32)
         self._cache.fill_row(key, row_M)
-        self._pool = self._programs.extend(
-            weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
-        )
+        with self._programs.layout.turn():
+            self._pool = self._programs.extend(
+                weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
+            )
         return count
 
     def pick_bucket(self, tokens: int) -> int:
@@ -100,9 +101,10 @@ class Slots:
         if self._put_tables is None:
             self._put_tables = self._put(self._tables_SM.copy())
         mask = None if mask_SW is None else self._put(mask_SW[:bucket])
-        (self._pool, self._state), data = self._programs.generate(
-            bucket, weights.params, (self._pool, self._state), (self._put_tables, mask), np.int32(weights.version)
-        )
+        with self._programs.layout.turn():
+            (self._pool, self._state), data = self._programs.generate(
+                bucket, weights.params, (self._pool, self._state), (self._put_tables, mask), np.int32(weights.version)
+            )
         k = self._config.tokens_per_step if mask_SW is None else 1
         return engine_api.ResultTokens(data, (0, k), (k, 2 * k), (2 * k, 2 * k + 1), 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -54,6 +55,11 @@ class RolloutConfig:
         for url in self.engines:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise ConfigError(f'rollout.engines has "{url}"; expected an address such as http://10.0.0.7:8800')
+
+    @property
+    def folder(self) -> Path | None:
+        """``weights_folder``, or None."""
+        return Path(self.weights_folder) if self.weights_folder else None
 
     @property
     def token(self) -> str:
