@@ -6,8 +6,8 @@
   --devices N     fake CPU devices in each (1); the mesh is cpu-(processes x devices) unless the arguments name another
 
 What stands behind -- goes to scripts/train.py. Every line is printed behind the number of its process. When one
-process ends with a failure, the others have 60 s to end by themselves and are then killed; Ctrl-C and SIGTERM reach all.
-The exit code is the first that is not 0.
+process ends with a failure, the others have 60 s to end by themselves and are then killed; Ctrl-C and SIGTERM reach
+all. The exit code is the first that is not 0.
 """
 
 from __future__ import annotations

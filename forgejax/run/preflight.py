@@ -222,8 +222,8 @@ def allow_open_files(config: TrainConfig) -> None:
 
 
 def check_mesh(config: TrainConfig, processes: Processes = ALONE) -> None:
-    """Raises MeshError for a mesh that these processes cannot give, and ConfigError for rows or heads that the kernel of
-    its devices cannot attend with: at once, before anything is created for the run."""
+    """Raises MeshError for a mesh that these processes cannot give, and ConfigError for rows or heads that the kernel
+    of its devices cannot attend with: at once, before anything is created for the run."""
     plan = resolve(config.mesh)
     if plan.platform == "cpu" and plan.devices > _CPU_DEVICES:
         raise MeshError(

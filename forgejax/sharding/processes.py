@@ -132,6 +132,8 @@ def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
         }
         # For TPUs and GPUs alike a process has all devices of its machine.
         given["cluster_detection_method"] = "deactivate"
+    # It would take SIGTERM for itself, which ends a run in order.
+    jax.config.update("jax_enable_preemption_service", False)
     began = time.monotonic()
     try:
         jax.distributed.initialize(

@@ -26,8 +26,16 @@ class Followed:
     ``address`` is this machine's, as the leader reaches it; ``secret`` the job's.
     """
 
-    def __init__(self, config: DistributedConfig, processes: Processes, own: Hello):
-        """Raises PodError or MeshError where the leader cannot be reached."""
+    def __init__(
+        self,
+        config: DistributedConfig,
+        processes: Processes,
+        own: Hello,
+        leave: Callable[[int], object] = os._exit,
+    ):
+        """``leave`` ends this process at once, with a code. Raises PodError or MeshError where the leader cannot be
+        reached."""
+        self._leave = leave
         self.secret = processes.hear(SECRET, config.start_s)
         leader = processes.hear(ADDRESS, config.start_s)
         connection, self.address = connect(leader, self.secret.encode(), silence_s=config.silence_s)
@@ -36,7 +44,7 @@ class Followed:
             connection,
             silence_s=config.silence_s,
             on_message=self._take,
-            on_lost=lambda why: _end_at_once(f"{own.name}: the leader at {processes.host} is lost: {why}"),
+            on_lost=lambda why: self._end_at_once(f"{own.name}: the leader at {processes.host} is lost: {why}"),
         )
         self._link.start()
         self._link.send(pack_message(("hello", own)))
@@ -54,6 +62,7 @@ class Followed:
                 self._link.close()
                 return int(rest[0])
             if kind == "refuse":
+                self._late.cancel()
                 self._link.close()
                 raise PodError(f"the leader has ended the job: {rest[0]}")
             number, name, args = rest
@@ -75,14 +84,14 @@ class Followed:
 
     def _take(self, message: Any) -> None:
         if message[0] == "abandon":
-            _end_at_once(f"the leader has given the job up: {message[1]}")
+            self._end_at_once(f"the leader has given the job up: {message[1]}")
+            return
         if message[0] == "refuse":  # in the midst of something that may need the leader
-            late = threading.Timer(_END_S, _end_at_once, (f"the leader has ended the job: {message[1]}",))
-            late.daemon = True
-            late.start()
+            self._late = threading.Timer(_END_S, self._end_at_once, (f"the leader has ended the job: {message[1]}",))
+            self._late.daemon = True
+            self._late.start()
         self._orders.put(message)
 
-
-def _end_at_once(sentence: str) -> None:
-    print(f"train.py: {sentence}", file=sys.stderr, flush=True)
-    os._exit(LOST)
+    def _end_at_once(self, sentence: str) -> None:
+        print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+        self._leave(LOST)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from forgejax.errors import PodError
 from forgejax.run.pod.hello import Hello, find_difference
@@ -38,8 +38,9 @@ class Leader:
     all others: nothing that waits for its collectives would ever return. The run's files are as a kill leaves them.
     """
 
-    def __init__(self, config: DistributedConfig):
-        self._config = config
+    def __init__(self, config: DistributedConfig, leave: Callable[[int], object] = os._exit):
+        """``leave`` ends this process at once, with a code."""
+        self._config, self._leave = config, leave
         self.secret = secrets.token_hex(16)
         self._followers: list[_Follower] = []
         self._number = 0
@@ -104,13 +105,13 @@ class Leader:
             self._ended.set()
             self._tell(("end", code))
 
-    def abandon(self, sentence: str) -> NoReturn:
+    def abandon(self, sentence: str) -> None:
         """Ends this process and all others at once."""
         if not self._ended.is_set():
             self._ended.set()
             _say(sentence)
             self._tell(("abandon", sentence))
-        os._exit(LOST)  # agents and servers of this process go with it; nothing accepted is lost
+        self._leave(LOST)  # agents and servers of this process go with it; nothing accepted is lost
 
     def refuse(self, sentence: str) -> None:
         """The followers end in order, having told why. Idempotent."""
