@@ -113,6 +113,8 @@ def _run(asked: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if asked.resume == AUTO:
         asked.resume = _find_begun(asked)
+    what = f"a run by {asked.config or QUICKSTART}" if asked.resume is None else f"run {asked.resume or 'the newest'}"
+    _write_at_once(1, f"checking {what} and this machine, before anything is begun ...\n")
     return _begin(asked) if asked.resume is None else _go_on(asked)
 
 
@@ -191,7 +193,7 @@ def _train(config: TrainConfig, place: RunDir, job: Job) -> int:
 
     progress = open_progress(steps=config.run.steps)
     try:
-        stopper = Stopper(progress)
+        stopper = Stopper(progress, _name(place))
         if job.leader is not None:
             progress.note(job.describe())
             job.leader.watch_stop(stopper.ask)
@@ -240,10 +242,14 @@ def _name(place: RunDir) -> str:
 
 
 class Stopper:
-    """Turns Ctrl-C and SIGTERM into an orderly end, and the second of them into an immediate one."""
+    """Turns Ctrl-C and SIGTERM into an orderly end, and the second of them into an immediate one.
 
-    def __init__(self, progress: Progress) -> None:
+    ``name``: what ``--resume`` finds the run by.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
         self._progress = progress
+        self._name = name
         self._trainer: Trainer | None = None
         self._asked = False
         self._signals = 0
@@ -266,6 +272,8 @@ class Stopper:
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._signals or self._trainer is None:
             _show_cursor(1)
+            cause = signal.Signals(number).name
+            _write_at_once(2, f"train.py: {cause} has ended it at once; go on with --resume={self._name}\n")
             os._exit(INTERRUPTED)  # the agents' guard ends them; nothing accepted is lost
         self._signals += 1
         # A handler interrupts the very code whose locks it would need, so the work is done elsewhere.
@@ -277,12 +285,20 @@ class Stopper:
 
 
 def _show_cursor(descriptor: int) -> None:
-    """Gives a terminal back the cursor that the panel has hidden. Never waits, nor on a terminal that is held."""
+    """Gives a terminal back the cursor that the panel has hidden."""
+    if os.isatty(descriptor):
+        _write_at_once(descriptor, "\x1b[?25h\n")
+
+
+def _write_at_once(descriptor: int, text: str) -> None:
+    """Writes past all buffers, and never waits: not on a terminal that is held, nor on a pipe that nobody reads."""
     with contextlib.suppress(OSError):
-        if os.isatty(descriptor):
-            os.set_blocking(descriptor, False)
-            os.write(descriptor, b"\x1b[?25h\n")
-            os.set_blocking(descriptor, True)
+        blocking = os.get_blocking(descriptor)
+        os.set_blocking(descriptor, False)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.set_blocking(descriptor, blocking)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
 import logging
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +51,19 @@ class _NotFromOrbax(logging.Filter):
 _NOT_FROM_ORBAX = _NotFromOrbax()
 
 
+def _is_late_write(ignored: sys.UnraisableHookArgs) -> bool:
+    """Whether a write has ended that a failed save waits for no more: TensorStore finds the save's event loop closed.
+
+    A full disk would else be a traceback for each array.
+    """
+    frame, codes = ignored.exc_traceback, []
+    while frame is not None:
+        codes.append(frame.tb_frame.f_code)
+        frame = frame.tb_next
+    closed = asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+    return ignored.exc_type is RuntimeError and ignored.object is None and codes[:1] == [closed]
+
+
 class Place(Protocol):
     """Something that goes through data, as far as a checkpoint knows it; its state is plain data."""
 
@@ -81,6 +96,8 @@ class Checkpoints:
         self._safe = self.latest
         self._saving: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._ignore
 
     @property
     def latest(self) -> int | None:
@@ -123,7 +140,12 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory} holds no checkpoint; start the run anew, without --resume")
         self._orders.give("restore", step)
         state, figures, place = self._shards.restore(step, like)
-        data.set_state(place)
+        try:
+            data.set_state(place)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} belongs to other data: {error}"
+            ) from error
         return step, state, figures
 
     def wait(self) -> None:
@@ -147,6 +169,12 @@ class Checkpoints:
             self._saving.join(2 * _SAVE_TIMEOUT_S)
         with contextlib.suppress(Exception):  # it may raise the failed save's error once more
             self._shards.close()
+        if sys.unraisablehook == self._ignore:
+            sys.unraisablehook = self._hook
+
+    def _ignore(self, ignored: sys.UnraisableHookArgs) -> None:
+        if not _is_late_write(ignored):
+            self._hook(ignored)
 
     def _complete(self, step: int) -> None:
         """In a thread of its own: sees a save through, and seals it with its checksums."""
@@ -195,6 +223,7 @@ class Shards:
         # thread of Orbax's would stand between the learner's programs.
         options = ocp.CheckpointManagerOptions(
             create=False,
+            cleanup_tmp_directories=True,  # of saves that a crash has cut short
             async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
             multiprocessing_options=_name_processes(),
         )

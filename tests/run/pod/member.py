@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,8 @@ def lead(config: TrainConfig, job: Job, folder: Path) -> None:
     theirs = Checkpoints(folder / "theirs", 2, orders)
     _, learner.state, _ = theirs.restore(learner.state, NoPlace())
     found["restored"] = np.array(learner.digest())
-    np.savez(folder / "found.npz", **found, **weights)
+    kept: dict[str, Any] = found | weights
+    np.savez(folder / "found.npz", **kept)
 
 
 def main(coordinator: str, processes: str, number: str, mesh: str, folder: str) -> int:
