@@ -93,7 +93,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, kind in DISTRIBUTED.items():
         parser.add_argument(f"--distributed.{name.replace('_', '-')}", dest=name, type=kind, default=argparse.SUPPRESS)
     asked, others = parser.parse_known_args(arguments[:at])
-    root = [] if asked.root is None or asked.resume is not None else [f"--run.root={asked.root}"]
+    root = [] if asked.root is None or asked.resume not in (None, AUTO) else [f"--run.root={asked.root}"]
     asked.overrides = [*root, *others, *arguments[at:]]
     return asked
 
