@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from forgejax.report.live.progress import Progress
     from forgejax.run.config import TrainConfig
     from forgejax.run.loop import Outcome, Trainer
-    from forgejax.run.pod.job import Job
+    from forgejax.run.pod.job import JobMember
     from forgejax.run.rundir import RunDir
 
 QUICKSTART = Path("configs/quickstart.toml")
@@ -132,13 +132,13 @@ def _find_begun(asked: argparse.Namespace) -> str | None:
     return str(found)
 
 
-def _join(config: TrainConfig, asked: argparse.Namespace) -> Job:
+def _join(config: TrainConfig, asked: argparse.Namespace) -> JobMember:
     """This process's place in its job: as the options say, or the environment."""
-    from forgejax.run.pod.job import Job  # noqa: PLC0415
+    from forgejax.run.pod.job import JobMember  # noqa: PLC0415
     from forgejax.sharding import DistributedConfig  # noqa: PLC0415
 
     given = {name: getattr(asked, name) for name in DISTRIBUTED if hasattr(asked, name)}
-    return Job(config, DistributedConfig(**given))
+    return JobMember(config, DistributedConfig(**given))
 
 
 def _begin(asked: argparse.Namespace) -> int:
@@ -186,7 +186,7 @@ def _go_on(asked: argparse.Namespace) -> int:
         return _train(config, place, job)
 
 
-def _train(config: TrainConfig, place: RunDir, job: Job) -> int:
+def _train(config: TrainConfig, place: RunDir, job: JobMember) -> int:
     from forgejax.report.live.progress import open_progress  # noqa: PLC0415
     from forgejax.run.build import play_run  # noqa: PLC0415
     from forgejax.run.conclude import conclude  # noqa: PLC0415
@@ -213,7 +213,7 @@ def _train(config: TrainConfig, place: RunDir, job: Job) -> int:
         place.close()
 
 
-def _follow(config: TrainConfig, job: Job) -> int:
+def _follow(config: TrainConfig, job: JobMember) -> int:
     """This process's part in a job that another one leads."""
     from forgejax.run import preflight  # noqa: PLC0415
     from forgejax.run.pod.follow import follow  # noqa: PLC0415

@@ -40,12 +40,11 @@ from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
-from forgejax.run.first_weights import find_first_weights
 from forgejax.run.loop import Outcome, Trainer
-from forgejax.run.orders import NOBODY_ELSE, Orders
 from forgejax.run.pod.engines import make_pod_engines
 from forgejax.run.pod.lead import LeadingLearner
 from forgejax.run.pod.leader import Leader
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
 from forgejax.run.preflight import lay_engine, load_chat
 from forgejax.run.rows import Compiles, StepRows
 from forgejax.run.rundir import RunDir, read_history
@@ -53,6 +52,7 @@ from forgejax.run.steps import PooledSteps
 from forgejax.run.warm_start import (
     Demonstrations,
     describe_weights,
+    find_first_weights,
     imitate,
     load_cached,
     make_cache_key,
@@ -92,13 +92,13 @@ def build(
     orders.ask("see_run", str(place.path.absolute()))
     compiles = Compiles()
     stack.callback(compiles.close)
-    plan, layout, engine_layout = _devices(config, leader)
+    plan, layouts = _devices(config, leader)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = load_chat(config)
         environment = make_environment(config.tasks)
     checkpoints = _open_checkpoints(config, place, orders, progress, stack)
     resume_step = checkpoints.latest
-    learner = _learner(config, layout, chat, environment, progress, orders=orders, warm=resume_step is None)
+    learner = _learner(config, layouts[0], chat, environment, progress, orders=orders, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
     step, sums = _restore(checkpoints, learner, steps, progress)
     _note_attempt(place, step, progress)
@@ -106,16 +106,7 @@ def build(
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
     grammars = GrammarCompiler(chat.codec.spell_vocabulary())
-    engines = _engines(
-        config,
-        place,
-        learner,
-        step,
-        layouts=(layout, engine_layout),
-        leader=leader,
-        grammars=grammars,
-        stack=stack,
-    )
+    engines = _engines(config, place, learner, step, layouts=layouts, leader=leader, grammars=grammars, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
     if unrecorded := describe_unrecorded(engines.account(), pool.tokens()):
         progress.note(unrecorded)
@@ -168,16 +159,16 @@ def _open_checkpoints(
     return checkpoints
 
 
-def _devices(config: TrainConfig, leader: Leader | None) -> tuple[MeshPlan, Layout, Layout]:
-    """The learner's layout, and the one of the run's own engine in this process."""
+def _devices(config: TrainConfig, leader: Leader | None) -> tuple[MeshPlan, tuple[Layout, Layout]]:
+    """The learner's layout, and the one of the run's own engine where this process is alone."""
     plan = resolve(config.mesh)
     if leader is not None:
         layout = Layout(mesh=build_mesh(plan), shared=True)
-        return plan, layout, layout
+        return plan, (layout, layout)
     prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
     mesh = build_mesh(plan)
     engine = lay_engine(config.rollout.mesh, mesh)
-    return plan, Layout(mesh=mesh, shared=engine.shared), engine
+    return plan, (Layout(mesh=mesh, shared=engine.shared), engine)
 
 
 def _learner(
@@ -193,7 +184,7 @@ def _learner(
     graphdef, _ = abstract_policy(config.policy)
     orders.give("begin", warm)
     with progress.phase("loading", "weights"):
-        params = find_first_weights(config, layout, fresh=warm)
+        params = find_first_weights(config.policy, layout, seed=config.run.seed, fresh=warm)
     if warm and config.warm_start.steps:
         demonstrations = make_demonstrations(config.warm_start, environment, chat, config.run.seed)
         params = _warm_params(config, params, layout, demonstrations, progress, orders=orders)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from forgejax.errors import CheckpointError
 from forgejax.ops.rounding import narrow
 from forgejax.report.storage import CHECKSUMS_FILE, find_damage, write_checksums
-from forgejax.run.orders import NOBODY_ELSE, Orders
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
 
 _SAVE_TIMEOUT_S = 600
 _SPARE_BYTES = 2**20  # what a checkpoint takes beside its arrays, and a run needs to end in order

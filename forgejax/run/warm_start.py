@@ -37,10 +37,11 @@ from forgejax.learner import (
     make_supervised_sample,
     pack,
 )
-from forgejax.models import Params
+from forgejax.models import Params, PolicyConfig, init_params, load_params
 from forgejax.report.live.progress import Progress
 from forgejax.run.checkpoint import load_tree, save_tree
-from forgejax.run.orders import NOBODY_ELSE, Orders
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
+from forgejax.sharding import Layout
 from forgejax.types import Task
 
 _TASKS_FROM = 1_000_000_000
@@ -151,6 +152,14 @@ class Demonstrations:
                 yield next(iterator)
         finally:
             iterator.close()
+
+
+def find_first_weights(config: PolicyConfig, layout: Layout, *, seed: int, fresh: bool) -> Params:
+    """The weights that a run has before any warm start: those in ``policy.path``, or random ones.
+
+    A run that is not ``fresh`` only needs arrays to restore into. Raises ForgejaxError for what cannot be loaded.
+    """
+    return load_params(config, layout) if fresh and config.path else init_params(config, layout, seed)
 
 
 def make_demonstrations(

@@ -16,12 +16,12 @@ from forgejax.models import abstract_policy
 from forgejax.rollout import PolicyEngine
 from forgejax.run.checkpoint import Shards, read_shards, write_shards
 from forgejax.run.config import TrainConfig
-from forgejax.run.first_weights import find_first_weights
 from forgejax.run.pod.followed import Followed
 from forgejax.run.pod.hello import Hello
 from forgejax.run.pod.host_engine import HostEngine
 from forgejax.run.pod.lead import Phase
 from forgejax.run.preflight import load_chat
+from forgejax.run.warm_start import find_first_weights
 from forgejax.sharding import Layout, Replicas, build_mesh, pick_engine_mesh, resolve
 
 _ASKED = frozenset({"see_run", "serve", "await_publication"})
@@ -60,7 +60,8 @@ class Follower:
 
     def begin(self, fresh: bool) -> None:
         """The first weights; a run that goes on only needs arrays to restore into."""
-        self._params = find_first_weights(self._config, self._layout, fresh=fresh)
+        config = self._config
+        self._params = find_first_weights(config.policy, self._layout, seed=config.run.seed, fresh=fresh)
 
     def make_learner(self, phase: Phase) -> None:
         config = self._config

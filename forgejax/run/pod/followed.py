@@ -13,7 +13,7 @@ from typing import Any
 from forgejax.errors import ForgejaxError, PodError
 from forgejax.run.pod.hello import Hello
 from forgejax.run.pod.leader import ADDRESS, LOST, SECRET
-from forgejax.run.pod.wire import Link, connect, pack_message
+from forgejax.run.pod.wire import Link, pack_message, reach_leader
 from forgejax.sharding import DistributedConfig, Processes
 
 _END_S = 20.0
@@ -38,7 +38,7 @@ class Followed:
         self._leave = leave
         self.secret = processes.hear(SECRET, config.start_s)
         leader = processes.hear(ADDRESS, config.start_s)
-        connection, self.address = connect(leader, self.secret.encode(), silence_s=config.silence_s)
+        connection, self.address = reach_leader(leader, self.secret.encode(), silence_s=config.silence_s)
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._link = Link(
             connection,

@@ -18,7 +18,7 @@ from forgejax.sharding import DistributedConfig, Processes, join_processes, reso
 _COMPUTING = ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-class Job:
+class JobMember:
     """``leader`` where this process leads others, ``followed`` where it follows; neither where it is alone.
 
     Use as a context manager: however it is left, the followers are told.

@@ -11,7 +11,7 @@ import jax
 
 from forgejax.learner import Learner, Metrics, PackedStep, StepConfig
 from forgejax.rollout.fleet.channel import WeightReceiver, serials
-from forgejax.run.orders import Orders
+from forgejax.run.pod.orders import Orders
 from forgejax.sharding import ONE_DEVICE, Layout
 
 Phase = Literal["warm_start", "run"]

@@ -116,7 +116,7 @@ def accept(server: socket.socket, secret: bytes, *, silence_s: float) -> Connect
     return connection
 
 
-def connect(address: str, secret: bytes, *, silence_s: float) -> tuple[Connection, str]:
+def reach_leader(address: str, secret: bytes, *, silence_s: float) -> tuple[Connection, str]:
     """The leader's end, and this machine's address as the leader can reach it. Raises PodError."""
     host, _, port = address.rpartition(":")
     try:

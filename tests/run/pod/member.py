@@ -14,12 +14,12 @@ from forgejax.learner import Learner, PackGroups
 from forgejax.models import abstract_policy
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig
-from forgejax.run.first_weights import find_first_weights
-from forgejax.run.orders import NOBODY_ELSE, Orders
 from forgejax.run.pod.follow import follow
-from forgejax.run.pod.job import Job
+from forgejax.run.pod.job import JobMember
 from forgejax.run.pod.lead import LeadingLearner
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
 from forgejax.run.preflight import check_mesh
+from forgejax.run.warm_start import find_first_weights
 from forgejax.sharding import DistributedConfig, Layout, Replicas, build_mesh, pick_engine_mesh, resolve
 from tests.learner.recorded_steps import read_groups
 from tests.run.tiny_run import tiny_config
@@ -44,7 +44,7 @@ def make_config(folder: Path, mesh: str, *overrides: str) -> TrainConfig:
 def make_learner(config: TrainConfig, orders: Orders = NOBODY_ELSE) -> tuple[Learner, Layout]:
     layout = Layout(mesh=build_mesh(resolve(config.mesh)), shared=True)
     orders.give("begin", True)
-    params = find_first_weights(config, layout, fresh=True)
+    params = find_first_weights(config.policy, layout, seed=config.run.seed, fresh=True)
     step = config.step.ending_at(config.run.steps)
     graphdef = abstract_policy(config.policy)[0]
     return LeadingLearner(graphdef, params, step, orders=orders, phase="run", layout=layout), layout
@@ -62,7 +62,7 @@ def train(learner: Learner, config: TrainConfig) -> dict[str, np.ndarray]:
     }
 
 
-def lead(config: TrainConfig, job: Job, folder: Path) -> None:
+def lead(config: TrainConfig, job: JobMember, folder: Path) -> None:
     """Trains, saves; then restores what was saved by others, and says what its weights are."""
     import jax  # noqa: PLC0415
 
@@ -88,7 +88,7 @@ def lead(config: TrainConfig, job: Job, folder: Path) -> None:
 def main(coordinator: str, processes: str, number: str, mesh: str, folder: str) -> int:
     config = make_config(Path(folder) / "runs", mesh)
     told = DistributedConfig(coordinator=coordinator, processes=int(processes), process_id=int(number), start_s=60.0)
-    with Job(config, told) as job:
+    with JobMember(config, told) as job:
         check_mesh(config, job.processes)
         code = 0
         if job.followed is not None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from forgejax.run.pod import leader as leader_module
 from forgejax.run.pod.followed import Followed
 from forgejax.run.pod.hello import Hello
 from forgejax.run.pod.leader import LOST, Leader
-from forgejax.sharding import DistributedConfig
+from forgejax.sharding import DistributedConfig, Processes
 
 TOLD = DistributedConfig(coordinator="127.0.0.1:1", processes=3, process_id=0, start_s=5.0, silence_s=1.0, order_s=1.0)
 
@@ -57,43 +57,40 @@ def hello(process: int, **changes: Any) -> Hello:
     return Hello(process=process, config={"run": {"steps": 1}}, code="aa", versions={}, **changes)
 
 
-@dataclass
 class Member:
-    """A follower in a thread: ``code`` is what it ends with, or the error."""
+    """A follower in a thread of its own."""
 
-    followed: Followed
-    thread: threading.Thread
-    ends: list[Any]
+    def __init__(
+        self,
+        store: Store,
+        process: int,
+        orders: dict[str, Callable[..., Any]],
+        asked: frozenset[str] = frozenset(),
+        leave: Callable[[int], None] = lambda code: None,
+    ):
+        self._store, self._process, self._leave = store, process, leave
+        self._orders, self._asked = orders, asked
+        self._end: list[Any] = []
+        self._made: Future[Followed] = Future()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def followed(self) -> Followed:
+        return self._made.result(10)
 
     def join(self) -> Any:
-        self.thread.join(10)
-        return self.ends[0]
+        """What it ended with: a code, or an error."""
+        self._thread.join(10)
+        return self._end[0]
 
-
-def start(
-    store: Store,
-    process: int,
-    orders: dict[str, Callable[..., Any]],
-    asked: frozenset[str] = frozenset(),
-    leave: Callable[[int], None] = lambda code: None,
-) -> Member:
-    made: list[Followed] = []
-    ends: list[Any] = []
-    ready = threading.Event()
-
-    def run() -> None:
-        made.append(Followed(TOLD, store, hello(process), leave))  # type: ignore[arg-type]
-        ready.set()
+    def _run(self) -> None:
+        followed = Followed(TOLD, cast("Processes", self._store), hello(self._process), self._leave)
+        self._made.set_result(followed)
         try:
-            ends.append(made[0].carry_out(orders, asked))
+            self._end.append(followed.carry_out(self._orders, self._asked))
         except PodError as error:
-            ends.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    member = Member(followed=None, thread=thread, ends=ends)  # type: ignore[arg-type]
-    threading.Thread(target=lambda: (ready.wait(10), setattr(member, "followed", made[0])), daemon=True).start()
-    return member
+            self._end.append(error)
 
 
 def gather(
@@ -103,8 +100,8 @@ def gather(
     leave: Callable[[int], None] = lambda code: None,
 ) -> tuple[Leader, list[Member]]:
     leader = Leader(TOLD, leave)
-    members = [start(store, number, each, asked, leave) for number, each in enumerate(orders, 1)]
-    leader.gather(store, hello(0))  # type: ignore[arg-type]
+    members = [Member(store, number, each, asked, leave) for number, each in enumerate(orders, 1)]
+    leader.gather(cast("Processes", store), hello(0))
     return leader, members
 
 
@@ -114,17 +111,17 @@ def test_every_follower_carries_out_every_order_in_the_leaders_order_and_answers
     def orders_of(number: int) -> dict[str, Callable[..., Any]]:
         return {
             "add": lambda x: done[number].append(float(x.sum())),
-            "name": lambda: done[number].append("named") or f"process {number + 1}",
+            "name": lambda: f"process {number + 1}, after {len(done[number])}",
         }
 
     leader, members = gather(Store(), [orders_of(0), orders_of(1)], frozenset({"name"}))
     for value in range(5):
         leader.give("add", np.full(1000, value, np.float32))
-    assert leader.ask("name") == ["process 1", "process 2"]
+    assert leader.ask("name") == ["process 1, after 5", "process 2, after 5"]
     leader.end(130)
 
     assert [member.join() for member in members] == [130, 130]
-    assert done == [[0.0, 1000.0, 2000.0, 3000.0, 4000.0, "named"]] * 2
+    assert done == [[0.0, 1000.0, 2000.0, 3000.0, 4000.0]] * 2
 
 
 def test_what_a_follower_is_asked_and_cannot_do_is_an_error_of_the_leaders_own() -> None:
@@ -167,9 +164,9 @@ def test_a_follower_that_is_late_with_an_order_ends_the_job(
 def test_a_process_that_may_not_take_part_ends_the_job_before_it_begins() -> None:
     store = Store(count=2)
     leader = Leader(TOLD, lambda code: None)
-    member = start(store, 1, {})
+    member = Member(store, 1, {})
     with pytest.raises(PodError, match=r"process 1 on .* with another configuration"):
-        leader.gather(store, Hello(process=0, config={"run": {"steps": 2}}, code="aa", versions={}))  # type: ignore[arg-type]
+        leader.gather(cast("Processes", store), dataclasses.replace(hello(0), config={"run": {"steps": 2}}))
     leader.refuse("another configuration")
     assert "another configuration" in str(member.join())
 
@@ -177,17 +174,15 @@ def test_a_process_that_may_not_take_part_ends_the_job_before_it_begins() -> Non
 def test_a_process_that_does_not_come_is_named_by_its_number() -> None:
     store = Store()
     leader = Leader(dataclasses.replace(TOLD, start_s=0.4), lambda code: None)
-    start(store, 2, {})
+    Member(store, 2, {})
     with pytest.raises(PodError, match=r"processes \[1\] have joined the job and not said hello"):
-        leader.gather(store, hello(0))  # type: ignore[arg-type]
+        leader.gather(cast("Processes", store), hello(0))
     leader.refuse("one is missing")
 
 
 def test_a_follower_that_is_asked_to_end_asks_the_leader_whenever_that_listens() -> None:
     store = Store(count=2)
     leader, (member,) = gather(store, [{}])
-    while member.followed is None:
-        time.sleep(0.01)
     member.followed.ask_to_stop()
     asked = threading.Event()
     leader.watch_stop(asked.set)
