@@ -87,11 +87,10 @@ def build(
     config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack, leader: Leader | None = None
 ) -> Trainer:
     """Everything a run needs, started; ``stack`` takes it down in the right order."""
-    began = time.monotonic()
+    began, compiles = time.monotonic(), Compiles()
+    stack.callback(compiles.close)
     orders: Orders = NOBODY_ELSE if leader is None else leader
     orders.ask("see_run", str(place.path.absolute()))
-    compiles = Compiles()
-    stack.callback(compiles.close)
     plan, layouts = _devices(config, leader)
     with progress.phase("loading", "tokenizer and tasks"):
         chat = load_chat(config)
@@ -115,9 +114,7 @@ def build(
     service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
-    if config.run.deterministic:
-        progress.note(_describe_lockstep(config))
-    progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
+    _note_start(config, service.url, place, progress)
     sinks = open_sinks(place.path, progress, resumed_step=step if place.resumed else None)
     stack.callback(sinks.close)
     return Trainer(
@@ -366,12 +363,13 @@ def _audit(config: TrainConfig, learner: Learner, engines: Engines, sums: RunSum
     )
 
 
-def _describe_lockstep(config: TrainConfig) -> str:
-    window = config.pool.window
-    return (
-        f"deterministic: {window.in_flight} groups in flight, in lockstep with the updates, taken in order; every "
-        "prompt is computed alone and every decode step serves all slots; speed earns no reward"
-    )
+def _note_start(config: TrainConfig, url: str, place: RunDir, progress: Progress) -> None:
+    if config.run.deterministic:
+        progress.note(
+            f"deterministic: {config.pool.window.in_flight} groups in flight, in lockstep with the updates, taken in "
+            "order; every prompt is computed alone and every decode step serves all slots; speed earns no reward"
+        )
+    progress.note(f"the gateway listens at {url}/v1; the run is in {place.path}")
 
 
 def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:
