@@ -93,8 +93,7 @@ def build(
     orders.ask("see_run", str(place.path.absolute()))
     plan, layouts = _devices(config, leader)
     with progress.phase("loading", "tokenizer and tasks"):
-        chat = load_chat(config)
-        environment = make_environment(config.tasks)
+        chat, environment = load_chat(config), make_environment(config.tasks)
     checkpoints = _open_checkpoints(config, place, orders, progress, stack)
     resume_step = checkpoints.latest
     learner = _learner(config, layouts[0], chat, environment, progress, orders=orders, warm=resume_step is None)
