@@ -25,11 +25,11 @@ _ADVICE: dict[Platform, str] = {
 }
 
 
-def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
+def prepare_platform(plan: MeshPlan, extra_devices: int = 1, processes: int = 1) -> None:
     """Makes jax ready for the plan. Call it before the first use of a device, else it can only check.
 
-    A CPU mesh asks for as many fake devices as the plan takes, and ``extra_devices`` more for an engine beside it, and
-    keeps jax off any accelerator. For TPUs and GPUs nothing is set.
+    A CPU mesh asks for as many fake devices as the plan takes, its share where it is one of several ``processes``, and
+    ``extra_devices`` more for an engine beside it, and keeps jax off any accelerator. For TPUs and GPUs nothing is set.
 
     Raises:
         MeshError: the accelerator is not in this machine, or jax has already started with too few CPU devices. Told
@@ -38,12 +38,12 @@ def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
     if plan.platform != "cpu":
         _require_hardware(plan)
         return
-    wanted = plan.devices + extra_devices
+    wanted = plan.devices // processes + extra_devices
     try:
         jax.config.update("jax_platforms", "cpu")
         _ask_for_cpus(wanted)
     except RuntimeError as error:  # jax has started: what it has is all there will be
-        if jax.default_backend() != "cpu" or len(jax.devices()) < wanted:
+        if jax.default_backend() != "cpu" or len(jax.local_devices()) < wanted:
             raise MeshError(
                 f"mesh {plan.name} needs {wanted} CPU devices; jax has already started with {len(jax.devices())} on "
                 f"{jax.default_backend()}: {_ADVICE['cpu']}"
@@ -112,8 +112,14 @@ def has_accelerator(platform: Platform, root: Path = Path("/")) -> bool:
         return True
     if platform == "gpu":
         return any((root / node).exists() for node in _GPU_NODES)
+    return count_chips(root) > 0
+
+
+def count_chips(root: Path = Path("/")) -> int:
+    """How many TPU chips the machine's device files (under ``root``) show."""
     vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
-    return any((root / "dev").glob("accel*")) or any(file.read_text().strip() == _GOOGLE_PCI_VENDOR for file in vendors)
+    by_vendor = sum(file.read_text().strip() == _GOOGLE_PCI_VENDOR for file in vendors)
+    return len(list((root / "dev").glob("accel*"))) or by_vendor
 
 
 def _require_hardware(plan: MeshPlan) -> None:

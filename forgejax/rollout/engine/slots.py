@@ -58,9 +58,10 @@ class Slots:
         chunk[:count] = ids[start : start + count]
         row_M = np.zeros(self._config.context_pages, np.int32)
         self._cache.fill_row(key, row_M)
-        self._pool = self._programs.extend(
-            weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
-        )
+        with self._programs.layout.turn():
+            self._pool = self._programs.extend(
+                weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
+            )
         return count
 
     def pick_bucket(self, tokens: int) -> int:
@@ -99,7 +100,8 @@ class Slots:
         """
         bucket = self._config.pick_rows(rows)
         state, allowed, version = (self._pool, self._state), self._allow(bucket, mask_SW), np.int32(weights.version)
-        (self._pool, self._state), data = self._programs.generate(bucket, weights.params, state, allowed, version)
+        with self._programs.layout.turn():
+            (self._pool, self._state), data = self._programs.generate(bucket, weights.params, state, allowed, version)
         return _word_result(data, self._config.tokens_per_step if mask_SW is None else 1)
 
     def check(
@@ -118,7 +120,8 @@ class Slots:
         ids_SD, count_S = (self._put(x[:bucket]) for x in drafts)
         allowed = (*self._allow(bucket, mask_SW), Drafts(ids_SD=ids_SD, count_S=count_S))
         state, version = (self._pool, self._state), np.int32(weights.version)
-        (self._pool, self._state), data = self._programs.check(bucket, weights.params, state, allowed, version)
+        with self._programs.layout.turn():
+            (self._pool, self._state), data = self._programs.check(bucket, weights.params, state, allowed, version)
         return _word_result(data, ids_SD.shape[1] + 1)
 
     def stop(self, slots: Sequence[int]) -> None:
