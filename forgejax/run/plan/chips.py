@@ -17,6 +17,14 @@ from forgejax.sharding import MeshPlan
 
 _FLAT = ("v2", "v3", "v5e", "v6e")  # slices of two dimensions; the others have three
 _TWO_CORES = ("v4",)  # described as two devices a chip, where the chips themselves are one
+_OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",  # else libtpu looks for them, and says at length that there are none
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 _USABLE = 1 - 0.25 / 16  # of a chip's memory: a program that wants more of a v5e is refused by the compiler
 
 
@@ -42,7 +50,7 @@ def prepare_compiler() -> None:
 
     For processes that run nothing on a TPU.
     """
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= _OFFLINE
     jax.config.update("jax_platforms", "cpu")
 
 

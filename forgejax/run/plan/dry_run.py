@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from forgejax.errors import ForgejaxError
 from forgejax.ops import kernel_for
 from forgejax.run.config import TrainConfig
-from forgejax.run.plan.account import Account
 from forgejax.run.plan.chips import can_compile
+from forgejax.run.plan.footprint import Footprint
 from forgejax.run.plan.nearest import Choice, find_nearest
 from forgejax.run.plan.programs import CompiledProgram, compile_programs
 from forgejax.run.plan.residents import Site
@@ -21,13 +21,13 @@ class DryRun:
     """What was found.
 
     Attributes:
-        account: bytes of each chip; None where the configuration cannot be laid on the mesh at all.
+        footprint: bytes of each chip; None where the configuration cannot be laid on the mesh at all.
         programs: those that the chips' compiler has compiled, by name.
         reason: why it cannot run; "" where it can.
         nearest: the nearest choice that fits, where this one does not; counted, not compiled.
     """
 
-    account: Account | None
+    footprint: Footprint | None
     programs: Mapping[str, CompiledProgram]
     reason: str
     nearest: Choice | None
@@ -42,17 +42,19 @@ def plan_run(config: TrainConfig, told: Callable[[str], None]) -> DryRun:
 
     ``told`` gets a line before each program is compiled. Shapes that do not fit even by count are not compiled.
     """
-    account: Account | None = None
+    footprint: Footprint | None = None
     programs: Mapping[str, CompiledProgram] = {}
     try:
         site = Site.of(config)
         check_kernel(kernel_for(site.learner.mesh), config)
-        account = Account.of(site)
-        reason = account.refuse()
+        footprint = Footprint.of(site)
+        reason = footprint.refuse()
         if not reason and can_compile(site.plan):
             programs = compile_programs(site, told)
-            account = Account.of(site, {name: program.need for name, program in programs.items()})
-            reason = account.refuse()
+            footprint = Footprint.of(site, {name: program.need for name, program in programs.items()})
+            reason = footprint.refuse()
     except ForgejaxError as error:
         reason = str(error)
-    return DryRun(account=account, programs=programs, reason=reason, nearest=find_nearest(config) if reason else None)
+    return DryRun(
+        footprint=footprint, programs=programs, reason=reason, nearest=find_nearest(config) if reason else None
+    )

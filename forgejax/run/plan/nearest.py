@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from forgejax.errors import ForgejaxError
 from forgejax.run.config import TrainConfig
-from forgejax.run.plan.account import Account
 from forgejax.run.plan.chips import count_host_devices
+from forgejax.run.plan.footprint import Footprint
 from forgejax.run.plan.needs import choose_kept_of
 from forgejax.run.plan.residents import Site
 from forgejax.run.plan.work import Rows, Work, count_micro_batch, count_update
@@ -24,22 +24,22 @@ class Choice:
     """Settings that fit, and what they change: options of ``scripts/train.py``."""
 
     options: tuple[str, ...]
-    account: Account
+    footprint: Footprint
 
     @property
     def plan(self) -> MeshPlan:
-        return self.account.site.plan
+        return self.footprint.site.plan
 
     @property
     def step_seconds(self) -> float | None:
         """The bound of one full micro-batch and its update; None for chips whose rates are unknown."""
-        return estimate_step(self.account.site)[0]
+        return estimate_step(self.footprint.site)[0]
 
     @property
     def tokens_per_second(self) -> float:
         """Packed tokens of all chips by that bound; 0 where it is unknown."""
         seconds = self.step_seconds
-        return rows_of(self.account.site).tokens / seconds if seconds else 0.0
+        return rows_of(self.footprint.site).tokens / seconds if seconds else 0.0
 
 
 def find_nearest(config: TrainConfig) -> Choice | None:
@@ -115,12 +115,12 @@ def _try(config: TrainConfig, mesh: MeshConfig, *, activation_gib: float, elsewh
         step=dataclasses.replace(config.step, activation_gib=activation_gib),
         rollout=rollout,
     )
-    account = Account.of(Site.of(changed))
-    left = account.pages_left
-    if account.refuse() and left is not None and left >= changed.engine.context_pages:
+    footprint = Footprint.of(Site.of(changed))
+    left = footprint.pages_left
+    if footprint.refuse() and left is not None and left >= changed.engine.context_pages:
         changed = dataclasses.replace(changed, engine=dataclasses.replace(changed.engine, kv_pages=left))
-        account = Account.of(Site.of(changed))
-    return None if account.refuse() else Choice(options=_options(config, changed), account=account)
+        footprint = Footprint.of(Site.of(changed))
+    return None if footprint.refuse() else Choice(options=_options(config, changed), footprint=footprint)
 
 
 def _options(before: TrainConfig, after: TrainConfig) -> tuple[str, ...]:

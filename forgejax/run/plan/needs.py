@@ -1,6 +1,6 @@
 """What each program of a run takes of a chip beside what lies there, counted from shapes.
 
-A model of what the compiler lays out, held to what it did for an 8B policy on five splits of a v5e-64: within 0.4 GiB.
+A model of what the compiler lays out, within half a GiB of what it wants for an 8B policy on five splits of a v5e-64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Need:
 
 
 def count_needs(site: Site, residents: Residents) -> list[Need]:
-    """Of all programs of a run on this site, as ``compile_needs`` finds them."""
+    """Of all programs of a run on this site; what a trunk adds, to its last one, is never compiled here."""
     policy, layout = site.config.policy, site.learner
     tokens = site.config.packing.rows * layout.shards("rows") * site.config.packing.row_length
     keep = choose_kept_of(site)
@@ -39,6 +39,8 @@ def count_needs(site: Site, residents: Residents) -> list[Need]:
         Need(name="apply", bytes=residents.weights + residents.masters // 8),
         Need(name="cast", bytes=residents.weights),
     ]
+    if site.config.packing.trunks:
+        needs.append(Need(name="pull_back", bytes=step + _count_trunk(policy, tokens, layout)))
     if site.engine is None:
         return needs
     slots, tensor = site.config.engine.slots, site.engine.shards("vocab")
@@ -50,6 +52,13 @@ def count_needs(site: Site, residents: Residents) -> list[Need]:
         Need(name="decode", bytes=2 * head + logits),
         Need(name="prefill", bytes=site.config.engine.prefill_buckets[-1] * _layer_width(policy, site.engine)),
     ]
+
+
+def _count_trunk(policy: PolicyConfig, tokens: int, layout: Layout) -> int:
+    """Keys and values of a trunk as long as a row, and their gradients in FP32."""
+    own = -(-tokens // layout.shards("rows"))
+    each = 2 * max(policy.num_kv_heads // layout.shards("kv_heads"), 1) * policy.head_size
+    return policy.num_layers * own * each * (jnp.dtype(policy.compute_dtype).itemsize + 4)
 
 
 def _count_publication(site: Site, residents: Residents, head: int) -> int:

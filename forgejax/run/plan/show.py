@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from forgejax.run.plan.account import Account
 from forgejax.run.plan.dry_run import DryRun
+from forgejax.run.plan.footprint import Footprint
 from forgejax.run.plan.nearest import Choice, estimate_step, rows_of
 from forgejax.run.plan.work import Work, count_decode
 
@@ -26,8 +26,8 @@ _TITLES = {
 def to_text(found: DryRun) -> str:
     """Several paragraphs."""
     parts = []
-    if found.account is not None:
-        parts += [_describe(found.account), _table(found.account), _pages(found.account)]
+    if found.footprint is not None:
+        parts += [_describe(found.footprint), _table(found.footprint), _pages(found.footprint)]
         parts += [_exchanges(found), _estimate(found)]
     parts.append(_verdict(found))
     return "\n\n".join(part for part in parts if part)
@@ -36,19 +36,19 @@ def to_text(found: DryRun) -> str:
 def to_json(found: DryRun) -> str:
     """One JSON object: bytes and seconds."""
     data: dict[str, Any] = {"fits": found.fits, "reason": found.reason}
-    if (account := found.account) is not None:
-        step, works = estimate_step(account.site)
+    if (footprint := found.footprint) is not None:
+        step, works = estimate_step(footprint.site)
         data |= {
-            "mesh": account.site.plan.describe(),
-            "hosts": account.site.hosts,
-            "usable": account.usable,
-            "phases": {phase.name: {**phase.parts, "compiled": phase.compiled} for phase in account.phases},
-            "pool": account.residents.pool,
-            "pages": account.residents.pages,
-            "pages_left": account.pages_left,
-            "tokens_left": account.tokens_left,
+            "mesh": footprint.site.plan.describe(),
+            "hosts": footprint.site.hosts,
+            "usable": footprint.usable,
+            "phases": {phase.name: {**phase.parts, "compiled": phase.compiled} for phase in footprint.phases},
+            "pool": footprint.residents.pool,
+            "pages": footprint.residents.pages,
+            "pages_left": footprint.pages_left,
+            "tokens_left": footprint.tokens_left,
             "step_seconds": step,
-            "seconds": {name: work.seconds(account.site.plan.chip) for name, work in works.items()},
+            "seconds": {name: work.seconds(footprint.site.plan.chip) for name, work in works.items()},
         }
     data["exchanges"] = {
         name: {
@@ -66,8 +66,8 @@ def show_choices(choices: list[Choice]) -> str:
     """A ranking, one line each."""
     lines = [f"{'chips':>6} {'GiB left':>9} {'s a step':>9} {'tokens/s':>10}  options"]
     for choice in choices:
-        account, seconds = choice.account, choice.step_seconds
-        left = "" if account.usable is None else f"{_left(account) / _GIB:.2f}"
+        footprint, seconds = choice.footprint, choice.step_seconds
+        left = "" if footprint.usable is None else f"{_left(footprint) / _GIB:.2f}"
         lines.append(
             f"{choice.plan.chips:>6} {left:>9} {_number(seconds):>9} {choice.tokens_per_second:>10,.0f}  "
             + " ".join(choice.options)
@@ -75,8 +75,8 @@ def show_choices(choices: list[Choice]) -> str:
     return "\n".join(lines)
 
 
-def _describe(account: Account) -> str:
-    site = account.site
+def _describe(footprint: Footprint) -> str:
+    site = footprint.site
     engines = "engines elsewhere"
     if site.engine is not None:
         engines = f"an engine on each host's {site.engine.mesh.size}" if site.hosts > 1 else "an engine beside it"  # type: ignore[union-attr]
@@ -89,18 +89,18 @@ def _describe(account: Account) -> str:
     )
 
 
-def _table(account: Account) -> str:
+def _table(footprint: Footprint) -> str:
     """GiB a chip: a row for each program, a column for what lies there."""
-    names = list(dict.fromkeys(name for phase in account.phases for name in phase.parts))
+    names = list(dict.fromkeys(name for phase in footprint.phases for name in phase.parts))
     titles = [*(_TITLES[name] for name in names), "pages", "in all"]
     lines = ["GiB on each chip while a program runs (* counted, not compiled)", " " * 12 + "".join(map(_cell, titles))]
-    for phase in account.phases:
+    for phase in footprint.phases:
         sizes = [phase.parts.get(name, 0) for name in names]
-        cells = [*sizes, account.residents.pool, phase.bytes + account.residents.pool]
+        cells = [*sizes, footprint.residents.pool, phase.bytes + footprint.residents.pool]
         mark = "" if phase.compiled else "*"
         lines.append(f"{phase.name + mark:<12}" + "".join(_cell(f"{size / _GIB:.2f}") for size in cells))
-    if account.usable is not None:
-        lines.append(f"{'there is':<12}{_cell('') * (len(titles) - 1)}{_cell(f'{account.usable / _GIB:.2f}')}")
+    if footprint.usable is not None:
+        lines.append(f"{'there is':<12}{_cell('') * (len(titles) - 1)}{_cell(f'{footprint.usable / _GIB:.2f}')}")
     return "\n".join(lines)
 
 
@@ -108,16 +108,16 @@ def _cell(text: str) -> str:
     return f"{text:>{_WIDTH}}"
 
 
-def _pages(account: Account) -> str:
-    engine, residents = account.site.config.engine, account.residents
-    if account.site.engine is None:
+def _pages(footprint: Footprint) -> str:
+    engine, residents = footprint.site.config.engine, footprint.residents
+    if footprint.site.engine is None:
         return ""
     tokens = (residents.pages - 1) * engine.page_tokens
     said = (
         f"keys and values of {tokens:,} tokens on each host, {residents.page * residents.pages / _GIB:.2f} GiB a chip"
     )
-    if account.tokens_left is not None:
-        said += f"; beside {account.worst.name} there is room for {account.tokens_left:,}"
+    if footprint.tokens_left is not None:
+        said += f"; beside {footprint.worst.name} there is room for {footprint.tokens_left:,}"
     return said
 
 
@@ -135,16 +135,16 @@ def _exchanges(found: DryRun) -> str:
 
 
 def _estimate(found: DryRun) -> str:
-    account = found.account
-    assert account is not None
-    site = account.site
+    footprint = found.footprint
+    assert footprint is not None
+    site = footprint.site
     step, works = estimate_step(site)
     if step is None:
         return ""
     works = {name: _measured(found, name, work) for name, work in works.items()}
     if site.engine is not None:
         engine = site.config.engine
-        tokens = min(engine.max_context, (account.residents.pages - 1) * engine.page_tokens // engine.slots)
+        tokens = min(engine.max_context, (footprint.residents.pages - 1) * engine.page_tokens // engine.slots)
         works["decode step"] = count_decode(site.config.policy, site.engine, engine.slots, tokens)
     lines = ["at best, seconds = max(FLOPs / peak, bytes of memory / rate, bytes sent / rate) on each chip:"]
     for name, work in works.items():
@@ -175,9 +175,9 @@ def _verdict(found: DryRun) -> str:
     return "\n".join(lines)
 
 
-def _left(account: Account) -> int:
-    assert account.usable is not None
-    return account.usable - account.worst.bytes - account.residents.pool
+def _left(footprint: Footprint) -> int:
+    assert footprint.usable is not None
+    return footprint.usable - footprint.worst.bytes - footprint.residents.pool
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from forgejax.run.plan.residents import Residents, Site, count_residents
 
 _FRAGMENTS = 0.15  # more than its live arrays the compiler lays out for a program: 5 and 14 % where it was read
 _GIB = 2**30
-_WITH_GRADIENTS = ("accumulate", "apply", "decode", "prefill")  # engines decode between two micro-batches
+_WITH_GRADIENTS = ("accumulate", "pull_back", "apply", "decode", "prefill")  # engines decode between two micro-batches
 _OWN_WEIGHTS = "weights that arrive"
 
 
@@ -29,7 +29,7 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Account:
+class Footprint:
     """Bytes of each chip.
 
     Attributes:
@@ -45,13 +45,13 @@ class Account:
     usable: int | None
 
     @staticmethod
-    def of(site: Site, compiled: Mapping[str, Need] | None = None) -> Account:
+    def of(site: Site, compiled: Mapping[str, Need] | None = None) -> Footprint:
         """By what was compiled, else counted. Raises MeshError where weights do not divide by the mesh."""
         residents = count_residents(site)
         needs = [(compiled or {}).get(need.name, need) for need in count_needs(site, residents)]
         if site.hosts == 1:
             needs = [need for need in needs if need.name != "publish"]  # copied from chip to chip, without a program
-        return Account(
+        return Footprint(
             site=site,
             residents=residents,
             phases=tuple(_phase(need, residents) for need in needs),
