@@ -33,7 +33,8 @@ _SMALL = PolicyConfig(
 def found() -> DryRun:
     prepare_compiler()
     options = ["--mesh=v5e-16", "--mesh.fsdp=2", "--mesh.context=2", "--packing.row-length=4096", "--engine.slots=8"]
-    short = ["--engine.max-context=4096", "--engine.kv-pages=512", "--engine.prefill-buckets", "128"]
+    tokenizer = f"--tokenizer={_ROOT / 'examples/quickstart/tokenizer'}"
+    short = [tokenizer, "--engine.max-context=4096", "--engine.kv-pages=512", "--engine.prefill-buckets", "128"]
     config, _ = load_shape(_ROOT / "configs/qwen3_8b_v5e64.toml", [*options, *short])
     dry = plan_run(dataclasses.replace(config, policy=_SMALL), lambda line: None)
     print(f"\n{to_text(dry)}")

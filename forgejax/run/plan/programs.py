@@ -51,7 +51,7 @@ def compile_programs(site: Site, told: Told) -> dict[str, CompiledProgram]:
         told(f"compiling {name}")
         found[name] = _compile(name, *program)
     if site.engine is not None and site.hosts > 1:
-        moves = list_moves(site.abstract[1], site.learner, join_hosts(site.learner.mesh, _mesh_of(site.engine)))
+        moves = list_moves(site.abstract[1], site.learner, join_hosts(site.learner, _mesh_of(site.engine)))
         told(f"compiling the publication in {len(moves)} pieces")
         found["publish"] = _compile_publication(moves)
     return found

@@ -138,10 +138,12 @@ def count_page_bytes(config: TrainConfig, engine: Layout) -> int:
     return 2 * config.policy.num_layers * each * config.engine.page_tokens
 
 
-def join_hosts(learner: Mesh, replica: EngineMesh) -> Layout:
+def join_hosts(learner: Layout, replica: EngineMesh) -> Layout:
     """The replicas of all hosts as one layout, whose data axis counts the hosts; devices in the learner's order."""
-    devices = learner.devices.reshape(-1, 1, 1, replica.expert, replica.tensor)
-    return Layout(mesh=Mesh(devices, learner.axis_names, axis_types=learner.axis_types))
+    mesh = learner.mesh
+    assert mesh is not None
+    devices = mesh.devices.reshape(-1, 1, 1, replica.expert, replica.tensor)
+    return Layout(mesh=Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types))
 
 
 def _describe_host(plan: MeshPlan) -> tuple[Any, ...]:
