@@ -19,10 +19,12 @@ TPU_STAMP := $(TPU)/.complete
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test parity tpu-compile scaffolds check format lock clean
+.PHONY: help env train serve gateway test parity tpu-compile scaffolds check format lock clean
 
 help:
 	@echo 'make train    trains the quickstart on this CPU: report and figures land in runs/quickstart-N'
+	@echo 'make serve    serves a policy, ids in and out (ARGS="--policy.path DIR", ARGS=--help)'
+	@echo 'make gateway  an LLM API for agents in front of such a server (ARGS="--engine URL --tokenizer DIR", ARGS=--help)'
 	@echo 'make test     runs the tests'
 	@echo 'make parity   compares policies with transformers on torch (fetches both, and a model of 100 MB)'
 	@echo 'make tpu-compile  compiles kernels and train steps for v5e TPUs, on any machine (fetches 0.2 GB)'
@@ -39,6 +41,12 @@ env: $(STAMP)
 
 train: $(STAMP)
 	@$(ACTIVATE); exec python scripts/train.py $(ARGS)
+
+serve: $(STAMP)
+	@$(ACTIVATE); exec python scripts/serve.py $(ARGS)
+
+gateway: $(STAMP)
+	@$(ACTIVATE); exec python scripts/gateway.py $(ARGS)
 
 test: $(STAMP)
 	@$(ACTIVATE); exec python -m pytest $(ARGS)

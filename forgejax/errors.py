@@ -44,6 +44,10 @@ class AgentError(ForgejaxError):
     """An agent program cannot be started or broke its contract."""
 
 
+class UnscoredError(ForgejaxError):
+    """Nobody can say what an episode was worth: it is masked, which is another thing than worth nothing."""
+
+
 class PoolError(ForgejaxError):
     """The data pool cannot keep what it accepted, or is used against its laws."""
 

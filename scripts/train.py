@@ -128,6 +128,8 @@ def _open(asked: argparse.Namespace) -> tuple[TrainConfig, RunDir]:
     """The configuration and the run directory that the command line asks for."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    what = f"a run by {asked.config or QUICKSTART}" if asked.resume is None else f"run {asked.resume or 'the newest'}"
+    _write_at_once(1, f"checking {what} and this machine, before anything is begun ...\n")
     return _begin(asked) if asked.resume is None else _go_on(asked)
 
 
@@ -178,7 +180,7 @@ def _train(config: TrainConfig, place: RunDir) -> int:
 
     progress = open_progress(steps=config.run.steps)
     try:
-        stopper = Stopper(progress)
+        stopper = Stopper(progress, _name(place))
         outcome: Outcome = play_run(config, place, progress, stopper.watch)
         with progress.phase("reporting"):
             summary, report = conclude(outcome, config, place, shlex.join(["python", *sys.argv]))
@@ -200,10 +202,14 @@ def _name(place: RunDir) -> str:
 
 
 class Stopper:
-    """Turns Ctrl-C and SIGTERM into an orderly end, and the second of them into an immediate one."""
+    """Turns Ctrl-C and SIGTERM into an orderly end, and the second of them into an immediate one.
 
-    def __init__(self, progress: Progress) -> None:
+    ``name``: what ``--resume`` finds the run by.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
         self._progress = progress
+        self._name = name
         self._trainer: Trainer | None = None
         self._asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -218,6 +224,8 @@ class Stopper:
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._asked or self._trainer is None:
             _show_cursor(1)
+            cause = signal.Signals(number).name
+            _write_at_once(2, f"train.py: {cause} has ended it at once; go on with --resume={self._name}\n")
             os._exit(INTERRUPTED)  # the agents' guard ends them; nothing accepted is lost
         self._asked = True
         # A handler interrupts the very code whose locks it would need, so the work is done elsewhere.
@@ -229,12 +237,20 @@ class Stopper:
 
 
 def _show_cursor(descriptor: int) -> None:
-    """Gives a terminal back the cursor that the panel has hidden. Never waits, nor on a terminal that is held."""
+    """Gives a terminal back the cursor that the panel has hidden."""
+    if os.isatty(descriptor):
+        _write_at_once(descriptor, "\x1b[?25h\n")
+
+
+def _write_at_once(descriptor: int, text: str) -> None:
+    """Writes past all buffers, and never waits: not on a terminal that is held, nor on a pipe that nobody reads."""
     with contextlib.suppress(OSError):
-        if os.isatty(descriptor):
-            os.set_blocking(descriptor, False)
-            os.write(descriptor, b"\x1b[?25h\n")
-            os.set_blocking(descriptor, True)
+        blocking = os.get_blocking(descriptor)
+        os.set_blocking(descriptor, False)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.set_blocking(descriptor, blocking)
 
 
 if __name__ == "__main__":

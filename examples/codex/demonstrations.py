@@ -58,7 +58,7 @@ class CodexDemonstrator:
         name, number = str(task.payload["file"]), int(task.payload["number"])
         if rng.random() >= self._right_rate:
             number = int(rng.integers(*NUMBERS))
-        place = "/tmp/forgejax-task-" + "".join(rng.choice(list(_LETTERS), 8))
+        place = "/tmp/forgejax-{}/task-{}".format(*("".join(rng.choice(list(_LETTERS), 8)) for _ in range(2)))
         filled = json.dumps(self._messages)
         for old, new in (
             (QUESTION, task.question),

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
 from forgejax.agents.tally import EpisodeTally
 from forgejax.environments.base import Environment, Score, Workspace
 from forgejax.environments.rewards import RewardConfig, compute_rewards
-from forgejax.errors import ForgejaxError
+from forgejax.errors import ForgejaxError, UnscoredError
 from forgejax.types import (
     FinishReason,
     Purpose,
@@ -34,7 +34,6 @@ PLAYS = 4
 _CANCEL_S = 5.0
 _OPEN_S = 60.0
 _CLOSE_S = 15.0
-_SCORE_S = 10.0
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -72,6 +71,7 @@ class EpisodeRunner:
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: StopPolicy = field(default_factory=StopPolicy)
     tally: EpisodeTally = field(default_factory=EpisodeTally)
+    score_s: float = 30.0
 
     @property
     def longest_s(self) -> float:
@@ -79,7 +79,7 @@ class EpisodeRunner:
 
         It counts one play in full: plays that an accident cut off are over by the time that the agent's has in it.
         """
-        steps = (_OPEN_S, 0.0, _CLOSE_S, _SCORE_S, _CLOSE_S)  # workspace, agent, session, score, workspace
+        steps = (_OPEN_S, 0.0, _CLOSE_S, self.score_s, _CLOSE_S)  # workspace, agent, session, score, workspace
         return self.agent.longest_s + sum(steps) + len(steps) * _CANCEL_S
 
     @property
@@ -159,11 +159,14 @@ class EpisodeRunner:
 
     async def _score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Trajectory:
         score, problem = await _settle(
-            _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), _SCORE_S
+            _call_in_thread(lambda: self.environment.score(task, workspace, trajectory)), self.score_s
         )
         if problem is not None or not isinstance(score, Score):
-            how = f"it gave {score!r}; expected a Score" if problem is None else _describe(problem)
-            error = f"the scorer failed: {how}"
+            error = f"the scorer failed: it gave {score!r}; expected a Score"
+            if isinstance(problem, UnscoredError):
+                error = str(problem)
+            elif problem is not None:
+                error = f"the scorer failed: {_describe(problem)}"
             return _fail_environment(trajectory, error, answer=trajectory.answer)
         return replace(trajectory, outcome=min(1.0, max(0.0, score.outcome)), rewards=score.rewards)
 
@@ -187,7 +190,11 @@ class EpisodeRunner:
         workspace: Workspace | None = None
         deadline_s = self.agent.deadline_s
         try:
-            workspace, problem = await _settle(self.environment.open(task), _OPEN_S)
+            opening = asyncio.ensure_future(self.environment.open(task))
+            opening.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # a late failure counts as seen
+            workspace, problem = await _settle(opening, _OPEN_S)
             if problem is not None or not isinstance(workspace, Workspace):
                 how = f"open gave {workspace!r}; expected a Workspace" if problem is None else _describe(problem)
                 error = f"the workspace could not be opened: {how}"
@@ -204,6 +211,8 @@ class EpisodeRunner:
             )
             result, problem = await _settle(self.scaffold.run(episode), deadline_s + self.agent.grace_s)
         except asyncio.CancelledError:
+            if workspace is None and opening.done() and not opening.cancelled() and opening.exception() is None:
+                workspace = opening.result()  # it was there before anybody had heard of it
             return workspace, AgentResult(error="the episode was cancelled", stop_reason=StopReason.CANCELLED)
         if isinstance(problem, TimeoutError):
             error = f"the scaffold gave no result {self.agent.grace_s:g} s after the deadline of {deadline_s:g} s"
@@ -256,7 +265,7 @@ def _describe(problem: BaseException | None) -> str:
     return f"{type(problem).__name__}: {problem}"
 
 
-async def _settle(work: Coroutine[Any, Any, _T], deadline_s: float) -> tuple[_T | None, BaseException | None]:
+async def _settle(work: Awaitable[_T], deadline_s: float) -> tuple[_T | None, BaseException | None]:
     """The result of ``work`` or what it raised; TimeoutError past the deadline. Being cancelled cancels ``work``.
 
     ``work`` that ignores its cancellation is left behind after _CANCEL_S, so that nothing waits on it for ever.

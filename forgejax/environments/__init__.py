@@ -1,6 +1,7 @@
 """Where tasks come from and how a result is scored: one file a source, all behind ``Environment``."""
 
 from forgejax.environments.base import Environment, Score, Workspace
+from forgejax.environments.harbor import Harbor
 from forgejax.environments.reasoning_gym import DatasetConfig, ReasoningGym, TasksConfig
 from forgejax.environments.rewards import RewardConfig, SpeedBaseline
 from forgejax.environments.write_file import WriteFile, WriteFileConfig
@@ -26,4 +27,12 @@ def make_environment(config: TasksConfig) -> Environment:
         case "reasoning_gym":
             return ReasoningGym(config)
         case "write_file":
-            return WriteFile(config.write_file, eval_tasks=config.eval_tasks, seed=config.seed)
+            return WriteFile(config.write_file, config.sandbox, eval_tasks=config.eval_tasks, seed=config.seed)
+        case "harbor":
+            return Harbor(
+                config.harbor,
+                config.sandbox,
+                eval_tasks=config.eval_tasks,
+                seed=config.seed,
+                score_s=config.score_s,
+            )

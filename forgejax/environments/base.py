@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from forgejax.environments.sandbox import Bubblewrap
 from forgejax.types import Reward, Task, Trajectory
 from forgejax.types.episode import require_finite
 
@@ -16,11 +17,13 @@ class Workspace:
     """What an episode's agent is given beside its question.
 
     ``variables`` are laid over the environment of a process that is started for the episode, and ``directory`` is
-    where it runs; None leaves it where the trainer is.
+    where it runs; None leaves it where the trainer is. With a ``sandbox`` it runs in that, in ``/app``, which is
+    ``directory``.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
     directory: Path | None = None
+    sandbox: Bubblewrap | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Environment(Protocol):
     def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
         """What the episode earned; its ``rewards`` and ``outcome`` are not set yet. A senseless answer scores 0.
 
-        May block: it is called on a thread of its own, with a deadline, before the workspace is closed.
+        Raises UnscoredError where nobody can tell: the episode is masked then, and counted as such. May block: it is
+        called on a thread of its own, with a deadline, before the workspace is closed.
         """
         ...

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from forgejax.environments.base import Score, Workspace
+from forgejax.environments.harbor.tasks import HarborConfig
+from forgejax.environments.sandbox import SandboxConfig
 from forgejax.environments.write_file import WriteFileConfig
 from forgejax.errors import ConfigError
 from forgejax.types import Task, Trajectory
@@ -40,11 +42,14 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets, ``write_file`` asks for files.
+    """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets, ``write_file`` asks for files, ``harbor``
+    reads task folders.
 
-    ``eval_tasks`` are held out. ``exact`` counts only the library's full score as 1 and everything below it as 0."""
+    ``eval_tasks`` are held out. ``exact`` counts only the library's full score as 1 and everything below it as 0.
+    What is done in a folder is done in a ``sandbox``. Scoring an episode may take ``score_s``; one without a score by
+    then is masked."""
 
-    kind: Literal["reasoning_gym", "write_file"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "write_file", "harbor"] = "reasoning_gym"
     datasets: tuple[DatasetConfig, ...] = (
         DatasetConfig(
             name="chain_sum",
@@ -58,6 +63,9 @@ class TasksConfig:
         ),
     )
     write_file: WriteFileConfig = field(default_factory=WriteFileConfig)
+    harbor: HarborConfig = field(default_factory=HarborConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    score_s: float = 30.0
     eval_tasks: int = 64
     seed: int = 0
     exact: bool = True
@@ -65,6 +73,8 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ConfigError("tasks datasets is empty; expected at least one dataset")
+        if not 0.0 < self.score_s < math.inf:
+            raise ConfigError(f"tasks score_s is {self.score_s}; expected a finite number of seconds above 0")
         if self.eval_tasks < 0:
             raise ConfigError(f"tasks eval_tasks is {self.eval_tasks}; expected 0 or more")
 

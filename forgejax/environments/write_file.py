@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from forgejax.environments.base import Score, Workspace
+from forgejax.environments.sandbox import SandboxConfig, make_bubblewrap, probe_bubblewrap
+from forgejax.environments.scratch import make_scratch
 from forgejax.errors import ConfigError
 from forgejax.types import Task, Trajectory
 
@@ -40,11 +41,13 @@ class WriteFile:
     """An ``Environment``: every episode has an empty folder to work in, and succeeds with the right file in it.
 
     ``task(i)`` depends on configuration, seed and ``i`` only; held-out tasks are distinct and never trained on. Raises
-    ConfigError where there are not as many tasks as are to be held out, and one to train on.
+    ConfigError where there are not as many tasks as are to be held out, and one to train on, or no sandbox can be had.
     """
 
-    def __init__(self, config: WriteFileConfig, *, eval_tasks: int, seed: int) -> None:
-        self._config = config
+    def __init__(self, config: WriteFileConfig, sandbox: SandboxConfig, *, eval_tasks: int, seed: int) -> None:
+        if sandbox.kind == "bubblewrap":
+            probe_bubblewrap(sandbox)
+        self._config, self._sandbox = config, sandbox
         self._seed = seed
         there = len(config.names) * (config.most - config.least + 1)
         if eval_tasks >= there:
@@ -60,18 +63,22 @@ class WriteFile:
         return self._make("train", index, self._draw_new("train", index))
 
     async def open(self, task: Task) -> Workspace:
-        return Workspace(directory=Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="forgejax-task-")))
+        if self._sandbox.kind == "none":
+            return Workspace(directory=await asyncio.to_thread(make_scratch, "task"))
+        sandbox = await asyncio.to_thread(make_bubblewrap, self._sandbox)
+        return Workspace(directory=sandbox.work, sandbox=sandbox)
 
     async def close(self, workspace: Workspace) -> None:
-        assert workspace.directory is not None
-        await asyncio.to_thread(shutil.rmtree, workspace.directory, ignore_errors=True)
+        folder = workspace.directory if workspace.sandbox is None else workspace.sandbox.folder
+        assert folder is not None
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
         """1 where the file holds the number and nothing else but white space, else 0; whatever the agent says."""
         assert workspace.directory is not None
         file = workspace.directory / str(task.payload["file"])
-        try:
-            with file.open("rb") as opened:
+        try:  # a link may lead out of the sandbox
+            with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
                 content = opened.read(_MOST_BYTES + 1)
         except OSError:
             return Score(outcome=0.0)

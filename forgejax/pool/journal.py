@@ -127,8 +127,8 @@ class Journal:
         "repeated": it was reported before, nothing changes. "lost": its attempt was given up, so it is not kept and its
         tokens are counted as lost_attempt. Raises PoolError for a group that was never dispatched so, or has failed.
         """
-        values = {"state": "finished", "task_id": task_id, "payload": payload, "sampled_tokens": sampled_tokens}
-        return self._end(dispatch, values, kept=sampled_tokens, counted=apart)
+        values = {"state": "finished", "task_id": task_id, "sampled_tokens": sampled_tokens}
+        return self._end(dispatch, values, kept=sampled_tokens, counted=apart, payload=payload)
 
     def fail(self, dispatch: Dispatch, *, reason: str, untrained: Mapping[str, int]) -> Acceptance:
         """Records that a group came to nothing for ``reason``, and counts its tokens. Outcomes as in ``finish``."""
@@ -193,15 +193,14 @@ class Journal:
 
     def payload(self, index: int) -> bytes:
         """The bytes of a finished group. Raises DamagedGroupError if there are none, or none that can be read."""
-        query = sa.select(schema.groups.c.payload).where(schema.groups.c.index == index)
         try:
             with schema.errors(), self._engine.connect() as connection:
-                data = connection.scalar(query)
+                data = schema.read_payload(connection, index)
         except DamagedJournalError as error:
             raise DamagedGroupError(f"group {index}: its stored bytes cannot be read: {error}") from error
         if data is None:
             raise DamagedGroupError(f"group {index}: the journal holds no bytes for it")
-        return bytes(data)
+        return data
 
     def payloads(self, indices: Sequence[int]) -> dict[int, bytes]:
         """The bytes of those of the finished groups that have any. Raises DamagedJournalError if one cannot be read."""
@@ -251,7 +250,15 @@ class Journal:
                 )
             yield connection
 
-    def _end(self, dispatch: Dispatch, values: dict[str, Any], *, kept: int, counted: Mapping[str, int]) -> Acceptance:
+    def _end(
+        self,
+        dispatch: Dispatch,
+        values: dict[str, Any],
+        *,
+        kept: int,
+        counted: Mapping[str, int],
+        payload: bytes | None = None,
+    ) -> Acceptance:
         """``kept`` tokens are in the payload, the others ``counted`` by reason."""
         with self._write() as connection:
             row = _row(connection, dispatch.index)
@@ -270,6 +277,8 @@ class Journal:
             if row.state != "dispatched":
                 raise PoolError(f"group {dispatch.index} is reported as {values['state']}, but it is {row.state}")
             connection.execute(sa.update(schema.groups).where(schema.groups.c.index == dispatch.index).values(**values))
+            if payload is not None:
+                schema.write_payload(connection, dispatch.index, payload)
             _count(connection, self.attempt, dispatch.owner, counted)
             return "accepted"
 

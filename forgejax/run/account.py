@@ -166,6 +166,21 @@ class RunAccount:
         self.pool.count_tokens(reason, tokens, owner=owner)
 
 
+def describe_unrecorded(engines: EngineAccount, tokens: TokenAccount) -> str | None:
+    """What to tell where earlier attempts reported more tokens than the engines' records have; None where they did not.
+
+    Records are on the disk before anything is reported by them, so they are missing only where a file was damaged.
+    """
+    missing = tokens.total + engines.inherited_cancelled + engines.inherited_failed - engines.inherited
+    if missing <= 0:
+        return None
+    return (
+        f"the engines' records hold {missing:,} tokens fewer than the journal: a request log was cut or removed. No "
+        "weights are touched by this; the account of tokens stays open by as many, and what is trained without a "
+        "record counts as drift"
+    )
+
+
 def _await_idle(engines: Engines) -> EngineAccount:
     """The engines' account once no request is open: those that were cancelled end with the engines' next step."""
     until = time.monotonic() + _IDLE_S

@@ -105,6 +105,7 @@ class RolloutService:
             reward=config.reward,
             policy=config.stop_policy,
             tally=parts.tally,
+            score_s=config.tasks.score_s,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="agents", daemon=True)

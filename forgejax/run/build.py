@@ -35,7 +35,7 @@ from forgejax.rollout import (
     list_logs,
     make_environment_of_server,
 )
-from forgejax.run.account import RunAccount, RunSums
+from forgejax.run.account import RunAccount, RunSums, describe_unrecorded
 from forgejax.run.actors import Parts, RolloutService
 from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
@@ -92,6 +92,8 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     grammars = GrammarCompiler(chat.codec.spell_vocabulary())
     engines = _engines(config, place, learner, step, layout=layout, grammars=grammars, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
+    if unrecorded := describe_unrecorded(engines.account(), pool.tokens()):
+        progress.note(unrecorded)
     gateway = Gateway(engines, chat, config.engine.max_context, config.gateway, grammars=grammars)
     tally = EpisodeTally(progress.note)
     service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)

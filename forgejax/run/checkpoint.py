@@ -6,6 +6,7 @@ Bare weights (``save_tree``) and the weights inside a run's checkpoint are kept 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,19 @@ class _NotFromOrbax(logging.Filter):
 _NOT_FROM_ORBAX = _NotFromOrbax()
 
 
+def _is_late_write(ignored: sys.UnraisableHookArgs) -> bool:
+    """Whether a write has ended that a failed save waits for no more: TensorStore finds the save's event loop closed.
+
+    A full disk would else be a traceback for each array.
+    """
+    frame, codes = ignored.exc_traceback, []
+    while frame is not None:
+        codes.append(frame.tb_frame.f_code)
+        frame = frame.tb_next
+    closed = asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+    return ignored.exc_type is RuntimeError and ignored.object is None and codes[:1] == [closed]
+
+
 class Place(Protocol):
     """Something that goes through data, as far as a checkpoint knows it; its state is plain data."""
 
@@ -75,11 +90,16 @@ class Checkpoints:
         self.set_aside = _set_damaged_aside(directory)
         self._keep = keep
         # Older ones are deleted here and not by Orbax, which would do it before the new one has its checksums.
-        options = ocp.CheckpointManagerOptions(async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S))
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,  # of saves that a crash has cut short
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
+        )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._safe = self.latest
         self._saving: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._ignore
 
     @property
     def latest(self) -> int | None:
@@ -166,6 +186,12 @@ class Checkpoints:
             self._saving.join(2 * _SAVE_TIMEOUT_S)
         with contextlib.suppress(Exception):  # it may raise the failed save's error once more
             self._manager.close()
+        if sys.unraisablehook == self._ignore:
+            sys.unraisablehook = self._hook
+
+    def _ignore(self, ignored: sys.UnraisableHookArgs) -> None:
+        if not _is_late_write(ignored):
+            self._hook(ignored)
 
     def _complete(self, step: int) -> None:
         """In a thread of its own: sees a save through, and seals it with its checksums."""

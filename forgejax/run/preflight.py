@@ -83,6 +83,7 @@ def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
     chat, environment = load_chat(config), make_environment(config.tasks)
     if fresh:
         check_beginning(config, environment, chat)
+    check_sandbox(config)
     check_agent(config.agent)
 
 
@@ -118,6 +119,18 @@ def digest_tokenizer(folder: str) -> str:
     for file in filter(Path.is_file, files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def check_sandbox(config: TrainConfig) -> None:
+    """Raises ConfigError where tasks are done in a sandbox and the agent would run outside of it."""
+    agent, tasks = config.agent, config.tasks
+    if tasks.kind == "reasoning_gym" or tasks.sandbox.kind == "none" or (agent.kind == "process" and not agent.preload):
+        return
+    given = "agent.preload" if agent.preload else f'agent.kind "{agent.kind}"'
+    raise ConfigError(
+        f'{given} with tasks.sandbox.kind "{tasks.sandbox.kind}": such a program is started before its episode and '
+        'outside of its sandbox; set agent.kind = "process" without preload, or tasks.sandbox.kind = "none"'
+    )
 
 
 def check_repeatable(config: TrainConfig, plan: MeshPlan, xla_flags: str) -> None:

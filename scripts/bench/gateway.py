@@ -2,8 +2,7 @@
 
 ``load``: requests of one prompt at some concurrencies, sessions of ``session_requests`` each. ``long_prompt``: how
 prompts of a megabyte in one session delay another's requests. ``streams``: many streams at once, for a time. The
-gateway runs in one process and the load in another; ``--peer litellm`` asks the same of litellm's proxy, which
-answers by itself.
+gateway runs in one process and the load in another; ``--peer litellm`` asks the same of litellm's proxy.
 """
 
 from __future__ import annotations
@@ -30,7 +29,11 @@ _PATH = "/v1/chat/completions"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure. ``peer_python`` is the interpreter of an environment that has ``litellm[proxy]``."""
+    """What to measure. ``peer_python`` is the interpreter of an environment that has ``litellm[proxy]``.
+
+    ``peer_upstream``: the peer asks a server that answers at once, as where it stands before an engine; without, it
+    answers by itself.
+    """
 
     case: tuple[Literal["load", "long_prompt", "streams"], ...] = ("load", "long_prompt", "streams")
     tokenizer: Path = Path("examples/quickstart/tokenizer")
@@ -45,6 +48,7 @@ class Options:
     long_prompt_bytes: int = 1_000_000
     peer: Literal["litellm"] | None = None
     peer_python: Path | None = None
+    peer_upstream: bool = False
     peer_requests: int = 400
     json: bool = False
 
@@ -92,7 +96,7 @@ def word_load(name: str, load: Load) -> dict[str, Any]:
 
 def measure_load(options: Options) -> Iterator[dict[str, Any]]:
     """Requests a second and their latency, at each concurrency; and the peer's, in turns with it."""
-    peer = None if options.peer is None else run_litellm(options.peer_python, _PATH)
+    peer = None if options.peer is None else run_litellm(options.peer_python, _PATH, upstream=options.peer_upstream)
     with start(options) as process:
         gateway = NullGateway(options, process)
         asyncio.run(apply_load(gateway.address, gateway.word_requests(200), 1))  # warm

@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from forgejax.agents import AgentConfig, AgentResult, EpisodeRunner, EpisodeSpec, EpisodeTally, StopPolicy
 from forgejax.agents import episode as episode_module
 from forgejax.environments import RewardConfig, Score, Workspace
-from forgejax.errors import GatewayError
+from forgejax.errors import GatewayError, UnscoredError
 from forgejax.types import FinishReason, Reward, Session, SessionSpec, StopReason, Task, Trajectory, Turn
 from tests.agents.fakes import FakeScaffold, FakeSessions, SumTasks, make_task, make_turn
 
@@ -77,8 +78,8 @@ async def test_a_scaffold_that_ignores_the_deadline_is_cut_off_after_the_grace()
 
 
 async def test_no_episode_takes_longer_than_it_says_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_runner().longest_s == pytest.approx(2 * 0.1 + 0.1 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0)
-    for name in ("_OPEN_S", "_CLOSE_S", "_SCORE_S", "_CANCEL_S"):
+    assert make_runner().longest_s == pytest.approx(2 * 0.1 + 0.1 + 60.0 + 15.0 + 30.0 + 15.0 + 5 * 5.0)
+    for name in ("_OPEN_S", "_CLOSE_S", "_CANCEL_S"):
         monkeypatch.setattr(episode_module, name, 0.1)
     end = asyncio.Event()
 
@@ -298,10 +299,15 @@ async def test_a_scorer_that_fails_is_a_failed_environment(value: float | Except
     assert trajectory.answer == "1"
 
 
-async def test_a_scorer_that_hangs_is_a_failed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episode_module, "_SCORE_S", 0.1)
+async def test_what_nobody_can_score_is_masked_with_the_reason() -> None:
+    trajectory = await run(make_runner(environment=BadScorer(UnscoredError("the tests said nothing"))))
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT_FAILED
+    assert (trajectory.masked, trajectory.error) == ("environment_failed", "the tests said nothing")
+
+
+async def test_a_scorer_that_hangs_is_a_failed_environment() -> None:
     stuck = threading.Event()
-    trajectory = await run(make_runner(environment=BadScorer(stuck)))
+    trajectory = await run(replace(make_runner(environment=BadScorer(stuck)), score_s=0.1))
     stuck.set()
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_FAILED
 

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from forgejax.errors import ConfigError, PoolError, StorageFullError
 from forgejax.pool.journal import Consumption, Journal, Kind
@@ -234,6 +235,22 @@ def test_a_full_disk_is_said_so_and_loses_nothing(tmp_path: Path) -> None:
     with journal._engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 100000")
     assert finish(journal, second, b"b" * 500_000) == "accepted"
+
+
+def test_no_statement_carries_a_groups_bytes_for_it_would_be_copied_while_no_other_thread_runs(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    given: list[object] = []
+    payload = bytes(range(256)) * 4000
+    dispatches = [journal.dispatch(index, version=0, taken_before=0) for index in range(2)]
+
+    @sa.event.listens_for(journal._engine, "before_cursor_execute")
+    def keep(_connection: object, _cursor: object, _statement: str, parameters: tuple[object, ...], *_: object) -> None:
+        given.extend(parameters)
+
+    finish(journal, dispatches[0], payload)
+    finish(journal, dispatches[1], b"")
+    assert len(payload) in given and not any(isinstance(value, bytes | memoryview) for value in given)
+    assert [journal.payload(index) for index in range(2)] == [payload, b""]
 
 
 def test_a_commit_is_synced_to_the_disk_before_it_returns(tmp_path: Path) -> None:

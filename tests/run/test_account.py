@@ -20,7 +20,7 @@ from forgejax.report.final.invariants import check_invariants
 from forgejax.report.final.summary import read_summary
 from forgejax.rollout import EngineAccount
 from forgejax.run import rundir
-from forgejax.run.account import Account, RunAccount, RunSums, settle
+from forgejax.run.account import Account, RunAccount, RunSums, describe_unrecorded, settle
 from forgejax.run.actors import RolloutService
 from forgejax.run.build import play_run
 from forgejax.run.conclude import window_bounds
@@ -120,6 +120,13 @@ def test_an_account_is_settled_from_what_each_part_counted_for_itself() -> None:
         groups_not_trained={"deadline": 1, "in_flight_at_end": 1, "unused_at_end": 3, "zero_advantage": 3},
     )
     assert list(account.tokens_not_trained) == sorted(account.tokens_not_trained)
+
+
+@pytest.mark.parametrize(("inherited", "told"), [(59, "hold 1 tokens fewer"), (60, None), (75, None)])
+def test_a_run_that_goes_on_tells_how_many_tokens_the_engines_records_lack(inherited: int, told: str | None) -> None:
+    engines = EngineAccount(inherited=inherited, inherited_cancelled=6, inherited_failed=4)
+    found = describe_unrecorded(engines, TokenAccount(trained=20, waiting=10, not_trained={"probe": 20}))
+    assert (found is None) if told is None else (found is not None and told in found)
 
 
 class OtherAttempts:

@@ -1,8 +1,10 @@
 """Checkpoints: what is saved comes back bit for bit, into the model it belongs to and no other."""
 
+import asyncio
 import dataclasses
 import gc
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from forgejax.errors import CheckpointError, StorageFullError
@@ -136,18 +139,21 @@ def test_restoring_from_nothing_says_to_start_anew(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_a_save_cut_off_by_a_crash_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_save_cut_off_by_a_crash_is_no_checkpoint_and_goes_by_the_next_save(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.save(1, state(1.0), {}, numbers())
     checkpoints.wait()
     checkpoints.close()
-    torn = tmp_path / "2.orbax-checkpoint-tmp-1"
+    torn = tmp_path / "2.orbax-checkpoint-tmp"
     torn.mkdir()
     (torn / "state").mkdir()
 
     again = Checkpoints(tmp_path, keep=3)
     assert again.latest == 1
+    again.save(3, state(3.0), {}, numbers())
+    again.wait()
     again.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_one_tree_goes_to_a_file_and_back_and_into_no_other_policy(tmp_path: Path) -> None:
@@ -304,6 +310,45 @@ def test_a_full_disk_under_orbax_is_one_sentence_and_no_traceback(
             checkpoints.wait()
         checkpoints.close()
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_write_that_ends_after_its_save_has_failed_says_nothing_and_other_errors_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[sys.UnraisableHookArgs] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    def end_late() -> None:
+        promise: tensorstore.Promise[int]
+        future: tensorstore.Future[int]
+        promise, future = tensorstore.Promise.new()
+        loop = asyncio.new_event_loop()
+        waiting = loop.create_task(_await(future))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        promise.set_result(1)
+        waiting._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    end_late()
+    assert [str(each.exc_value) for each in told] == ["Event loop is closed"], "what TensorStore says by itself"
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    end_late()
+    assert len(told) == 1
+    broken = Broken()
+    del broken
+    assert [str(each.exc_value) for each in told[1:]] == ["broken"]
+    checkpoints.close()
+    end_late()
+    assert len(told) == 3
+
+
+async def _await(future: tensorstore.Future[int]) -> None:
+    await future
+
+
+class Broken:
+    def __del__(self) -> None:
+        raise RuntimeError("broken")
 
 
 def test_a_save_that_fails_in_the_background_is_told_by_the_next_check_and_leaves_nothing(

@@ -144,6 +144,7 @@ async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_bef
         return engines[-1]
 
     monkeypatch.setattr(serve, "make_served", make_served)
+    monkeypatch.setattr(serve, "_QUIET_S", 0.05)
     config = ServeConfig(port=0, grpc_port=0, policy=tiny.POLICY, drain_s=5.0)
     serving = asyncio.create_task(serve.serve(config, stop))
     said = ""
@@ -151,13 +152,15 @@ async def test_it_says_that_it_serves_once_everything_is_compiled_and_a_stop_bef
         while "\nserving http://127.0.0.1:" not in said:
             await asyncio.sleep(0.02)
             said += capsys.readouterr().out
-    assert said.startswith("compiling the engine's programs ...\n")
+    assert said.startswith("loading the weights ...\n") and "\ncompiling the engine's programs ...\n" in said
+    assert "compiling the engine's programs, for 0.05 s so far\n" in said
     address = said.split("serving ")[1].split(" ")[0]
     async with RemoteSampler(address) as remote:
         under_way = asyncio.create_task(remote.sample(tiny.request("a", [1, 2], 100)))
         await until(lambda: engines[0].metrics().active == 1)
         stop.set()
         assert len((await under_way).token_ids) == 100  # it is drained first
+    assert "stopping: new requests are refused, open ones have 5 s to end\n" in capsys.readouterr().out
     await asyncio.wait_for(serving, 60)
     await asyncio.wait_for(serve.serve(config, stop), 60)  # stopped already: it never serves
     assert "serving" not in capsys.readouterr().out

@@ -141,6 +141,7 @@ def test_a_pod_that_is_not_there_is_told_at_once_and_nothing_is_left_behind(
 
     assert process.wait() == 1
     assert time.monotonic() - began < 15
+    assert process.output.startswith(f"checking a run by {QUICKSTART} and this machine, before anything is begun ...\n")
     assert "train.py: mesh v5e-64 needs 64 v5e chips; this machine has no TPU and no GPU" in process.output
     assert "Traceback" not in process.output
     assert not (tmp_path / "runs").exists()
@@ -366,6 +367,7 @@ def test_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, compiled_onc
     first.send(signal.SIGINT)
     first.send(signal.SIGTERM)
     assert first.wait(10) == 130
+    assert re.search(r"train.py: SIG(INT|TERM) has ended it at once; go on with --resume=mine\n", first.output)
     assert not list((run / "checkpoints").glob("*/state")), "it ended before its first checkpoint"
 
     second = Process(tmp_path, compiled_once, "--run.root=runs", "--resume=mine")

@@ -61,9 +61,10 @@ def quote_command(command: Sequence[str]) -> str:
     return repr(" ".join(command))
 
 
-def merge_environment(extra: Mapping[str, str], marker: str) -> dict[str, str]:
-    """This process's environment with ``extra`` over it. A proxy must never stand between an agent and the gateway."""
-    merged = {**os.environ, **extra, guard.MARKER_NAME: marker}
+def merge_environment(extra: Mapping[str, str], marker: str, below: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``below``, or this process's environment, with ``extra`` over it. A proxy must never stand between an agent and
+    the gateway."""
+    merged = {**(os.environ if below is None else below), **extra, guard.MARKER_NAME: marker}
     for name in ("NO_PROXY", "no_proxy"):
         merged[name] = ",".join(filter(None, (merged.get(name), LOCAL_HOSTS)))
     return merged

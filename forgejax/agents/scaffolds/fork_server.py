@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from pathlib import Path
 from forgejax.agents.scaffolds import forker
 from forgejax.agents.scaffolds.base import AgentConfig
 from forgejax.agents.scaffolds.children import Child, merge_environment, quote_command, spawn
+from forgejax.environments.scratch import make_scratch
 from forgejax.errors import AgentError
 
 ANSWER_S = 15.0  # forking takes milliseconds: a server that needs longer hangs
@@ -76,7 +76,7 @@ class ForkServer:
         # What stands for values of an episode is not known yet when the modules are imported.
         known = {name: value for name, value in config.env.items() if "{" not in value}
         self._env = merge_environment(known, marker)
-        self._folder = Path(tempfile.mkdtemp(prefix="forgejax-"))
+        self._folder = make_scratch("forks")
         self._server: Child | None = None
         self._launching = asyncio.Lock()
         self._deaths = 0  # in a row, without an agent that ended in between

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from forgejax.agents.scaffolds.base import AgentConfig, EpisodeSpec
+from forgejax.environments.scratch import make_scratch
 from forgejax.errors import AgentError
 
 PLACEHOLDERS = ("question", "base_url", "origin", "api_key", "model", "context", "home")
@@ -33,7 +33,7 @@ class Lodging:
         return _PLACEHOLDER.sub(lambda found: self.values[found[1]], text)
 
     def leave(self) -> None:
-        """Takes home and folder away. What cannot be removed is left to the system's cleaning of temporary files."""
+        """Takes home and folder away. What cannot be removed goes with the process, or when another one begins."""
         if self.root is not None:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -53,7 +53,7 @@ def prepare_lodging(config: AgentConfig, episode: EpisodeSpec) -> Lodging:
     if not asks_for_home(config):
         return Lodging(values=values, directory=directory)
     try:
-        root = Path(tempfile.mkdtemp(prefix="forgejax-episode-"))
+        root = make_scratch("episode")
         home, work = root / "home", root / "work"
         home.mkdir()
         work.mkdir()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from forgejax.agents.scaffolds.base import AgentConfig, AgentResult, EpisodeSpec
 from forgejax.agents.scaffolds.children import Child, Guard, find_program, merge_environment, quote_command, spawn
+from forgejax.agents.scaffolds.confined import enter_sandbox, localise, place_command
 from forgejax.agents.scaffolds.fork_server import ForkServer
 from forgejax.agents.scaffolds.lodging import Lodging, prepare_lodging
+from forgejax.environments.sandbox import Entered, list_environment
 from forgejax.errors import AgentError
 from forgejax.types import StopReason
 
@@ -25,7 +27,7 @@ class ProcessScaffold:
     """
 
     def __init__(self, config: AgentConfig) -> None:
-        self._config = config
+        self._config = place_command(config)
         self._guard: Guard | None = None
         self._forks: ForkServer | None = None
 
@@ -49,16 +51,18 @@ class ProcessScaffold:
     async def run(self, episode: EpisodeSpec) -> AgentResult:
         if self._guard is None:
             raise AgentError("the agent scaffold is not started; await start() first")
+        outside, episode = episode, localise(episode)
         try:
             lodging = await asyncio.to_thread(prepare_lodging, self._config, episode)
         except AgentError as error:
             return AgentResult(error=str(error), stop_reason=StopReason.AGENT_FAILED)
         try:
-            return await self._play(episode, lodging, self._guard.marker)
+            async with enter_sandbox(self._config, outside, lodging) as entered:
+                return await self._play(episode, lodging, self._guard.marker, entered)
         finally:
             await asyncio.shield(asyncio.to_thread(lodging.leave))
 
-    async def _play(self, episode: EpisodeSpec, lodging: Lodging, marker: str) -> AgentResult:
+    async def _play(self, episode: EpisodeSpec, lodging: Lodging, marker: str, entered: Entered | None) -> AgentResult:
         filled = [lodging.fill(word) for word in self._config.command]
         in_command = any("{question}" in word for word in self._config.command)
         via_stdin = not in_command and self._config.question_via == "stdin"
@@ -77,15 +81,18 @@ class ProcessScaffold:
 
         try:
             process = await (spawn if self._forks is None else self._forks.fork)(
-                command,
-                merge_environment(env, marker),
-                directory=lodging.directory,
+                command if entered is None else entered.word(command),
+                merge_environment(env, marker, None if entered is None else list_environment()),
+                directory=lodging.directory if entered is None else None,
                 stdin=via_stdin,
                 on_output=keep_end,
             )
         except AgentError as error:
             return AgentResult(error=str(error), stop_reason=StopReason.AGENT_FAILED)
         failed = await self._watch(process, episode, episode.question if via_stdin else None)
+        if entered is not None and entered.exceeded is not None:
+            broke = f"agent command {quote_command(self._config.command)}: {entered.exceeded}"
+            return AgentResult(error=broke, stop_reason=StopReason.AGENT_FAILED)
         if failed is not None:
             return failed
         if self._config.answer_file:

@@ -10,10 +10,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import math
 import signal
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc  # type: ignore[import-untyped]
@@ -44,6 +47,7 @@ from forgejax.sharding import Layout, build_engine_mesh, prepare_engine
 from forgejax.types import SamplingLaw
 
 _GIB = 2**30
+_QUIET_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +142,17 @@ async def serve(config: ServeConfig, end: asyncio.Event) -> None:
             write_atomic(config.address_file, address.encode())
         if config.await_weights:
             print(f"waiting for weights at {address}", flush=True)
+            await served.start(end)
         else:
-            print("compiling the engine's programs ...", flush=True)
-            loaded = await asyncio.to_thread(load_served, config)
-            await served.publish(loaded.params, loaded.version, "", idle_s=0.0)
-        await served.start(end)
+            async with _tell("loading the weights"):
+                loaded = await asyncio.to_thread(load_served, config)
+                await served.publish(loaded.params, loaded.version, "", idle_s=0.0)
+            async with _tell("compiling the engine's programs"):
+                await served.start(end)
         if not end.is_set():
             print(f"serving {address} and grpc {config.host}:{grpc_port}", flush=True)
             await end.wait()
+        print(f"stopping: new requests are refused, open ones have {config.drain_s:g} s to end", flush=True)
         if cut_off := await served.drain(config.drain_s):
             print(f"{cut_off} requests are cut off after {config.drain_s:g} s", flush=True)
     finally:
@@ -156,6 +163,23 @@ async def serve(config: ServeConfig, end: asyncio.Event) -> None:
             await runner.cleanup()
             if served.request_log is not None:
                 served.request_log.close()
+
+
+@contextlib.asynccontextmanager
+async def _tell(what: str) -> AsyncIterator[None]:
+    """Says that this goes on, and says it again where it takes long."""
+
+    async def repeat() -> None:
+        for times in itertools.count(1):
+            await asyncio.sleep(_QUIET_S)
+            print(f"{what}, for {times * _QUIET_S:g} s so far", flush=True)
+
+    print(f"{what} ...", flush=True)
+    telling = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 async def _listen(config: ServeConfig, runner: web.AppRunner, grpc_server: grpc.aio.Server) -> int:

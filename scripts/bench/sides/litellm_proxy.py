@@ -1,10 +1,11 @@
-"""litellm's proxy as a peer: a process of its own that answers every request by itself, with no upstream."""
+"""litellm's proxy as a peer: a process of its own that answers every request by itself, or asks a null server."""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -19,9 +20,10 @@ _KEY = "sk-bench"
 _CONFIG = """
 model_list:
   - model_name: policy
-    litellm_params: {model: openai/policy, api_key: none, mock_response: "It is 5."}
+    litellm_params: {model: openai/policy, api_key: none, %s}
 general_settings: {master_key: sk-bench}
 """
+_UPSTREAM = Path(__file__).with_name("null_openai.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,21 @@ class LitellmProxy:
 
     address: Address
     process: subprocess.Popen[bytes]
+    upstream: subprocess.Popen[bytes] | None
     folder: tempfile.TemporaryDirectory[str]
     name: str = "litellm"
     key: str = _KEY
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        for process in filter(None, (self.process, self.upstream)):
+            process.kill()
+            process.wait()
         self.folder.cleanup()
 
 
-def run_litellm(python: Path | None, path: str) -> LitellmProxy:
-    """Raises SystemExit where it does not start."""
+def run_litellm(python: Path | None, path: str, *, upstream: bool) -> LitellmProxy:
+    """With ``upstream`` it asks a server that answers at once, else it answers by itself. Raises SystemExit where it
+    does not start."""
     if python is None:
         raise SystemExit(
             "--peer litellm needs --peer-python: the interpreter of an environment with litellm's proxy in it, as of "
@@ -49,7 +54,12 @@ def run_litellm(python: Path | None, path: str) -> LitellmProxy:
         )
     folder = tempfile.TemporaryDirectory(prefix="litellm-")
     config = Path(folder.name) / "config.yaml"
-    config.write_text(_CONFIG)
+    server, says = None, 'mock_response: "It is 5."'
+    if upstream:
+        server = subprocess.Popen([sys.executable, str(_UPSTREAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert server.stdout is not None
+        says = f"api_base: http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    config.write_text(_CONFIG % says)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,7 +68,7 @@ def run_litellm(python: Path | None, path: str) -> LitellmProxy:
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with (Path(folder.name) / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env | {"LITELLM_LOG": "ERROR"})
-    proxy = LitellmProxy(address=address, process=process, folder=folder)
+    proxy = LitellmProxy(address=address, process=process, upstream=server, folder=folder)
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -84,6 +84,15 @@ def test_the_side_calls_of_real_programs_are_known_and_their_work_is_not(tmp_pat
     assert find(rules, "responses", {**TITLE, "input": TITLE["input"][1:]}) is None
 
 
+def test_recipes_know_the_side_calls_of_their_own_programs() -> None:
+    folder = Path(__file__).parents[3] / "configs" / "scaffolds"
+    claude_code, aider = (SideCallRules(read_side_calls(folder / f"{name}.toml")) for name in ("claude-code", "aider"))
+    work = {**SUMMARY, "messages": [{"role": "system", "content": "Act as an expert."}, *SUMMARY["messages"][1:]]}
+    assert find(claude_code, "messages", QUOTA) == "quota" and find(aider, "chat_completions", SUMMARY) == "summary"
+    assert find(claude_code, "messages", {**QUOTA, "max_tokens": 32_000}) is None
+    assert find(aider, "chat_completions", work) is None
+
+
 def test_the_first_rule_that_matches_is_followed_and_no_limit_is_more_than_any() -> None:
     small = SideCall(name="small", match=SideCallMatch(max_tokens=20))
     plain = SideCall(name="plain", match=SideCallMatch(tools=False), answer="x")

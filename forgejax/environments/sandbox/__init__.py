@@ -1,0 +1,25 @@
+"""Walls around the processes of one episode: what they see, whom they reach, how much they may use."""
+
+from forgejax.environments.sandbox.bubblewrap import (
+    WORK,
+    Bubblewrap,
+    Entered,
+    Ran,
+    list_environment,
+    make_bubblewrap,
+    probe_bubblewrap,
+)
+from forgejax.environments.sandbox.config import SandboxConfig
+from forgejax.environments.sandbox.outlet import Outlet
+
+__all__ = [
+    "WORK",
+    "Bubblewrap",
+    "Entered",
+    "Outlet",
+    "Ran",
+    "SandboxConfig",
+    "list_environment",
+    "make_bubblewrap",
+    "probe_bubblewrap",
+]

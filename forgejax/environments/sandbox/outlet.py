@@ -1,0 +1,122 @@
+"""The one address that a sandbox reaches: a port of its own network, answered from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from forgejax.environments.sandbox.watch import find_namespace
+
+_UNPRIVILEGED = 1024
+_CHUNK = 64 * 1024
+_PEER = struct.Struct("3i")  # process, user, group
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlet:
+    """Where calls to ``127.0.0.1:inside`` in a sandbox lead to."""
+
+    host: str
+    port: int
+
+    @property
+    def inside(self) -> int:
+        """``port``, or another where only a privileged program could listen at that."""
+        return self.port if self.port >= _UNPRIVILEGED else self.port + _UNPRIVILEGED
+
+    @classmethod
+    def of(cls, url: str) -> Outlet:
+        """The one to an http address. Raises ValueError for another."""
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None:
+            raise ValueError(f"{url} is no http address; a sandbox reaches no other")
+        return cls(host=parts.hostname, port=parts.port or 80)
+
+    def localise(self, url: str) -> str:
+        """``url`` as it reads inside."""
+        return urlsplit(url)._replace(netloc=f"127.0.0.1:{self.inside}").geturl()
+
+
+@contextlib.asynccontextmanager
+async def open_door(place: Path, outlet: Outlet) -> AsyncIterator[asyncio.Future[int]]:
+    """Waits at a Unix socket at ``place`` for one sandbox that hands out its listening socket, and answers there.
+
+    The context is the number of the sandbox's process namespace, once it is there. What has connected is cut off when
+    the context ends.
+    """
+    loop = asyncio.get_running_loop()
+    namespace: asyncio.Future[int] = loop.create_future()
+    servers: list[asyncio.Server] = []
+    pumps: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(_relay(reader, writer, outlet))
+        pumps.add(task)
+        task.add_done_callback(pumps.discard)
+
+    async def wait() -> None:
+        with contextlib.closing(door):
+            connection, _ = await loop.sock_accept(door)
+            with connection:
+                process, *_ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+                namespace.set_result(find_namespace(process))
+                connection.settimeout(5.0)
+                _, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, connection, 1, 1)
+                listening = socket.socket(fileno=descriptors[0])
+                listening.setblocking(False)
+                servers.append(await asyncio.start_server(accept, sock=listening))
+                await asyncio.to_thread(connection.sendall, b"\0")
+
+    door = socket.socket(socket.AF_UNIX)
+    door.setblocking(False)
+    door.bind(str(place))
+    door.listen(1)
+    waiting = asyncio.create_task(wait())
+    try:
+        yield namespace
+    finally:
+        waiting.cancel()
+        namespace.cancel()
+        for server in servers:
+            server.close()
+        for pump in list(pumps):
+            pump.cancel()
+        ended = await asyncio.gather(waiting, *pumps, return_exceptions=True)
+        for problem in ended:
+            if isinstance(problem, Exception):
+                _log.warning("the outlet of a sandbox failed: %s: %s", type(problem).__name__, problem)
+
+
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outlet: Outlet) -> None:
+    """Copies bytes both ways until both sides have ended, or one is gone."""
+    try:
+        there, away = await asyncio.open_connection(outlet.host, outlet.port)
+    except OSError as error:
+        _log.warning("the gateway at %s:%d does not answer a sandbox: %s", outlet.host, outlet.port, error)
+        writer.transport.abort()
+        return
+    try:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(_pump(reader, away))
+            both.create_task(_pump(there, writer))
+    except* OSError:
+        pass  # a side went away; the other is told by the connection's end
+    finally:
+        for side in (writer, away):
+            side.transport.abort() if side.transport.get_write_buffer_size() else side.close()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
