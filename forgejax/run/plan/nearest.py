@@ -146,10 +146,10 @@ def _splits(config: TrainConfig, plan: MeshPlan) -> Iterator[MeshConfig]:
     where one row is long, experts where there are any."""
     if plan.devices == resolve(config.mesh).devices:
         yield dataclasses.replace(config.mesh, name=plan.name)
-    experts = config.policy.moe.num_experts
-    for tensor in _powers(min(2 * count_host_devices(plan), config.policy.num_heads)):
-        for expert in _powers(min(experts, 8)) if experts else (1,):
-            for context in _powers(64):
+    host, experts = count_host_devices(plan), config.policy.moe.num_experts
+    for tensor in sorted({host // 2 or 1, host, 2 * host} & {*_powers(config.policy.num_heads)}):
+        for expert in (1, 4, 8) if experts else (1,):
+            for context in (1, 4, 16):
                 rest, over = divmod(plan.devices, tensor * expert * context)
                 if rest and not over:
                     axes = {"data": 1, "fsdp": rest, "context": context, "expert": expert, "tensor": tensor}

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from forgejax.errors import MeshError
-from forgejax.learner import StepConfig, TrainState, make_train_step
+from forgejax.learner import OptimizerConfig, StepConfig
+from forgejax.learner.step.optimizer import make_optimizer
 from forgejax.models import PolicyConfig, abstract_policy
 from forgejax.ops.paged.attention import count_kept_heads
 from forgejax.run.config import TrainConfig
@@ -93,15 +94,16 @@ def pick_replica(asked: EngineMesh, host_devices: int) -> EngineMesh:
 
 def count_residents(site: Site) -> Residents:
     """Raises MeshError where a weight does not divide by the mesh."""
-    params, (state, sums) = site.abstract[1], _abstract_state(site.config.policy, site.step_config)
-    wide = bytes_of(site.learner, state.params)
+    params, policy = site.abstract[1], site.config.policy
     weights = bytes_of(site.learner, params)
-    narrow = jax.tree.leaves(params)[0].dtype != jax.tree.leaves(state.params)[0].dtype
+    narrow = jnp.dtype(policy.param_dtype)
+    wide = jnp.promote_types(narrow, jnp.float32)
+    masters = weights * wide.itemsize // narrow.itemsize
     return Residents(
-        weights=weights if narrow else 0,  # the masters themselves run where they are as wide
-        masters=wide,
-        moments=bytes_of(site.learner, state.opt_state),
-        gradients=bytes_of(site.learner, sums.grads),
+        weights=weights if narrow != wide else 0,  # the masters themselves run where they are as wide
+        masters=masters,
+        moments=round(masters * _count_moments(policy, site.step_config.optimizer)),
+        gradients=masters,
         engine=0 if site.engine is None else bytes_of(site.engine, params),
         page=0 if site.engine is None else count_page_bytes(site.config, site.engine),
         pages=0 if site.engine is None else site.config.engine.pool_pages,
@@ -109,10 +111,14 @@ def count_residents(site: Site) -> Residents:
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_state(policy: PolicyConfig, config: StepConfig) -> tuple[TrainState, Any]:
-    graphdef, params = _abstract(policy)
-    step = make_train_step(graphdef, params, config)
-    return jax.eval_shape(step.init, params), jax.eval_shape(step.start, params)
+def _count_moments(policy: PolicyConfig, config: OptimizerConfig) -> float:
+    """The optimizer's state over the masters, which are split alike."""
+    wide = jax.eval_shape(
+        lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree), _abstract(policy)[1]
+    )
+    state = jax.eval_shape(make_optimizer(config).init, wide)
+    sizes = (sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state, wide))
+    return next(sizes) / next(sizes)
 
 
 @functools.lru_cache(maxsize=8)
