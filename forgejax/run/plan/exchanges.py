@@ -16,8 +16,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+)")
 _BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,16 @@ class Exchanges:
 def read_exchanges(text: str) -> Exchanges:
     """Of an optimised HLO module, as ``jax.stages.Compiled.as_text`` gives it."""
     bodies, entry = _split(text)
+    partitions = _PARTITIONS.search(text.partition("\n")[0])
+    everybody = int(partitions[1]) if partitions else 1
     found: dict[str, tuple[int, str, int]] = {}  # the compiler spreads one collective over several fusions
     for name, times in _count_calls(bodies, entry).items():
         for number, line in enumerate(bodies[name]):
             if each := _COLLECTIVE.search(line):
-                channel = _CHANNEL.search(line)
-                key = channel[1] if channel else f"{name} {number}"
-                found[key] = max(found.get(key, (0, "", 0)), (times, each[2], _sent(each[2], each[1], line)))
+                chain = _CHAIN.search(line)
+                key = chain[0] if chain else f"{name} {number}"
+                size = _sent(each[2], each[1], _count_members(line, everybody))
+                found[key] = max(found.get(key, (0, "", 0)), (times, each[2], size))
     runs: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     for times, kind, size in found.values():
@@ -110,24 +114,29 @@ def _called_in(line: str) -> Iterator[str]:
         yield from (name.strip().removeprefix("%") for name in branches.split(","))
 
 
-def _sent(kind: str, results: str, line: str) -> int:
+def _sent(kind: str, results: str, members: int) -> int:
     """What one chip sends, once. Of a start's results, operand and whole, the whole is the largest."""
     whole = max((_size(dtype, dims) for dtype, dims in _ARRAY.findall(results)), default=0)
     if kind == "collective-permute":
         return whole
-    members = _members(line)
     if kind == "reduce-scatter":
         whole *= members
     share = whole * (members - 1) // members
     return 2 * share if kind == "all-reduce" else share
 
 
-def _members(line: str) -> int:
-    """How many chips one group has."""
+def _count_members(line: str, everybody: int) -> int:
+    """How many chips one group has; without groups there is one, of all."""
     found = _GROUPS.search(line)
     if found is None:
-        return 1
-    return int(found[2]) if found[2] else len(found[3].split(","))
+        return everybody
+    size, listed, axes, named = found.groups()
+    if size:
+        return int(size)
+    if listed is not None:
+        return len(listed.split(","))
+    sizes = dict(axis.split("=") for axis in axes.split(","))
+    return math.prod(int(sizes[name]) for name in named.split(","))
 
 
 def _size(dtype: str, dims: str) -> int:

@@ -114,7 +114,8 @@ def count_residents(site: Site) -> Residents:
 def _count_moments(policy: PolicyConfig, config: OptimizerConfig) -> float:
     """The optimizer's state over the masters, which are split alike."""
     wide = jax.eval_shape(
-        lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree), _abstract(policy)[1]
+        lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree),
+        _abstract(policy)[1],
     )
     state = jax.eval_shape(make_optimizer(config).init, wide)
     sizes = (sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (state, wide))

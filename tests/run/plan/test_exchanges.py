@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from forgejax.run.plan.exchanges import Exchanges, read_exchanges
 
-_LOOP = """HloModule jit_f
+_LOOP = """HloModule jit_f, num_partitions=8
 
 %cond (p.0: (s32[], f32[8,16])) -> pred[] {
   %bound = s32[]{:T(128)} constant(36), backend_config={}
@@ -19,11 +19,11 @@ _LOOP = """HloModule jit_f
 }
 
 %fused (p.1: bf16[4,16]) -> bf16[16,16] {
-  ROOT %gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}
 }
 
 %fused.2 (p.1: bf16[4,16]) -> bf16[16,16] {
-  ROOT %gather.2 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %gather.2 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}
 }
 
 %body (p.2: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
@@ -36,24 +36,31 @@ ENTRY %main (p.3: f32[8,16]) -> f32[8,16] {
   %w = (s32[], f32[8,16]) while(%init), condition=%cond, body=%body
   %start = (f32[8,16], f32[8,16]) all-reduce-start(%v), channel_id=9, replica_groups={{0,1},{2,3}}, to_apply=%add
   %p = f32[8,16] collective-permute(%v), channel_id=10, source_target_pairs={{0,1},{1,0}}
+  %s = bf16[2,16] reduce-scatter(%v), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+  %e = bf16[8,16] all-gather(%v), channel_id=1, replica_groups={}, dimensions={0}
   ROOT %r = f32[8,16] get-tuple-element(%w), index=1
 }
 """
 
 
 def test_a_collective_counts_as_often_as_its_loop_goes_round_and_once_however_it_is_spread_over_fusions() -> None:
-    gathered = 16 * 16 * 2 * 3 // 4  # a chip of four sends three quarters of the whole
+    gathered = 36 * 16 * 16 * 2 * 3 // 4  # a chip of four sends three quarters of the whole
     array = 8 * 16 * 4
     assert read_exchanges(_LOOP) == Exchanges(
-        runs={"all-gather": 36, "all-reduce": 1, "collective-permute": 1},
-        sent={"all-gather": 36 * gathered, "all-reduce": array, "collective-permute": array},
+        runs={"all-gather": 37, "all-reduce": 1, "collective-permute": 1, "reduce-scatter": 1},
+        sent={
+            "all-gather": gathered + 8 * 16 * 2 * 7 // 8,  # without groups all eight are one
+            "all-reduce": 2 * array // 2,
+            "collective-permute": array,
+            "reduce-scatter": 2 * 2 * 16 * 2 // 2,
+        },
     )
 
 
 def test_programs_one_after_the_other_add_up() -> None:
     once = read_exchanges(_LOOP)
     both = Exchanges.join([once, once])
-    assert (both.runs["all-gather"], both.bytes) == (72, 2 * once.bytes)
+    assert (both.runs["all-gather"], both.bytes) == (74, 2 * once.bytes)
 
 
 def test_what_the_compiler_of_this_machine_writes_is_read() -> None:
