@@ -109,7 +109,7 @@ def _phase(need: Need, residents: Residents) -> Phase:
         "moments": residents.moments,
         "gradients": residents.gradients if need.name in _WITH_GRADIENTS else 0,
         "engine's weights": residents.engine,
-        _OWN_WEIGHTS: residents.engine if need.name == "publish" else 0,
+        _OWN_WEIGHTS: residents.replica if need.name == "publish" else 0,
         "the program": int(need.bytes * (1 + _FRAGMENTS)),
     }
     return Phase(name=need.name, parts={name: size for name, size in parts.items() if size}, compiled=need.compiled)

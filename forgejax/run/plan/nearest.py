@@ -14,7 +14,7 @@ from forgejax.run.plan.residents import Site
 from forgejax.run.plan.work import Rows, Work, count_micro_batch, count_update
 from forgejax.sharding import CHIPS, Chip, EngineMesh, MeshConfig, MeshPlan, resolve
 
-_MOST_CHIPS = 1024
+_MOST_TIMES = 8
 _ELSEWHERE = ("http://HOST:8800",)
 _TIGHT = 1.0  # GiB of activations, where more do not fit
 
@@ -43,13 +43,14 @@ class Choice:
 
 
 def find_nearest(config: TrainConfig) -> Choice | None:
-    """The first choice that fits: on the same mesh, then with engines elsewhere, then on more of the same chips, then
-    on as many others."""
+    """The first choice that fits: on the same mesh, then with engines elsewhere, then on up to eight times as many of
+    the same chips, then on as many others."""
     plan = resolve(config.mesh)
     same = [config.mesh.name]
     more = list(_larger(plan))
     others = [name for chip in CHIPS.values() if _comparable(chip, plan) for name in _names(chip, plan.chips)]
-    for names, elsewhere in ((same, False), (same, True), (more, False), (more, True), (others, False)):
+    ways = ((same, False), (same, True), (more, False), (more, True), (others, False), (others, True))
+    for names, elsewhere in ways:
         for name in names:
             if choices := list(list_choices(config, name, elsewhere=elsewhere)):
                 return min(choices, key=lambda choice: (len(choice.options), choice.step_seconds or 0.0))
@@ -164,7 +165,7 @@ def _round_row(config: TrainConfig, plan: MeshPlan) -> int:
 
 def _larger(plan: MeshPlan) -> Iterator[str]:
     count = plan.chips * 2
-    while count <= _MOST_CHIPS:
+    while count <= _MOST_TIMES * plan.chips:
         yield from _names(plan.chip, count)
         count *= 2
 
@@ -175,9 +176,9 @@ def _names(chip: Chip, *counts: int) -> Iterator[str]:
 
 
 def _comparable(chip: Chip, plan: MeshPlan) -> bool:
-    """Whether it is another chip of the same maker with more memory."""
-    there, here = chip.hbm_bytes, plan.chip.hbm_bytes
-    return chip.platform == plan.platform and there is not None and here is not None and there > here
+    """Whether it is another chip of the same platform with more memory for each device."""
+    there, here = (each.hbm_bytes and each.hbm_bytes / each.devices_per_chip for each in (chip, plan.chip))
+    return chip.platform == plan.platform and bool(there and here and there > here)
 
 
 def _powers(most: int) -> list[int]:

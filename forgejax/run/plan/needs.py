@@ -41,14 +41,13 @@ def count_needs(site: Site, residents: Residents) -> list[Need]:
     ]
     if site.config.packing.trunks:
         needs.append(Need(name="pull_back", bytes=step + _count_trunk(policy, tokens, layout)))
+    head = policy.vocab_size * policy.d_model * jnp.dtype(policy.param_dtype).itemsize // site.replica.shards("vocab")
+    needs.append(Need(name="publish", bytes=_count_publication(site, residents, head)))
     if site.engine is None:
         return needs
-    slots, tensor = site.config.engine.slots, site.engine.shards("vocab")
-    head = policy.vocab_size * policy.d_model * jnp.dtype(policy.param_dtype).itemsize // tensor
-    logits = 3 * slots * policy.vocab_size * 4
+    logits = 3 * site.config.engine.slots * policy.vocab_size * 4
     return [
         *needs,
-        Need(name="publish", bytes=_count_publication(site, residents, head)),
         Need(name="decode", bytes=2 * head + logits),
         Need(name="prefill", bytes=site.config.engine.prefill_buckets[-1] * _layer_width(policy, site.engine)),
     ]
@@ -64,9 +63,8 @@ def _count_trunk(policy: PolicyConfig, tokens: int, layout: Layout) -> int:
 def _count_publication(site: Site, residents: Residents, head: int) -> int:
     """A piece and its copy; of a weight whose heads the learner splits over fewer chips than the engine does, the
     whole is gathered first."""
-    assert site.engine is not None
-    tensor, own = site.engine.shards("heads"), site.learner.shards("heads")
-    return 2 * max(min(SLICE_BYTES, residents.engine), head) * (1 if own % tensor == 0 else tensor)
+    tensor, own = site.replica.shards("heads"), site.learner.shards("heads")
+    return 2 * max(min(SLICE_BYTES, residents.replica), head) * (1 if own % tensor == 0 else tensor)
 
 
 def choose_kept_of(site: Site) -> Kept:

@@ -50,8 +50,8 @@ def compile_programs(site: Site, told: Told) -> dict[str, CompiledProgram]:
     for name, program in programs.items():
         told(f"compiling {name}")
         found[name] = _compile(name, *program)
-    if site.engine is not None and site.hosts > 1:
-        moves = list_moves(site.abstract[1], site.learner, join_hosts(site.learner, _mesh_of(site.engine)))
+    if site.hosts > 1:
+        moves = list_moves(site.abstract[1], site.learner, join_hosts(site.learner, _mesh_of(site.replica)))
         told(f"compiling the publication in {len(moves)} pieces")
         found["publish"] = _compile_publication(moves)
     return found
@@ -146,8 +146,8 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _mesh_of(engine: Layout) -> EngineMesh:
-    return EngineMesh(tensor=engine.devices("tensor"), expert=engine.devices("expert"))
+def _mesh_of(replica: Layout) -> EngineMesh:
+    return EngineMesh(tensor=replica.devices("tensor"), expert=replica.devices("expert"))
 
 
 def _place(layout: Layout, tree: Any) -> Any:

@@ -30,6 +30,7 @@ class Site:
         plan: its mesh.
         learner: the learner's layout.
         engine: that of the engine on each host, over chips of one host; None where the engines are elsewhere.
+        replica: where each host has all weights as they are published, to its own engine or to those elsewhere.
         hosts: how many the mesh has; each has an engine, over all its chips, where there are several.
     """
 
@@ -37,6 +38,7 @@ class Site:
     plan: MeshPlan
     learner: Layout
     engine: Layout | None
+    replica: Layout
     hosts: int
 
     @staticmethod
@@ -46,17 +48,17 @@ class Site:
         of_host = count_host_devices(plan)
         hosts = plan.devices // of_host
         learner = Layout(mesh=build_mesh(plan, describe_chips(plan)))
-        engine = None
-        if config.rollout.engines == "local":
-            own = pick_replica(config.rollout.mesh, of_host if hosts > 1 else 1)
-            if plan.platform != "cpu" and own.devices not in (1, of_host if hosts > 1 else 1):
-                raise MeshError(
-                    f"rollout.mesh takes {own.devices} devices and a host of {plan.name} has {of_host}, "
-                    f"{'all of them' if hosts > 1 else 'and the learner takes them all'}: leave rollout.mesh out, or "
-                    "set rollout.engines to the addresses of servers elsewhere"
-                )
-            engine = Layout(mesh=build_engine_mesh(own, _describe_host(plan)))
-        return Site(config=config, plan=plan, learner=learner, engine=engine, hosts=hosts)
+        local = config.rollout.engines == "local"
+        own = pick_replica(config.rollout.mesh, of_host if hosts > 1 else 1)
+        if local and plan.platform != "cpu" and own.devices not in (1, of_host if hosts > 1 else 1):
+            raise MeshError(
+                f"rollout.mesh takes {own.devices} devices and a host of {plan.name} has {of_host}, "
+                f"{'all of them' if hosts > 1 else 'and the learner takes them all'}: leave rollout.mesh out, or "
+                "set rollout.engines to the addresses of servers elsewhere"
+            )
+        replica = Layout(mesh=build_engine_mesh(own, _describe_host(plan)))
+        engine = replica if local else None
+        return Site(config=config, plan=plan, learner=learner, engine=engine, replica=replica, hosts=hosts)
 
     @property
     def abstract(self) -> tuple[Any, Any]:
@@ -71,13 +73,14 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residents:
-    """Bytes on each chip."""
+    """Bytes on each chip; ``replica`` are those of weights that are being published."""
 
     weights: int
     masters: int
     moments: int
     gradients: int
     engine: int
+    replica: int
     page: int
     pages: int
 
@@ -99,12 +102,14 @@ def count_residents(site: Site) -> Residents:
     narrow = jnp.dtype(policy.param_dtype)
     wide = jnp.promote_types(narrow, jnp.float32)
     masters = weights * wide.itemsize // narrow.itemsize
+    replica = bytes_of(site.replica, params)
     return Residents(
         weights=weights if narrow != wide else 0,  # the masters themselves run where they are as wide
         masters=masters,
         moments=round(masters * _count_moments(policy, site.step_config.optimizer)),
         gradients=masters,
-        engine=0 if site.engine is None else bytes_of(site.engine, params),
+        engine=0 if site.engine is None else replica,
+        replica=replica,
         page=0 if site.engine is None else count_page_bytes(site.config, site.engine),
         pages=0 if site.engine is None else site.config.engine.pool_pages,
     )

@@ -70,6 +70,7 @@ def test_mixtures_too_large_for_an_engine_on_each_host_are_planned_with_what_is_
     found = plan_run(changed, told_nothing)
     assert not found.fits and "engine's weights" in found.reason
     assert found.nearest is not None and found.nearest.footprint.refuse() == ""
+    assert found.nearest.footprint.usable > found.footprint.usable  # type: ignore[union-attr, operator]
 
 
 def test_meshes_are_ranked_by_chips_and_each_by_its_fastest_settings() -> None:
