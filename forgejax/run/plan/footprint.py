@@ -49,8 +49,6 @@ class Footprint:
         """By what was compiled, else counted. Raises MeshError where weights do not divide by the mesh."""
         residents = count_residents(site)
         needs = [(compiled or {}).get(need.name, need) for need in count_needs(site, residents)]
-        if site.hosts == 1:
-            needs = [need for need in needs if need.name != "publish"]  # copied from chip to chip, without a program
         return Footprint(
             site=site,
             residents=residents,

@@ -102,7 +102,10 @@ def count_residents(site: Site) -> Residents:
     narrow = jnp.dtype(policy.param_dtype)
     wide = jnp.promote_types(narrow, jnp.float32)
     masters = weights * wide.itemsize // narrow.itemsize
-    replica = bytes_of(site.replica, params)
+    passes = (
+        site.engine is not None or site.hosts > 1
+    )  # a single host reads weights for engines elsewhere off the chips
+    replica = bytes_of(site.replica, params) if passes else 0
     return Residents(
         weights=weights if narrow != wide else 0,  # the masters themselves run where they are as wide
         masters=masters,
