@@ -196,6 +196,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
+def load_shape(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, str]:
+    """Like ``load_config``, for what needs no weights: where ``policy.path`` is not here, the shape is that of the
+    section ``[policy]``, and the second value says so in a sentence; it is empty else."""
+    config = load_saved(_lay_recipe(_read_toml(path)), str(path), overrides)
+    folder = config.policy.path
+    if not folder:
+        return config, ""
+    if not Path(folder).exists():
+        return config, f"policy.path {folder} is not here: the policy is of the shape in [policy]"
+    return dataclasses.replace(config, policy=read_policy_config(folder, base=config.policy)), ""
+
+
 def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Like ``load_config``, from plain data that is complete; ``source`` names it in errors."""
     options, command = _split_command(overrides)
