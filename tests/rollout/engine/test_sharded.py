@@ -45,7 +45,7 @@ _alone: dict[PolicyConfig, list[Completion]] = {}
     [
         pytest.param(_DENSE, {"tensor": 2}, id="as many devices as key heads"),
         pytest.param(_DENSE, {"tensor": 4}, id="each key head on two devices"),
-        pytest.param(_MIXTURE, {"expert": 2, "tensor": 2}, id="experts and their widths"),
+        pytest.param(_MIXTURE, {"expert": 2, "tensor": 2}, id="whole experts"),
     ],
 )
 async def test_tokens_and_logprobs_are_those_of_one_device(policy: PolicyConfig, sizes: dict[str, int]) -> None:
