@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -79,6 +80,11 @@ class RolloutConfig:
         """Host and port of ``register_at``; the port is -1 where it is none."""
         host, _, port = self.register_at.rpartition(":")
         return host.strip("[]"), int(port) if port.isascii() and port.isdecimal() else -1
+
+    @property
+    def folder(self) -> Path | None:
+        """``weights_folder``, or None."""
+        return Path(self.weights_folder) if self.weights_folder else None
 
     @property
     def token(self) -> str:

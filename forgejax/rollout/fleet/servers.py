@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from forgejax.errors import EngineError, OverloadedError
 from forgejax.rollout.fleet.archive import Archive
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.rollout.fleet.books import ServerBooks
-from forgejax.rollout.fleet.channel import Publication
+from forgejax.rollout.fleet.channel import Publication, Staged
 from forgejax.rollout.fleet.config import RolloutConfig
 from forgejax.rollout.fleet.process import Launch
 from forgejax.rollout.fleet.registry import Registry
@@ -50,17 +50,19 @@ class ServerEngines:
         request_deadline_s: float,
         launches: Sequence[Launch] = (),
         former: Archive | None = None,
+        prepare: Callable[[Any, int], Staged] | None = None,
     ):
         """``launches``: servers to be started, where ``config.engines`` does not name them. ``former``: the logs that
-        none of them will write. Raises EngineError where the servers' logs cannot be read."""
+        none of them will write. ``prepare`` makes weights and their version ready for the servers; without it they are
+        copied to this host. Raises EngineError where the servers' logs cannot be read."""
         self._config, self._deadline_s = config, request_deadline_s
         self._former = former if former is not None else Archive()
         own = Archive([launch.requests for launch in launches if launch.requests.exists()])
         self._inherited = own.inherited + self._former.inherited
         own.close()
-        self._folder = Path(config.weights_folder) if config.weights_folder else None
-        self._served = Publication(params, version, self._folder)
-        self._coming: Publication | None = None  # while servers change to it
+        self._prepare = prepare if prepare is not None else functools.partial(Publication, folder=config.folder)
+        self._served: Staged = self._prepare(params, version)
+        self._coming: Staged | None = None  # while servers change to it
         self._router = Router()
         urls = config.engines if isinstance(config.engines, tuple) else ()
         self._replicas: list[Replica] = []
@@ -113,7 +115,7 @@ class ServerEngines:
         """See ``Engines``. A server that does not take the weights is not asked any more until it has them; where none
         takes them, EngineError names each with its reason, and the version before goes on being served."""
         began = time.monotonic()
-        publication = Publication(params, version, self._folder)
+        publication = self._prepare(params, version)
         try:
             self._call(self._publish(publication), self._config.publish_s * 3 + _SLACK_S)
         except BaseException:
@@ -335,7 +337,7 @@ class ServerEngines:
         ]
         return self._replicas[self._router.choose(request, loads)]
 
-    async def _publish(self, publication: Publication) -> None:
+    async def _publish(self, publication: Staged) -> None:
         """All that serve get the weights, then all change to them; who fails has to catch up by itself."""
         until = time.monotonic() + self._config.publish_s
         failures: dict[Replica, EngineError] = {}
@@ -370,7 +372,7 @@ class ServerEngines:
             for replica in targets:
                 replica.publishing = False
 
-    def _word_failure(self, publication: Publication, failures: Mapping[Replica, Exception]) -> EngineError:
+    def _word_failure(self, publication: Staged, failures: Mapping[Replica, Exception]) -> EngineError:
         told = {replica: replica.trouble or "it has not caught up" for replica in self._replicas} | dict(failures)
         said = "; ".join(f"{replica.name}: {why}" for replica, why in told.items())
         return EngineError(

@@ -53,7 +53,8 @@ class ServeConfig:
     """Directory below which POST /publish may load new weights, bare ones or runs/NAME/checkpoints/STEP, and a trainer
     leave them; without it they come over HTTP alone."""
     tokenizer: Path | None = None
-    """Tokenizer folder of the policy; requests with a grammar are refused without it. With --run it is the run's."""
+    """Tokenizer folder of the policy; requests with a grammar or stop strings are refused without it. With --run it is
+    the run's."""
     request_log: Path | None = None
     """File that keeps the ids of every request."""
     drain_s: float = 30.0
