@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -151,8 +152,8 @@ class Soak:
     async def _publish_on(self) -> None:
         for version in range(1, self.options.publications + 1):
             await asyncio.sleep(self.seconds / (self.options.publications + 1))
-            params = init_params(_POLICY, seed=version)
-            await asyncio.to_thread(self.engines.publish, params, version)
+            weights = await asyncio.to_thread(make_weights, version)
+            await asyncio.to_thread(self.engines.publish, weights, version)
             self.version = version
             await asyncio.to_thread(self.engines.trim, version - 1)
 
@@ -174,6 +175,12 @@ class Soak:
         return self.numbers.integers(0, _POLICY.vocab_size, count).astype(np.int32)
 
 
+@functools.cache
+def make_weights(version: int) -> Any:
+    """Those of a version: no two have any alike."""
+    return init_params(_POLICY, seed=version)
+
+
 def read_metric(address: str, name: str) -> float:
     """One figure of a server's page."""
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as page:
@@ -188,8 +195,7 @@ async def soak(options: Options, folder: Path) -> tuple[dict[str, Any], dict[str
         for number in range(2)
     ]
     config = RolloutConfig(engines=2, silence_s=60.0, publish_s=60.0)
-    params = init_params(_POLICY, seed=0)
-    with ServerEngines(config, params, 0, request_deadline_s=_DEADLINE_S, launches=launches) as engines:
+    with ServerEngines(config, make_weights(0), 0, request_deadline_s=_DEADLINE_S, launches=launches) as engines:
         run = Soak(engines=engines, options=options, folder=folder)
         await run.run()
         account = await _settle(engines)
@@ -197,7 +203,7 @@ async def soak(options: Options, folder: Path) -> tuple[dict[str, Any], dict[str
         held = sum(read_metric(address, "held_kv_pages") for address in addresses)
         restarts = sum(read_metric(address, "restarts_total") for address in addresses)
         serving = engines.figures()["engine/serving"]
-    gaps = [measure_gap(_POLICY, init_params(_POLICY, seed=int(each.versions[0])), each) for each in run.kept]
+    gaps = [measure_gap(_POLICY, make_weights(int(each.versions[0])), each) for each in run.kept]
     growth = {name: measure_growth(sizes) for name, sizes in run.memory.items()}
     seen = {
         **{name: run.ends[name] for name in ("completed", "cancelled", "streamed and cut off")},

@@ -82,7 +82,7 @@ class Decoder:
         self._make_room()
         jobs = self._running()
         slots = sorted(jobs)
-        self._counters.held_pages, self._counters.kept_pages = self._slots.cache.held, self._slots.cache.kept
+        self._count_pages()
         if not slots:
             self._slots.wait()  # else the device would be asked for a whole prompt before anybody can be cancelled
             return []
@@ -202,6 +202,10 @@ class Decoder:
         if filling:
             self._filling = None
         self._slots.cache.release(slot)
+        self._count_pages()
+
+    def _count_pages(self) -> None:
+        self._counters.held_pages, self._counters.kept_pages = self._slots.cache.held, self._slots.cache.kept
 
     def _share(self, slot: int, job: Job, ids: TokenIds) -> None:
         """Keeps what a slot holds of ``ids``, for everybody if the weights that serve computed it alone."""

@@ -82,7 +82,6 @@ def test_a_job_dropped_amid_its_prompt_leaves_no_page_held_and_its_chunks_are_fo
     turns.take()
     turns.take()
     assert [job.request.request_id for job in turns.decoder.drop(list(turns.scheduler.active))] == ["gone"]
-    turns.take()
     assert (turns.counters.held_pages, turns.counters.kept_pages) == (0, 16)
     turns.ask(tiny.request("again", tiny.prompt(1, 300), 4, seed=1))
     again = turns.finish()["again"]
