@@ -110,9 +110,10 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
 
 def _print_lines(number: int, stream: IO[str] | None) -> None:
     assert stream is not None
-    for line in stream:
-        if not line.startswith(_NOISE):
-            print(f"[{number}] {line}", end="", flush=True)
+    with stream:
+        for line in stream:
+            if not line.startswith(_NOISE):
+                print(f"[{number}] {line}", end="", flush=True)
 
 
 def _find_port() -> int:
