@@ -12,6 +12,8 @@
   --resume [RUN]         goes on with a run under --run.root, or in the folder RUN, by the configuration saved in it;
                          dotted options change it for good, and relative paths begin where the run was started;
                          auto: the run of --run.name, or the newest, if there is one, else a new one
+  --dry-run [--json]     whether the run fits its mesh, on any machine: bytes a chip, what chips exchange, seconds of a
+                         step at best; compiled for the chips where libtpu is installed; exits with 1 if it does not fit
   --mesh NAME            chip and count, as cpu-4, v5e-64 or h100-8
   --run.steps N          training steps
   --run.name NAME        the run's folder under --run.root (runs); without one it is numbered
@@ -73,6 +75,8 @@ def main() -> int:
         if asked.help is not None:
             _show_help(asked)
             return 0
+        if asked.dry_run or asked.json:
+            return _plan(asked)
         return _run(asked)
     except ForgejaxError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -89,6 +93,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", nargs="?", const="")
     parser.add_argument("--run.root", dest="root", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("-h", "--help", nargs="?", const="")
     for name, kind in DISTRIBUTED.items():
         parser.add_argument(f"--distributed.{name.replace('_', '-')}", dest=name, type=kind, default=argparse.SUPPRESS)
@@ -105,6 +111,29 @@ def _show_help(asked: argparse.Namespace) -> None:
     from forgejax.run.config import load_config, print_options  # noqa: PLC0415
 
     print_options(load_config(asked.config or QUICKSTART, asked.overrides), asked.help.replace("-", "_"))
+
+
+def _plan(asked: argparse.Namespace) -> int:
+    """What a run would need; nothing is made, and no accelerator touched."""
+    from forgejax.run.plan.chips import prepare_compiler  # noqa: PLC0415
+
+    if asked.resume is not None or not asked.dry_run:
+        raise ConfigError("--json belongs to --dry-run, which takes a configuration: give --dry-run without --resume")
+    prepare_compiler()
+    from forgejax.run.config import load_shape  # noqa: PLC0415
+    from forgejax.run.plan.dry_run import plan_run  # noqa: PLC0415
+    from forgejax.run.plan.show import to_json, to_text  # noqa: PLC0415
+
+    config, note = load_shape(asked.config or QUICKSTART, asked.overrides)
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if note:
+        told(note)
+    found = plan_run(config, told)
+    print(to_json(found) if asked.json else to_text(found))
+    return 0 if found.fits else FAILED
 
 
 def _run(asked: argparse.Namespace) -> int:

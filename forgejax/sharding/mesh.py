@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -172,15 +174,33 @@ def _name_for(devices: Sequence[jax.Device]) -> str:
     return f"{chip.name}-{len(devices) * chip.counted_per_chip // chip.devices_per_chip}"
 
 
+def _sort_by_host(devices: Sequence[Any]) -> list[Any]:
+    """Chips of one TPU slice: hosts by where they lie in it, then the chips of each."""
+
+    def place(device: Any) -> tuple[int, ...]:
+        return (*reversed(device.coords), device.core_on_chip)
+
+    first: dict[int, tuple[int, ...]] = {}
+    for device in devices:
+        index = device.process_index
+        first[index] = min(first.get(index, place(device)), place(device))
+    return sorted(devices, key=lambda device: (first[device.process_index], place(device)))
+
+
 def _make(shape: Mapping[str, int], devices: Sequence[jax.Device], asked: str) -> Mesh:
     """The mesh of these devices, neighbours in the machine as neighbours in it; ``asked`` is its name in errors.
 
-    Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them.
+    Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them. Those
+    of one slice lie host by host: an engine takes the chips of a host, and where these lie in the learner's order too,
+    its weights come by gathers along the slice. From orders that differ the compiler for TPUs makes groups of chips
+    that it cannot route, and aborts.
     """
     sizes = tuple(shape.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape["data"] % slices:
         raise MeshError(f"{asked}: these are {slices} slices; set mesh.data to a multiple of {slices}")
+    if devices[0].platform == "tpu" and slices == 1:
+        return Mesh(np.array(_sort_by_host(devices)).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     try:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)

@@ -183,6 +183,11 @@ class Replica:
 
     # -- Life --------------------------------------------------------------------------------------------------------
 
+    def welcome(self) -> None:
+        """It says by itself that it is there: if it was given up, it is asked again."""
+        if self.given_up:
+            self.given_up, self._served_at = False, time.monotonic()
+
     async def look(self) -> None:
         """Asks it how it is, and does what that calls for: to be called every ``poll_s``."""
         if self.given_up:

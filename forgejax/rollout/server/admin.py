@@ -99,6 +99,7 @@ class StatusBody(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     prompt_tokens: int
     cached_tokens: int
+    computed_tokens: int
     inherited: int
     damaged: int
 
@@ -246,6 +247,7 @@ class EngineAdmin:
                 waiting=metrics.waiting,
                 prompt_tokens=metrics.prompt_tokens,
                 cached_tokens=metrics.cached_tokens,
+                computed_tokens=metrics.computed_tokens,
                 inherited=log.inherited.sampled if log is not None else 0,
                 damaged=await asyncio.to_thread(lambda: log.damaged) if log is not None else 0,
                 **counts,

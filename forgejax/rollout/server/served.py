@@ -39,7 +39,10 @@ ReadWeights = Callable[[Path, Any], Any]
 
 _LOOK_S = 0.01
 _COMPILE_S = 1800.0
-_ADDED = ("requests", "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "preemptions", "restarts", "busy_s")
+_ADDED = (
+    *("requests", "steps", "prompt_tokens", "cached_tokens", "carried_tokens", "computed_tokens", "preemptions"),
+    *("restarts", "busy_s", "drafted_tokens", "accepted_tokens", "checked_steps", "checked_s", "unchecked_s"),
+)
 _ADDED_BY_PURPOSE = ("tokens_sampled", "tokens_returned", "tokens_cancelled", "tokens_failed")
 
 
