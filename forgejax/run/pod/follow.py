@@ -19,7 +19,7 @@ from forgejax.run.config import TrainConfig
 from forgejax.run.pod.followed import Followed
 from forgejax.run.pod.hello import Hello
 from forgejax.run.pod.host_engine import HostEngine
-from forgejax.run.pod.lead import Phase
+from forgejax.run.pod.lead import LearningPhase
 from forgejax.run.preflight import load_chat
 from forgejax.run.warm_start import find_first_weights
 from forgejax.sharding import Layout, Replicas, build_mesh, pick_engine_mesh, resolve
@@ -63,7 +63,7 @@ class Follower:
         config = self._config
         self._params = find_first_weights(config.policy, self._layout, seed=config.run.seed, fresh=fresh)
 
-    def make_learner(self, phase: Phase) -> None:
+    def make_learner(self, phase: LearningPhase) -> None:
         config = self._config
         base = config.step
         step = config.warm_start.step_config(base) if phase == "warm_start" else base.ending_at(config.run.steps)
