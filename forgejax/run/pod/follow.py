@@ -117,11 +117,11 @@ class Follower:
 
     # -- Serving -----------------------------------------------------------------------------------------------------
 
-    def serve(self, folder: str) -> str:
-        """Begins to serve this host's engine; gives its address. Its log lies in a folder of its own in ``folder``."""
+    def serve(self, prefix: str) -> str:
+        """Begins to serve this host's engine; gives its address. Its log lies in a folder named behind ``prefix``."""
         engine = PolicyEngine(self._config.policy, self._config.engine, self._replicas.engine)
         chat = load_chat(self._config)
-        log = Path(folder) / f"process-{self._own.process}" / "requests.log"
+        log = Path(f"{prefix}{self._own.process}") / "requests.log"
         grammars = GrammarCompiler(chat.codec.spell_vocabulary())
         served = HostEngine(engine, log, host=self._followed.address, secret=self._followed.secret, grammars=grammars)
         self._engine = self._stack.enter_context(served)
