@@ -64,15 +64,12 @@ def run_job(commands: Sequence[Sequence[str]], *, grace_s: float) -> int:
         )
         for command in commands
     ]
-    told: list[int] = []
 
     def tell(number: int, frame: FrameType | None) -> None:
-        told.append(number)
         for process in job:
             _signal(process, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, tell)
+    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     printers = [
         threading.Thread(target=_print_lines, args=(number, process.stdout), daemon=True)
         for number, process in enumerate(job)
@@ -80,6 +77,8 @@ def run_job(commands: Sequence[Sequence[str]], *, grace_s: float) -> int:
     for printer in printers:
         printer.start()
     code = _await(job, grace_s)
+    for told, handler in before.items():
+        signal.signal(told, handler)
     for printer in printers:
         printer.join(_GRACE_S)
     return code
@@ -111,9 +110,10 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
 
 def _print_lines(number: int, stream: IO[str] | None) -> None:
     assert stream is not None
-    for line in stream:
-        if not line.startswith(_NOISE):
-            print(f"[{number}] {line}", end="", flush=True)
+    with stream:
+        for line in stream:
+            if not line.startswith(_NOISE):
+                print(f"[{number}] {line}", end="", flush=True)
 
 
 def _find_port() -> int:

@@ -33,7 +33,7 @@ class DistributedConfig:
     processes: int = 0
     process_id: int = -1
     start_s: float = 300.0
-    silence_s: float = 20.0
+    silence_s: float = 30.0
     order_s: float = 1800.0
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,16 +48,17 @@ def make_pod_engines(
     rollout = config.rollout
     prepare: Callable[[Any, int], Any]
     if rollout.engines == "local":
-        folder = place.servers / f"attempt-{len(read_history(place.path))}"  # its logs are new: older ones are former
+        # Logs of their own for each attempt: those of the ones before are former.
+        prefix = place.servers.absolute() / f"attempt-{len(read_history(place.path))}-process-"
         own = HostEngine(
             PolicyEngine(config.policy, config.engine, replicas.engine),
-            folder / "process-0" / "requests.log",
+            Path(f"{prefix}0") / "requests.log",
             host=_LOOPBACK,
             secret=leader.secret,
             grammars=grammars,
         )
         stack.enter_context(own)
-        urls = (own.url, *leader.ask("serve", str(folder.absolute())))
+        urls = (own.url, *leader.ask("serve", str(prefix)))
         os.environ[_TOKEN_ENV] = leader.secret
         rollout = dataclasses.replace(rollout, engines=urls, mesh=type(mesh)(), token_env=_TOKEN_ENV)
         prepare = hand_over_everywhere(leader, lambda name, params, at: own.hand_over(name, replicas.take(params), at))

@@ -19,7 +19,7 @@ from forgejax.run.config import TrainConfig
 from forgejax.run.pod.followed import Followed
 from forgejax.run.pod.hello import Hello
 from forgejax.run.pod.host_engine import HostEngine
-from forgejax.run.pod.lead import Phase
+from forgejax.run.pod.lead import LearningPhase
 from forgejax.run.preflight import load_chat
 from forgejax.run.warm_start import find_first_weights
 from forgejax.sharding import Layout, Replicas, build_mesh, pick_engine_mesh, resolve
@@ -63,7 +63,7 @@ class Follower:
         config = self._config
         self._params = find_first_weights(config.policy, self._layout, seed=config.run.seed, fresh=fresh)
 
-    def make_learner(self, phase: Phase) -> None:
+    def make_learner(self, phase: LearningPhase) -> None:
         config = self._config
         base = config.step
         step = config.warm_start.step_config(base) if phase == "warm_start" else base.ending_at(config.run.steps)
@@ -117,11 +117,11 @@ class Follower:
 
     # -- Serving -----------------------------------------------------------------------------------------------------
 
-    def serve(self, folder: str) -> str:
-        """Begins to serve this host's engine; gives its address. Its log lies in a folder of its own in ``folder``."""
+    def serve(self, prefix: str) -> str:
+        """Begins to serve this host's engine; gives its address. Its log lies in a folder named behind ``prefix``."""
         engine = PolicyEngine(self._config.policy, self._config.engine, self._replicas.engine)
         chat = load_chat(self._config)
-        log = Path(folder) / f"process-{self._own.process}" / "requests.log"
+        log = Path(f"{prefix}{self._own.process}") / "requests.log"
         grammars = GrammarCompiler(chat.codec.spell_vocabulary())
         served = HostEngine(engine, log, host=self._followed.address, secret=self._followed.secret, grammars=grammars)
         self._engine = self._stack.enter_context(served)

@@ -14,7 +14,7 @@ from forgejax.rollout.fleet.channel import WeightReceiver, serials
 from forgejax.run.pod.orders import Orders
 from forgejax.sharding import ONE_DEVICE, Layout
 
-Phase = Literal["warm_start", "run"]
+LearningPhase = Literal["warm_start", "run"]
 """What a learner is for: its step's configuration depends on it."""
 
 
@@ -28,7 +28,7 @@ class LeadingLearner(Learner):
         config: StepConfig,
         *,
         orders: Orders,
-        phase: Phase,
+        phase: LearningPhase,
         layout: Layout = ONE_DEVICE,
     ):
         orders.give("make_learner", phase)
