@@ -10,7 +10,7 @@ from forgejax.sharding.mesh import (
     spare_devices,
 )
 from forgejax.sharding.processes import ALONE, DistributedConfig, Processes, check_share, join_processes
-from forgejax.sharding.replicas import Replicas, pick_engine_mesh
+from forgejax.sharding.replicas import SLICE_BYTES, Replicas, count_rows, join_hosts, pick_engine_mesh
 from forgejax.sharding.reshard import copy_shards
 from forgejax.sharding.rules import Rules
 from forgejax.sharding.topology import CHIPS, Chip, EngineMesh, MeshConfig, MeshPlan, resolve
@@ -19,6 +19,7 @@ __all__ = [
     "ALONE",
     "CHIPS",
     "ONE_DEVICE",
+    "SLICE_BYTES",
     "Chip",
     "DistributedConfig",
     "EngineMesh",
@@ -33,8 +34,10 @@ __all__ = [
     "check_share",
     "constrain",
     "copy_shards",
+    "count_rows",
     "current_layout",
     "has_accelerator",
+    "join_hosts",
     "join_processes",
     "pick_engine_mesh",
     "prepare_engine",

@@ -6,20 +6,19 @@ Slice by slice, so that what exists beside the old and the new weights is bounde
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 
 from forgejax.errors import MeshError
 from forgejax.sharding.layout import Layout
-from forgejax.sharding.mesh import build_engine_mesh
 from forgejax.sharding.topology import AXES, EngineMesh
 
-_SLICE_BYTES = 256 << 20  # of what a device gets at a time; as much again may exist while it arrives
+SLICE_BYTES = 256 << 20
+"""Of what a device gets at a time; as much again may exist while it arrives."""
 
 
 def pick_engine_mesh(config: EngineMesh, devices: int) -> EngineMesh:
@@ -43,12 +42,14 @@ class Replicas:
     Every process calls ``take`` at the same place in the order of programs.
     """
 
-    def __init__(self, config: EngineMesh, learner: Layout, abstract_params: Any, *, slice_bytes: int = _SLICE_BYTES):
+    def __init__(self, config: EngineMesh, learner: Layout, abstract_params: Any, *, slice_bytes: int = SLICE_BYTES):
         """``abstract_params``: the weights as shapes. Raises MeshError for hosts of different sizes."""
-        assert learner.mesh is not None
-        self.engine = Layout(mesh=build_engine_mesh(config, jax.local_devices()), rules=learner.rules, shared=True)
         self._learner, self._slice_bytes = learner, slice_bytes
-        every = Layout(mesh=_join_hosts(config, learner.mesh), rules=learner.rules)
+        every = join_hosts(config, learner)
+        assert every.mesh is not None
+        (own,) = (host for host in every.mesh.devices if host.flat[0].process_index == jax.process_index())
+        mesh = Mesh(own[None], AXES, axis_types=every.mesh.axis_types)
+        self.engine = Layout(mesh=mesh, rules=learner.rules, shared=True)
         self._everywhere: list[NamedSharding] = jax.tree.leaves(every.placements(abstract_params))
         self._here: list[NamedSharding] = jax.tree.leaves(self.engine.placements(abstract_params))
 
@@ -59,8 +60,8 @@ class Replicas:
         return jax.tree.unflatten(structure, taken)
 
     def _take(self, x: jax.Array, everywhere: NamedSharding, here: NamedSharding) -> jax.Array:
-        rows = _count_rows(x, everywhere, self._slice_bytes)
-        if rows == len(x) if x.ndim else True:
+        rows = count_rows(x, x.sharding, everywhere, self._slice_bytes)
+        if not x.ndim or rows == len(x):
             return jax.block_until_ready(self._move(x, everywhere, here))
         whole = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=here)(x.shape, x.dtype)
         for start in range(0, len(x), rows):
@@ -79,26 +80,36 @@ class Replicas:
         return jax.make_array_from_single_device_arrays(x.shape, here, ordered)
 
 
-def _join_hosts(config: EngineMesh, mesh: Mesh) -> Mesh:
-    """The engines' meshes of all hosts as one, whose data axis counts the hosts."""
+def join_hosts(config: EngineMesh, learner: Layout) -> Layout:
+    """The engines of all hosts as one layout, whose data axis counts the hosts.
+
+    Hosts and their devices are in the learner's order, so that what moves between the two needs no other; the compiler
+    for TPUs cannot route some of those that would.
+
+    Raises:
+        MeshError: hosts have more or fewer devices than an engine.
+    """
+    mesh = learner.mesh
+    assert mesh is not None
     hosts: dict[int, list[jax.Device]] = {}
-    for device in sorted(mesh.devices.flat, key=lambda device: device.id):
+    for device in mesh.devices.flat:
         hosts.setdefault(device.process_index, []).append(device)
     if {len(devices) for devices in hosts.values()} != {config.devices}:
         sizes = sorted({len(devices) for devices in hosts.values()})
         raise MeshError(f"the hosts of the mesh have {sizes} devices; expected {config.devices} on each")
-    grids: Sequence[np.ndarray] = [build_engine_mesh(config, hosts[index]).devices for index in sorted(hosts)]
-    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(list(hosts.values())).reshape(len(hosts), 1, 1, config.expert, config.tensor)
+    return Layout(mesh=Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules=learner.rules)
 
 
-def _count_rows(x: jax.Array, everywhere: NamedSharding, limit: int) -> int:
-    """How many rows of a weight are moved at a time: all of them where they are split, or few enough."""
+def count_rows(x: Any, held: Sharding, target: Sharding, limit: int = SLICE_BYTES) -> int:
+    """How many rows of a weight are moved at a time: all of them where they are split, or few enough; none of a
+    scalar."""
     if not x.ndim:
         return 0
-    shard = everywhere.shard_shape(x.shape)
+    shard = target.shard_shape(x.shape)
     size = int(np.prod(shard)) * x.dtype.itemsize
-    split = shard[0] != len(x) or x.sharding.shard_shape(x.shape)[0] != len(x)
-    return len(x) if split or size <= limit else max(1, len(x) * limit // size)
+    split = shard[0] != x.shape[0] or held.shard_shape(x.shape)[0] != x.shape[0]
+    return x.shape[0] if split or size <= limit else max(1, x.shape[0] * limit // size)
 
 
 @functools.partial(jax.jit, static_argnums=2)

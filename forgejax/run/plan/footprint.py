@@ -16,7 +16,7 @@ _OWN_WEIGHTS = "weights that arrive"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
+class Stage:
     """One program, and bytes of each chip while it runs: ``parts`` by what they are for, the pool's pages left out."""
 
     name: str
@@ -41,7 +41,7 @@ class Footprint:
 
     site: Site
     residents: Residents
-    phases: tuple[Phase, ...]
+    phases: tuple[Stage, ...]
     usable: int | None
 
     @staticmethod
@@ -57,7 +57,7 @@ class Footprint:
         )
 
     @property
-    def worst(self) -> Phase:
+    def worst(self) -> Stage:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
@@ -100,7 +100,7 @@ class Footprint:
         return f"{worst.name} leaves room for {left:,} pages, and {asked} take {self.residents.pages - 1:,}"
 
 
-def _phase(need: Need, residents: Residents) -> Phase:
+def _phase(need: Need, residents: Residents) -> Stage:
     parts = {
         "weights": residents.weights,
         "FP32 weights": residents.masters,
@@ -110,4 +110,4 @@ def _phase(need: Need, residents: Residents) -> Phase:
         _OWN_WEIGHTS: residents.replica if need.name == "publish" else 0,
         "the program": int(need.bytes * (1 + _FRAGMENTS)),
     }
-    return Phase(name=need.name, parts={name: size for name, size in parts.items() if size}, compiled=need.compiled)
+    return Stage(name=need.name, parts={name: size for name, size in parts.items() if size}, compiled=need.compiled)

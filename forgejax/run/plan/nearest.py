@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
+
 from forgejax.errors import ForgejaxError
 from forgejax.run.config import TrainConfig
-from forgejax.run.plan.chips import count_host_devices
+from forgejax.run.plan.chips import count_host_devices, usable_bytes
 from forgejax.run.plan.footprint import Footprint
 from forgejax.run.plan.needs import choose_kept_of
 from forgejax.run.plan.residents import Site
-from forgejax.run.plan.work import Rows, Work, count_micro_batch, count_update
+from forgejax.run.plan.work import Rows, Work, count_micro_batch, count_update, count_weights
 from forgejax.sharding import CHIPS, Chip, EngineMesh, MeshConfig, MeshPlan, resolve
 
 _MOST_TIMES = 8
@@ -44,12 +46,12 @@ class Choice:
 
 def find_nearest(config: TrainConfig) -> Choice | None:
     """The first choice that fits: on the same mesh, then with engines elsewhere, then on up to eight times as many of
-    the same chips, then on as many others."""
+    the same chips, then on as many others, then on these with engines elsewhere."""
     plan = resolve(config.mesh)
     same = [config.mesh.name]
     more = list(_larger(plan))
     others = [name for chip in CHIPS.values() if _comparable(chip, plan) for name in _names(chip, plan.chips)]
-    ways = ((same, False), (same, True), (more, False), (more, True), (others, False), (others, True))
+    ways = ((same, False), (same, True), (more, False), (others, False), (more, True), (others, True))
     for names, elsewhere in ways:
         for name in names:
             if choices := list(list_choices(config, name, elsewhere=elsewhere)):
@@ -72,6 +74,8 @@ def rank_meshes(config: TrainConfig, chips: Sequence[str], most: int) -> list[Ch
 def list_choices(config: TrainConfig, name: str, *, elsewhere: bool) -> Iterator[Choice]:
     """Those that fit a mesh, by its splits and by how much layers keep; ``elsewhere``: engines are servers."""
     plan = resolve(MeshConfig(name=name))
+    if _is_hopeless(config, plan, elsewhere=elsewhere):
+        return
     for mesh in _splits(config, plan):
         for gib in sorted({config.step.activation_gib, _TIGHT}, reverse=True):
             try:
@@ -122,6 +126,15 @@ def _try(config: TrainConfig, mesh: MeshConfig, *, activation_gib: float, elsewh
         changed = dataclasses.replace(changed, engine=dataclasses.replace(changed.engine, kv_pages=left))
         footprint = Footprint.of(Site.of(changed))
     return None if footprint.refuse() else Choice(options=_options(config, changed), footprint=footprint)
+
+
+def _is_hopeless(config: TrainConfig, plan: MeshPlan, *, elsewhere: bool) -> bool:
+    """Whether a host's chips cannot hold what is published, once or beside the engine's own, however it is split."""
+    usable, host = usable_bytes(plan), count_host_devices(plan)
+    if usable is None or host == plan.devices:
+        return False
+    whole = count_weights(config.policy) * jnp.dtype(config.policy.param_dtype).itemsize
+    return whole * (1 if elsewhere else 2) > usable * host
 
 
 def _options(before: TrainConfig, after: TrainConfig) -> tuple[str, ...]:

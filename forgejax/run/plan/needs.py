@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from forgejax.learner.step.memory import choose_kept, count_activation_bytes
 from forgejax.models import Kept, PolicyConfig
-from forgejax.run.plan.publication import SLICE_BYTES
 from forgejax.run.plan.residents import Residents, Site
-from forgejax.sharding import Layout
+from forgejax.sharding import SLICE_BYTES, Layout
 
 _STREAMS = 6  # arrays of a layer's tokens that exist at once in its backward pass, of each width
 
@@ -86,7 +85,7 @@ def count_step_bytes(policy: PolicyConfig, tokens: int, keep: Kept, layout: Layo
     narrow = jnp.dtype(policy.param_dtype).itemsize
     weights = sum(_weights_of_layer(policy, layout)) * narrow
     split = max(layout.shards("embed"), 1)
-    gathered = (2 + 1) * weights  # two layers' at a time, and a gradient
+    gathered = 2 * weights  # a layer's, and their gradient
     grads = policy.num_layers * weights // split if narrow < 4 else 0
     head = policy.vocab_size * policy.d_model // layout.shards("vocab")
     keys = 0

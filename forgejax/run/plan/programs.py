@@ -19,8 +19,8 @@ from forgejax.rollout.engine.programs import Programs
 from forgejax.run.plan.exchanges import Exchanges, read_exchanges
 from forgejax.run.plan.needs import Need
 from forgejax.run.plan.publication import Move, list_moves
-from forgejax.run.plan.residents import Site, join_hosts
-from forgejax.sharding import EngineMesh, Layout
+from forgejax.run.plan.residents import Site
+from forgejax.sharding import EngineMesh, Layout, join_hosts
 
 Told = Callable[[str], None]
 Program = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
@@ -51,7 +51,7 @@ def compile_programs(site: Site, told: Told) -> dict[str, CompiledProgram]:
         told(f"compiling {name}")
         found[name] = _compile(name, *program)
     if site.hosts > 1:
-        moves = list_moves(site.abstract[1], site.learner, join_hosts(site.learner, _mesh_of(site.replica)))
+        moves = list_moves(site.abstract[1], site.learner, join_hosts(_mesh_of(site.replica), site.learner))
         told(f"compiling the publication in {len(moves)} pieces")
         found["publish"] = _compile_publication(moves)
     return found

@@ -9,16 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from forgejax.errors import MeshError
 from forgejax.learner import OptimizerConfig, StepConfig
 from forgejax.learner.step.optimizer import make_optimizer
 from forgejax.models import PolicyConfig, abstract_policy
 from forgejax.ops.paged.attention import count_kept_heads
 from forgejax.run.config import TrainConfig
 from forgejax.run.plan.chips import count_host_devices, describe_chips
-from forgejax.sharding import EngineMesh, Layout, MeshConfig, MeshPlan, build_engine_mesh, build_mesh, resolve
+from forgejax.sharding import Layout, MeshConfig, MeshPlan, build_engine_mesh, build_mesh, pick_engine_mesh, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +47,7 @@ class Site:
         hosts = plan.devices // of_host
         learner = Layout(mesh=build_mesh(plan, describe_chips(plan)))
         local = config.rollout.engines == "local"
-        own = pick_replica(config.rollout.mesh, of_host if hosts > 1 else 1)
-        if local and plan.platform != "cpu" and own.devices not in (1, of_host if hosts > 1 else 1):
-            raise MeshError(
-                f"rollout.mesh takes {own.devices} devices and a host of {plan.name} has {of_host}, "
-                f"{'all of them' if hosts > 1 else 'and the learner takes them all'}: leave rollout.mesh out, or "
-                "set rollout.engines to the addresses of servers elsewhere"
-            )
+        own = config.rollout.mesh if hosts == 1 else pick_engine_mesh(config.rollout.mesh, of_host)
         replica = Layout(mesh=build_engine_mesh(own, _describe_host(plan)))
         engine = replica if local else None
         return Site(config=config, plan=plan, learner=learner, engine=engine, replica=replica, hosts=hosts)
@@ -88,11 +80,6 @@ class Residents:
     def pool(self) -> int:
         """The engine's keys and values."""
         return self.page * self.pages
-
-
-def pick_replica(asked: EngineMesh, host_devices: int) -> EngineMesh:
-    """The engine of each host: over all its devices where the job has several hosts and none was asked for."""
-    return EngineMesh(tensor=host_devices) if asked == EngineMesh() and host_devices > 1 else asked
 
 
 def count_residents(site: Site) -> Residents:
@@ -151,14 +138,6 @@ def count_page_bytes(config: TrainConfig, engine: Layout) -> int:
     heads = count_kept_heads(config.policy.num_kv_heads, shards) // shards
     each = heads * config.policy.head_size * jnp.dtype(config.policy.compute_dtype).itemsize
     return 2 * config.policy.num_layers * each * config.engine.page_tokens
-
-
-def join_hosts(learner: Layout, replica: EngineMesh) -> Layout:
-    """The replicas of all hosts as one layout, whose data axis counts the hosts; devices in the learner's order."""
-    mesh = learner.mesh
-    assert mesh is not None
-    devices = mesh.devices.reshape(-1, 1, 1, replica.expert, replica.tensor)
-    return Layout(mesh=Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types))
 
 
 def _describe_host(plan: MeshPlan) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ the data sheet. No program has reached it: it is a bound, good for comparing mes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -109,6 +110,7 @@ def count_decode(policy: PolicyConfig, engine: Layout, slots: int, context: int)
     return Work(flops=flops / devices, memory=weights + keys, sent=sent)
 
 
+@functools.lru_cache(maxsize=8)
 def count_weights(policy: PolicyConfig) -> int:
     """All of them."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_policy(policy)[1]))
