@@ -1,6 +1,6 @@
 """Where tasks come from and how a result is scored: one file a source, all behind ``Environment``."""
 
-from forgejax.environments.base import Environment, Score, Workspace
+from forgejax.environments.base import Environment, Game, Score, Workspace, WorkTool
 from forgejax.environments.harbor import Harbor
 from forgejax.environments.reasoning_gym import DatasetConfig, ReasoningGym, TasksConfig
 from forgejax.environments.rewards import RewardConfig, SpeedBaseline
@@ -9,11 +9,13 @@ from forgejax.environments.write_file import WriteFile, WriteFileConfig
 __all__ = [
     "DatasetConfig",
     "Environment",
+    "Game",
     "ReasoningGym",
     "RewardConfig",
     "Score",
     "SpeedBaseline",
     "TasksConfig",
+    "WorkTool",
     "Workspace",
     "WriteFile",
     "WriteFileConfig",
