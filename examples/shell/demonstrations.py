@@ -13,8 +13,8 @@ from forgejax.run.warm_start import Demonstration
 from forgejax.types import Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from agent import DONE, show
 from make_tasks import KINDS, ShellTask, draw_task
+from shell_agent import DONE, show
 
 _DRAWS = 1_000_000  # seeds of the demonstrations' own tasks
 _QUIET = show(0, "")  # what a solution prints: nothing

@@ -16,8 +16,8 @@ import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from agent import DONE, show
 from make_tasks import draw_task
+from shell_agent import DONE, show
 
 END = "<|end|>"
 CONTROL = ("<|pad|>", END, "<|system|>", "<|user|>", "<|assistant|>")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from forgejax.agents.scaffolds.base import AgentConfig, EpisodeSpec
 from forgejax.agents.scaffolds.lodging import Lodging
-from forgejax.environments.sandbox import Entered, Outlet
+from forgejax.environments.sandbox import Egress, Entered
 
 
 def localise(episode: EpisodeSpec) -> EpisodeSpec:
     """``episode`` with the gateway's address as it reads in its sandbox, where it has one."""
     if episode.workspace.sandbox is None:
         return episode
-    return replace(episode, base_url=Outlet.of(episode.base_url).localise(episode.base_url))
+    return replace(episode, base_url=Egress.of(episode.base_url).localise(episode.base_url))
 
 
 @contextlib.asynccontextmanager
@@ -28,7 +28,7 @@ async def enter_sandbox(config: AgentConfig, outside: EpisodeSpec, lodging: Lodg
         yield None
         return
     own = () if lodging.root is None else (lodging.root,)
-    async with sandbox.enter(outlet=Outlet.of(outside.base_url), read=list_program(config), own=own) as entered:
+    async with sandbox.enter(egress=Egress.of(outside.base_url), read=list_program(config), own=own) as entered:
         yield entered
 
 

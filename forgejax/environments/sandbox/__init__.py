@@ -10,13 +10,13 @@ from forgejax.environments.sandbox.bubblewrap import (
     probe_bubblewrap,
 )
 from forgejax.environments.sandbox.config import SandboxConfig
-from forgejax.environments.sandbox.outlet import Outlet
+from forgejax.environments.sandbox.egress import Egress
 
 __all__ = [
     "WORK",
     "Bubblewrap",
+    "Egress",
     "Entered",
-    "Outlet",
     "Ran",
     "SandboxConfig",
     "list_environment",

@@ -1,7 +1,7 @@
 """Sandboxes by bubblewrap: each process tree in namespaces of its own, over a root that shows what it needs.
 
 Inside, the system's folders and Python are read-only, all else is absent; ``/app``, ``/logs`` and ``/tmp`` are the
-episode's own. There is no network but an outlet. Where the trainer is root, every sandbox runs as a user that has
+episode's own. There is no network but an egress. Where the trainer is root, every sandbox runs as a user that has
 nothing else, for the system limits no root user's processes; elsewhere it is the trainer's own user, in a namespace.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from forgejax.environments.sandbox import entry
 from forgejax.environments.sandbox.config import SandboxConfig
-from forgejax.environments.sandbox.outlet import Outlet, open_door
+from forgejax.environments.sandbox.egress import Egress, open_door
 from forgejax.environments.sandbox.watch import Watch, Watched, end_namespace, find_namespace
 from forgejax.environments.scratch import make_scratch
 from forgejax.errors import ConfigError
@@ -95,19 +95,19 @@ class Bubblewrap:
                 os.chown(Path(folder) / name, self.user, self.user, follow_symlinks=False)
 
     @contextlib.asynccontextmanager
-    async def enter(self, *, outlet: Outlet, read: Iterable[Path], own: Iterable[Path]) -> AsyncIterator[Entered]:
-        """Around one program that is started by ``Entered.word`` and reaches ``outlet``.
+    async def enter(self, *, egress: Egress, read: Iterable[Path], own: Iterable[Path]) -> AsyncIterator[Entered]:
+        """Around one program that is started by ``Entered.word`` and reaches ``egress``.
 
         ``read`` is shown to it where it lies outside, and ``own`` is that and its own. When the context ends nobody
-        answers the outlet any more, and all processes inside are gone.
+        answers the egress any more, and all processes inside are gone.
         """
         own, door = tuple(own), self.folder / "door"
         for place in own:
             await asyncio.to_thread(self.give, place)
         door.mkdir()
-        entered = Entered(words=self._word((), port=outlet.inside, read=read, own=own))
+        entered = Entered(words=self._word((), port=egress.inside, read=read, own=own))
         try:
-            async with open_door(door / "socket", outlet) as inside:
+            async with open_door(door / "socket", egress) as inside:
                 noting = asyncio.create_task(self._note(inside, entered))
                 try:
                     yield entered
@@ -132,7 +132,7 @@ class Bubblewrap:
         show: Mapping[Path, str],
         environment: Mapping[str, str],
     ) -> Ran:
-        """Runs a program without an outlet; blocks. ``show`` tells where inside paths from outside are read; what it
+        """Runs a program without an egress; blocks. ``show`` tells where inside paths from outside are read; what it
         writes to stdout and stderr goes to the file ``output``."""
         with output.open("wb") as written:
             process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Runs inside a sandbox before its program does; the standard library's own modules only.
 
-Where the sandbox has an outlet, it opens the port that the program will call, in the sandbox's own network, and hands
+Where the sandbox has an egress, it opens the port that the program will call, in the sandbox's own network, and hands
 the listening socket out through a Unix socket: who holds it outside answers, and no other address can be reached. Then
 it lowers what it may do and becomes the program.
 """
@@ -12,7 +12,7 @@ import socket
 import sys
 
 
-def open_outlet(path: str, port: int) -> None:
+def open_egress(path: str, port: int) -> None:
     """Hands out a socket that listens at ``port``; the answer is a byte once somebody accepts there."""
     with socket.socket() as listening, socket.socket(socket.AF_UNIX) as door:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -22,7 +22,7 @@ def open_outlet(path: str, port: int) -> None:
         door.connect(path)
         socket.send_fds(door, [b"\0"], [listening.fileno()])
         if door.recv(1) != b"\0":
-            raise ConnectionError("nobody takes the outlet of the sandbox")
+            raise ConnectionError("nobody takes the egress of the sandbox")
 
 
 def lower(user: int | None, limits: dict[str, int]) -> None:
@@ -38,12 +38,12 @@ def lower(user: int | None, limits: dict[str, int]) -> None:
         os.setresuid(user, user, user)
 
 
-def main() -> None:
+def enter() -> None:
     told = json.loads(sys.argv[1])
     command = sys.argv[2:]
     try:
         if told["port"] is not None:
-            open_outlet(told["door"], told["port"])
+            open_egress(told["door"], told["port"])
         lower(told["user"], told["limits"])
     except (OSError, ValueError) as error:
         sys.exit(f"the sandbox could not be entered: {error}")
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from forgejax.environments.sandbox import Bubblewrap, Outlet, Ran, SandboxConfig, make_bubblewrap, probe_bubblewrap
+from forgejax.environments.sandbox import Bubblewrap, Egress, Ran, SandboxConfig, make_bubblewrap, probe_bubblewrap
 from forgejax.errors import ConfigError
 
 SMALL = SandboxConfig(processes=24, memory_mib=200, disk_mib=24, file_mib=8)
@@ -136,14 +136,14 @@ async def test_the_outlet_is_reached_from_inside_and_no_other_port_and_by_nobody
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
-    outlet = Outlet.of(f"http://127.0.0.1:{port}/v1")
+    egress = Egress.of(f"http://127.0.0.1:{port}/v1")
     (sandbox.work / "ask.py").write_text(
         "import urllib.request as u\n"
         f"print([u.urlopen('http://127.0.0.1:{port}/v1/' + str(i), b'x' * 300_000).read() for i in range(3)])\n"
         f"try: u.urlopen('http://127.0.0.1:{port + 1}/')\n"
         "except OSError: print('refused')\n"
     )
-    async with sandbox.enter(outlet=outlet, read=[], own=[]) as entered:
+    async with sandbox.enter(egress=egress, read=[], own=[]) as entered:
         process = await asyncio.create_subprocess_exec(
             *entered.word([sys.executable, "ask.py"]), stdout=asyncio.subprocess.PIPE
         )

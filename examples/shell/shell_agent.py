@@ -1,6 +1,6 @@
 """A command-line agent: what the model says is run by bash, and it is told what came of that, until it says done.
 
-    python examples/shell/agent.py "Write apple into drum.txt."
+    python examples/shell/shell_agent.py "Write apple into drum.txt."
 
 The endpoint and its key stand in OPENAI_BASE_URL and OPENAI_API_KEY. It works in the folder it is started in and needs
 nothing but Python.

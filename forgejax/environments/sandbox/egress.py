@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlet:
+class Egress:
     """Where calls to ``127.0.0.1:inside`` in a sandbox lead to."""
 
     host: str
@@ -33,7 +33,7 @@ class Outlet:
         return self.port if self.port >= _UNPRIVILEGED else self.port + _UNPRIVILEGED
 
     @classmethod
-    def of(cls, url: str) -> Outlet:
+    def of(cls, url: str) -> Egress:
         """The one to an http address. Raises ValueError for another."""
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None:
@@ -46,7 +46,7 @@ class Outlet:
 
 
 @contextlib.asynccontextmanager
-async def open_door(place: Path, outlet: Outlet) -> AsyncIterator[asyncio.Future[int]]:
+async def open_door(place: Path, egress: Egress) -> AsyncIterator[asyncio.Future[int]]:
     """Waits at a Unix socket at ``place`` for one sandbox that hands out its listening socket, and answers there.
 
     The context is the number of the sandbox's process namespace, once it is there. What has connected is cut off when
@@ -58,7 +58,7 @@ async def open_door(place: Path, outlet: Outlet) -> AsyncIterator[asyncio.Future
     pumps: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.ensure_future(_relay(reader, writer, outlet))
+        task = asyncio.ensure_future(_relay(reader, writer, egress))
         pumps.add(task)
         task.add_done_callback(pumps.discard)
 
@@ -92,15 +92,15 @@ async def open_door(place: Path, outlet: Outlet) -> AsyncIterator[asyncio.Future
         ended = await asyncio.gather(waiting, *pumps, return_exceptions=True)
         for problem in ended:
             if isinstance(problem, Exception):
-                _log.warning("the outlet of a sandbox failed: %s: %s", type(problem).__name__, problem)
+                _log.warning("the egress of a sandbox failed: %s: %s", type(problem).__name__, problem)
 
 
-async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outlet: Outlet) -> None:
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, egress: Egress) -> None:
     """Copies bytes both ways until both sides have ended, or one is gone."""
     try:
-        there, away = await asyncio.open_connection(outlet.host, outlet.port)
+        there, away = await asyncio.open_connection(egress.host, egress.port)
     except OSError as error:
-        _log.warning("the gateway at %s:%d does not answer a sandbox: %s", outlet.host, outlet.port, error)
+        _log.warning("the gateway at %s:%d does not answer a sandbox: %s", egress.host, egress.port, error)
         writer.transport.abort()
         return
     try:
