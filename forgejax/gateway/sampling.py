@@ -9,9 +9,9 @@ from forgejax.chat.reply_grammar import make_reply_grammar
 from forgejax.chat.tool_calls import PlainTextFormat, ToolCallFormat
 from forgejax.errors import GrammarError
 from forgejax.gateway.history.conversation import Prompt
-from forgejax.gateway.refusals import OverflowRefusedError, RefusedError
+from forgejax.gateway.refusals import OverflowRefusedError, RefusedError, refuse_field
 from forgejax.gateway.service import Service
-from forgejax.types import Grammar, SampleRequest, SessionSpec
+from forgejax.types import Grammar, SampleRequest, SamplingLaw, SessionSpec
 
 
 def choose_call_format(service: Service, chat: ChatRequest) -> ToolCallFormat:
@@ -64,7 +64,7 @@ def make_sample_request(
 ) -> SampleRequest:
     """Request ``number`` of the session; of a ``live`` one the agent sees tokens while they are drawn.
 
-    Raises OverflowRefusedError where its prompt leaves no room for a reply.
+    Raises OverflowRefusedError where its prompt leaves no room for a reply, RefusedError for a bias of no token.
     """
     room = service.context_length - len(prompt.ids)
     if room < 1:
@@ -76,8 +76,9 @@ def make_sample_request(
         session_id=session_id,
         prompt_ids=prompt.ids,
         max_tokens=min(bound for bound in bounds if bound is not None),
-        law=chat.law if spec.law is None else spec.law,
+        law=_choose_law(service, spec, chat),
         stop_ids=service.chat_format.stop_ids,
+        stop_strings=chat.stop,
         grammar=grammar,
         seed=_choose_seed(spec, chat, number),
         purpose=spec.purpose,
@@ -90,6 +91,16 @@ def derive_seed(seed: int, number: int) -> int:
     """The seed of a session's request ``number``: independent between requests, equal between equal runs."""
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") & 0x7FFFFFFF
+
+
+def _choose_law(service: Service, spec: SessionSpec, chat: ChatRequest) -> SamplingLaw:
+    if spec.law is not None:
+        return spec.law
+    size = service.chat_format.codec.vocab_size
+    for id_, _ in chat.law.logit_bias:
+        if id_ >= size:
+            raise refuse_field("logit_bias", id_, f"ids of the policy's tokens, 0 to {size - 1}")
+    return chat.law
 
 
 def _choose_seed(spec: SessionSpec, chat: ChatRequest, number: int) -> int | None:

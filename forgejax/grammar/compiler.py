@@ -16,6 +16,7 @@ from forgejax.errors import GrammarError
 from forgejax.grammar.matcher import TextMatcher
 from forgejax.grammar.schema import read_schema
 from forgejax.grammar.spelling import spell_lark
+from forgejax.grammar.stops import StopWatch
 from forgejax.types import Grammar
 
 COMPILE_S = 10.0
@@ -34,7 +35,7 @@ class GrammarCompiler:
     """
 
     def __init__(self, vocabulary: Sequence[bytes]):
-        self._size = len(vocabulary)
+        self._vocabulary = vocabulary
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Words(vocabulary)), slices=LLTokenizer.json_slices())
         self._threads = ThreadPoolExecutor(_THREADS, "grammars")
         self._lock = threading.Lock()
@@ -56,7 +57,11 @@ class GrammarCompiler:
             compiled = self._find(grammar).result(COMPILE_S)
         except FutureTimeoutError as error:
             raise _refuse_slow() from error
-        return TextMatcher(compiled.deep_copy(), stop_ids, self._size)
+        return TextMatcher(compiled.deep_copy(), stop_ids, len(self._vocabulary))
+
+    def watch(self, stops: Sequence[str]) -> StopWatch:
+        """Looks for these strings from the beginning of a text on."""
+        return StopWatch(self._vocabulary, stops)
 
     def _find(self, grammar: Grammar) -> Future[LLMatcher]:
         """The compiled grammar, or what became of it, now or later."""

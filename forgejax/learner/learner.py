@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from forgejax.learner.digest import digest_arrays
 from forgejax.learner.packing.batch import PackedBatch, PackedStep, PackedTrunk
 from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.step.train_step import Accumulated, Metrics, StepConfig, TrainState, TrainStep, make_train_step
@@ -36,7 +37,7 @@ class Learner:
         self._make_trunk_step: Callable[[Any], TrunkStep] = functools.partial(
             make_trunk_step, graphdef, config=config, start=self._step.start, layout=layout
         )
-        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self._copy = layout.in_turn(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)))
         self.row_shards = layout.shards("rows")
         self.state = self._step.init(params)
         self.batch_shapes: set[tuple[tuple[int, ...], ...]] = set()
@@ -92,6 +93,11 @@ class Learner:
     def params(self) -> Any:
         """A copy of the current weights, in the policy's dtype, on the same devices: it outlives the next update."""
         return self._copy(self.weights)
+
+    def digest(self) -> str:
+        """A checksum of the weights of ``state``, whatever devices they lie on."""
+        with self._layout.turn():
+            return digest_arrays(self.state.params)
 
     def compile(self, step: PackedStep) -> None:
         """Compiles the gradients of micro-batches of these shapes and leaves the state as it is.

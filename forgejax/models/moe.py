@@ -140,7 +140,7 @@ def _on_mesh(layout: Layout, tokens: tuple[int, ...]) -> Callable[..., jax.Array
 
     Activations are computed again in the backward pass.
     """
-    expert_axes, width_axes = layout.axes("experts"), layout.axes("mlp")
+    expert_axes, width_axes = layout.axes("experts"), layout.axes("expert_mlp")
     sum_axes = expert_axes + width_axes  # each shard has a part of every token's result
     token_axes = [tuple(axis for axis in layout.axes(name) if axis not in sum_axes) for name in ("rows", "length")]
     token_axes = [

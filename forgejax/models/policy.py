@@ -177,9 +177,11 @@ class Block(nnx.Module):
         self.router = weight(rngs, (L, D, X), ("layers", "embed", "router"), dtype, normal)
         if config.moe.correction_bias:
             self.router_bias = weight(rngs, (L, X), ("layers", "router"), dtype, zeros)
-        self.expert_gate = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "mlp"), dtype, normal)
-        self.expert_up = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "mlp"), dtype, normal)
-        self.expert_down = weight(rngs, (L, X, F, D), ("layers", "experts", "mlp", "embed"), dtype, residual_down)
+        self.expert_gate = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "expert_mlp"), dtype, normal)
+        self.expert_up = weight(rngs, (L, X, D, F), ("layers", "experts", "embed", "expert_mlp"), dtype, normal)
+        self.expert_down = weight(
+            rngs, (L, X, F, D), ("layers", "experts", "expert_mlp", "embed"), dtype, residual_down
+        )
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from forgejax.environments import Environment, SpeedBaseline, make_environment
 from forgejax.gateway import Gateway
 from forgejax.grammar import GrammarCompiler
 from forgejax.learner import Learner, lay_empty
-from forgejax.models import Params, abstract_policy, init_params, load_params
+from forgejax.models import Params, abstract_policy
 from forgejax.pool.journal import Journal
 from forgejax.pool.pool import Pool, read_groups
 from forgejax.report.live.progress import Progress
@@ -41,6 +41,10 @@ from forgejax.run.audit import Audit
 from forgejax.run.checkpoint import Checkpoints
 from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.loop import Outcome, Trainer
+from forgejax.run.pod.engines import make_pod_engines
+from forgejax.run.pod.lead import LeadingLearner
+from forgejax.run.pod.leader import Leader
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
 from forgejax.run.preflight import lay_engine, load_chat
 from forgejax.run.rows import Compiles, StepRows
 from forgejax.run.rundir import RunDir, read_history
@@ -48,6 +52,7 @@ from forgejax.run.steps import PooledSteps
 from forgejax.run.warm_start import (
     Demonstrations,
     describe_weights,
+    find_first_weights,
     imitate,
     load_cached,
     make_cache_key,
@@ -60,29 +65,38 @@ from forgejax.sharding import Layout, MeshPlan, build_mesh, prepare_platform, re
 BEFORE_FILE = "evaluation-before.json"
 
 
-def play_run(config: TrainConfig, place: RunDir, progress: Progress, on_ready: Callable[[Trainer], None]) -> Outcome:
+def play_run(
+    config: TrainConfig,
+    place: RunDir,
+    progress: Progress,
+    on_ready: Callable[[Trainer], None],
+    leader: Leader | None = None,
+) -> Outcome:
     """Builds everything, has it trained and takes it down; what is left to report is plain data.
 
-    ``on_ready`` gets the trainer as soon as it can be stopped. Raises ForgejaxError with a sentence for the user.
+    ``leader``: of the other processes, where there are some. ``on_ready`` gets the trainer as soon as it can be
+    stopped. Raises ForgejaxError with a sentence for the user.
     """
     with ExitStack() as stack:
-        trainer = build(config, place, progress, stack)
+        trainer = build(config, place, progress, stack, leader)
         on_ready(trainer)
         return trainer.run(place.path / BEFORE_FILE)
 
 
-def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Trainer:
+def build(
+    config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack, leader: Leader | None = None
+) -> Trainer:
     """Everything a run needs, started; ``stack`` takes it down in the right order."""
-    began = time.monotonic()
-    compiles = Compiles()
+    began, compiles = time.monotonic(), Compiles()
     stack.callback(compiles.close)
-    plan, layout = _devices(config)
+    orders: Orders = NOBODY_ELSE if leader is None else leader
+    orders.ask("see_run", str(place.path.absolute()))
+    plan, layouts = _devices(config, leader)
     with progress.phase("loading", "tokenizer and tasks"):
-        chat = load_chat(config)
-        environment = make_environment(config.tasks)
-    checkpoints = _open_checkpoints(config, place, progress, stack)
+        chat, environment = load_chat(config), make_environment(config.tasks)
+    checkpoints = _open_checkpoints(config, place, orders, progress, stack)
     resume_step = checkpoints.latest
-    learner = _learner(config, layout, chat, environment, progress, warm=resume_step is None)
+    learner = _learner(config, layouts[0], chat, environment, progress, orders=orders, warm=resume_step is None)
     journal, pool, steps = _data(config, place, learner, resume_step or 0, stack)
     step, sums = _restore(checkpoints, learner, steps, progress)
     _note_attempt(place, step, progress)
@@ -90,7 +104,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
         learner.compile(lay_empty(config.packing, row_shards=learner.row_shards))
 
     grammars = GrammarCompiler(chat.codec.spell_vocabulary())
-    engines = _engines(config, place, learner, step, layout=layout, grammars=grammars, stack=stack)
+    engines = _engines(config, place, learner, step, layouts=layouts, leader=leader, grammars=grammars, stack=stack)
     account = RunAccount.open(engines, pool, sums, counted_at=began)
     if unrecorded := describe_unrecorded(engines.account(), pool.tokens()):
         progress.note(unrecorded)
@@ -99,9 +113,7 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     service = _service(config, engines, gateway, environment=environment, pool=pool, journal=journal, tally=tally)
     with progress.phase("starting", "engine, gateway and agents"):
         stack.enter_context(service)
-    if config.run.deterministic:
-        progress.note(_describe_lockstep(config))
-    progress.note(f"the gateway listens at {service.url}/v1; the run is in {place.path}")
+    _note_start(config, service.url, place, progress)
     sinks = open_sinks(place.path, progress, resumed_step=step if place.resumed else None)
     stack.callback(sinks.close)
     return Trainer(
@@ -133,38 +145,57 @@ def build(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitSta
     )
 
 
-def _open_checkpoints(config: TrainConfig, place: RunDir, progress: Progress, stack: ExitStack) -> Checkpoints:
-    checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints)
+def _open_checkpoints(
+    config: TrainConfig, place: RunDir, orders: Orders, progress: Progress, stack: ExitStack
+) -> Checkpoints:
+    checkpoints = Checkpoints(place.checkpoints, config.run.keep_checkpoints, orders)
     stack.callback(checkpoints.close)
     for damage in checkpoints.set_aside:
         progress.note(damage)
     return checkpoints
 
 
-def _devices(config: TrainConfig) -> tuple[MeshPlan, Layout]:
-    """The learner's layout."""
+def _devices(config: TrainConfig, leader: Leader | None) -> tuple[MeshPlan, tuple[Layout, Layout]]:
+    """The learner's layout, and the one of the run's own engine where this process is alone."""
     plan = resolve(config.mesh)
+    if leader is not None:
+        layout = Layout(mesh=build_mesh(plan), shared=True)
+        return plan, (layout, layout)
     prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
-    return plan, Layout(mesh=build_mesh(plan))
+    mesh = build_mesh(plan)
+    engine = lay_engine(config.rollout.mesh, mesh)
+    return plan, (Layout(mesh=mesh, shared=engine.shared), engine)
 
 
 def _learner(
-    config: TrainConfig, layout: Layout, chat: ChatFormat, environment: Environment, progress: Progress, *, warm: bool
+    config: TrainConfig,
+    layout: Layout,
+    chat: ChatFormat,
+    environment: Environment,
+    progress: Progress,
+    *,
+    orders: Orders,
+    warm: bool,
 ) -> Learner:
     graphdef, _ = abstract_policy(config.policy)
-    if warm and config.policy.path:
-        with progress.phase("loading", config.policy.path):
-            params = load_params(config.policy, layout)
-    else:  # a resumed run only needs arrays to restore into
-        params = init_params(config.policy, layout, config.run.seed)
+    orders.give("begin", warm)
+    with progress.phase("loading", "weights"):
+        params = find_first_weights(config.policy, layout, seed=config.run.seed, fresh=warm)
     if warm and config.warm_start.steps:
         demonstrations = make_demonstrations(config.warm_start, environment, chat, config.run.seed)
-        params = _warm_params(config, params, layout, demonstrations, progress)
-    return Learner(graphdef, params, config.step.ending_at(config.run.steps), layout=layout)
+        params = _warm_params(config, params, layout, demonstrations, progress, orders=orders)
+    step = config.step.ending_at(config.run.steps)
+    return LeadingLearner(graphdef, params, step, orders=orders, phase="run", layout=layout)
 
 
 def _warm_params(
-    config: TrainConfig, params: Params, layout: Layout, demonstrations: Demonstrations, progress: Progress
+    config: TrainConfig,
+    params: Params,
+    layout: Layout,
+    demonstrations: Demonstrations,
+    progress: Progress,
+    *,
+    orders: Orders,
 ) -> Params:
     """Weights after the supervised phase, from the cache if some run has been through the very same one."""
     warm = config.warm_start
@@ -172,14 +203,15 @@ def _warm_params(
     settings = [config.policy, warm, step_config, config.packing, config.tasks, config.mesh, config.run.seed]
     described = [to_mapping(each) for each in settings] + describe_weights(config.policy.path)
     cached = Path(warm.cache) / make_cache_key(described, demonstrations, config.tokenizer_folder)
-    if warm.cache and (kept := load_cached(cached, params, progress.note)) is not None:
+    if warm.cache and (kept := load_cached(cached, params, progress.note, orders)) is not None:
         return kept
-    learner = Learner(abstract_policy(config.policy)[0], params, step_config, layout=layout)
+    graphdef = abstract_policy(config.policy)[0]
+    learner = LeadingLearner(graphdef, params, step_config, orders=orders, phase="warm_start", layout=layout)
     with progress.phase("warm start", f"{warm.steps} supervised steps"):
         imitate(learner, demonstrations, config.packing, note_tenths(progress, warm.steps))
     params = learner.params()
     if warm.cache:
-        save_cached(cached, params, progress.note)
+        save_cached(cached, params, progress.note, orders)
     return params
 
 
@@ -226,20 +258,34 @@ def _engines(
     learner: Learner,
     step: int,
     *,
-    layout: Layout,
+    layouts: tuple[Layout, Layout],
+    leader: Leader | None,
     grammars: GrammarCompiler,
     stack: ExitStack,
 ) -> Engines:
     """The engines that the configuration asks for, with the learner's weights; they serve once they are entered.
 
-    ``layout``: the learner's.
+    ``layouts``: the learner's, and that of an engine in this process.
     """
     launches = [_launch(config, place, number) for number in range(_count_servers(config.rollout))]
     local = config.rollout.engines == "local"
-    current = {place.requests} if local else {launch.requests for launch in launches}
+    current = {place.requests} if local and leader is None else {launch.requests for launch in launches}
     logs = [path for path in (place.requests, *list_logs(place.servers)) if path.exists() and path not in current]
     former = Archive(logs)
     stack.callback(former.close)  # where nothing comes to be entered
+    if leader is not None:
+        return make_pod_engines(
+            config,
+            place,
+            learner,
+            step,
+            leader=leader,
+            layout=layouts[0],
+            launches=launches,
+            former=former,
+            grammars=grammars,
+            stack=stack,
+        )
     if not local:
         return ServerEngines(
             config.rollout,
@@ -251,8 +297,7 @@ def _engines(
         )
     requests = RequestLog(place.requests)
     stack.callback(requests.close)
-    assert layout.mesh is not None
-    engine = PolicyEngine(config.policy, config.engine, lay_engine(config.rollout.mesh, layout.mesh))
+    engine = PolicyEngine(config.policy, config.engine, layouts[1])
     driver = Driver(engine, learner.params(), version=step, request_log=requests, grammars=grammars)
     return LocalEngines(driver, requests, former)
 
@@ -317,12 +362,13 @@ def _audit(config: TrainConfig, learner: Learner, engines: Engines, sums: RunSum
     )
 
 
-def _describe_lockstep(config: TrainConfig) -> str:
-    window = config.pool.window
-    return (
-        f"deterministic: {window.in_flight} groups in flight, in lockstep with the updates, taken in order; every "
-        "prompt is computed alone and every decode step serves all slots; speed earns no reward"
-    )
+def _note_start(config: TrainConfig, url: str, place: RunDir, progress: Progress) -> None:
+    if config.run.deterministic:
+        progress.note(
+            f"deterministic: {config.pool.window.in_flight} groups in flight, in lockstep with the updates, taken in "
+            "order; every prompt is computed alone and every decode step serves all slots; speed earns no reward"
+        )
+    progress.note(f"the gateway listens at {url}/v1; the run is in {place.path}")
 
 
 def _baseline(config: TrainConfig, journal: Journal) -> SpeedBaseline:

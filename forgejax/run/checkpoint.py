@@ -10,17 +10,14 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import json
 import logging
 import os
 import shutil
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +26,7 @@ import orbax.checkpoint as ocp
 from forgejax.errors import CheckpointError
 from forgejax.ops.rounding import narrow
 from forgejax.report.storage import CHECKSUMS_FILE, find_damage, write_checksums
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
 
 _SAVE_TIMEOUT_S = 600
 _SPARE_BYTES = 2**20  # what a checkpoint takes beside its arrays, and a run needs to end in order
@@ -82,19 +80,19 @@ class Checkpoints:
     after each step: it ends there, for what it learns from then on could not be kept.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        """Raises CheckpointError where there are checkpoints and all of them are damaged."""
+    def __init__(self, directory: Path, keep: int, orders: Orders = NOBODY_ELSE):
+        """``orders`` reach the other processes, which write and read their shards.
+
+        Raises CheckpointError where there are checkpoints and all of them are damaged.
+        """
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).addFilter(_NOT_FROM_ORBAX)
-        self._directory = directory
+        self._directory, self._orders = directory, orders
         self.set_aside = _set_damaged_aside(directory)
         self._keep = keep
-        # Older ones are deleted here and not by Orbax, which would do it before the new one has its checksums.
-        options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True,  # of saves that a crash has cut short
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
-        )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        directory.mkdir(parents=True, exist_ok=True)
+        orders.give("open_checkpoints", str(directory.absolute()))
+        self._shards = Shards(directory)
         self._safe = self.latest
         self._saving: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -104,14 +102,12 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The newest step that was saved or is being saved."""
-        step: int | None = self._manager.latest_step()
-        return step
+        return max(self._shards.steps(), default=None)
 
     @property
     def oldest(self) -> int | None:
         """The oldest step that is still kept."""
-        steps = self._manager.all_steps()
-        return min(steps) if steps else None
+        return min(self._shards.steps(), default=None)
 
     def save(self, step: int, state: Any, figures: dict[str, Any], data: Place) -> None:
         """Saves ``state`` (a pytree of arrays), ``figures`` (plain data) and the place in the data.
@@ -119,17 +115,10 @@ class Checkpoints:
         Waits for the save before. Raises CheckpointError if that failed, or if this one finds no room.
         """
         self.wait()
-        named = _named(state)
         try:
-            self._require_room(sum(leaf.nbytes for leaf in jax.tree.leaves(named)))
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(named),
-                    figures=ocp.args.JsonSave(figures),
-                    data=grain.checkpoint.CheckpointSave(_AsBytes(place=data)),
-                ),
-            )
+            self._require_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            self._orders.give("save", step)
+            self._shards.save(step, state, figures, data.get_state())
         except (OSError, ValueError, RuntimeError) as error:
             raise self._fail(step, error) from error
         self._saving = threading.Thread(target=self._complete, args=(step,), name="checkpoint", daemon=True)
@@ -149,21 +138,15 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise CheckpointError(f"{self._directory} holds no checkpoint; start the run anew, without --resume")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+        self._orders.give("restore", step)
+        state, figures, place = self._shards.restore(step, like)
         try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    figures=ocp.args.JsonRestore(),
-                    data=grain.checkpoint.CheckpointRestore(_AsBytes(place=data)),
-                ),
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            data.set_state(place)
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._directory} cannot be restored into this model: {error}"
+                f"the checkpoint of step {step} in {self._directory} belongs to other data: {error}"
             ) from error
-        return step, _unnamed(found["state"], like), found["figures"]
+        return step, state, figures
 
     def wait(self) -> None:
         """Until the last save is on the disk, with its checksums. Raises CheckpointError if it failed."""
@@ -185,7 +168,7 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.join(2 * _SAVE_TIMEOUT_S)
         with contextlib.suppress(Exception):  # it may raise the failed save's error once more
-            self._manager.close()
+            self._shards.close()
         if sys.unraisablehook == self._ignore:
             sys.unraisablehook = self._hook
 
@@ -196,11 +179,12 @@ class Checkpoints:
     def _complete(self, step: int) -> None:
         """In a thread of its own: sees a save through, and seals it with its checksums."""
         try:
-            self._manager.wait_until_finished()
+            self._shards.wait()
             write_checksums(self._directory / str(step))
             self._safe = step
-            for old in sorted(self._manager.all_steps())[: -self._keep]:
-                self._manager.delete(old)
+            # Older ones are deleted here and not by Orbax, which would do it before the new one has its checksums.
+            for old in sorted(self._shards.steps())[: -self._keep]:
+                self._shards.delete(old)
         except Exception as error:  # noqa: BLE001  whatever Orbax and its threads raise is told by ``check``
             self._failure = self._fail(step, error)
 
@@ -225,36 +209,101 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes are needed and {free:,} free")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _AsBytes:
-    """A place as Grain's checkpoint handler takes whatever is no iterator of its own: in the same form, as bytes."""
+class Shards:
+    """This process's part in the checkpoints of a run, through Orbax: its shards of every array, and of all processes
+    together whole checkpoints, which any number of processes can restore on any mesh.
 
-    place: Place
+    Every process makes the same calls in the same order; ``figures`` and ``place`` are those of process 0.
+    """
 
-    def get_state(self) -> bytes:
-        return json.dumps(self.place.get_state(), indent=4).encode()
+    def __init__(self, directory: Path):
+        """The directory is there."""
+        self._directory = directory.absolute()
+        # With the processes named, they wait for each other through jax's service, not by a collective: that of a
+        # thread of Orbax's would stand between the learner's programs.
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,  # of saves that a crash has cut short
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
+            multiprocessing_options=_name_processes(),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def set_state(self, state: bytes) -> None:
-        self.place.set_state(json.loads(state))
+    def steps(self) -> list[int]:
+        """Those that were saved or are being saved."""
+        return list(self._manager.all_steps())
 
-    def start_prefetch(self) -> None:
-        """The handler asks for it; a place begins by itself."""
+    def save(self, step: int, state: Any, figures: dict[str, Any], place: dict[str, Any]) -> None:
+        """Returns once the arrays are copied; ``wait`` once they are written."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_named(state)),
+                figures=ocp.args.JsonSave(figures),
+                data=ocp.args.JsonSave(place),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Raises what Orbax has to say of the last save."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """A state laid out as ``like``, the figures and the place of a step. Raises CheckpointError."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    figures=ocp.args.JsonRestore(),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} cannot be restored into this model: {error}"
+            ) from error
+        return _unnamed(found["state"], like), found["figures"], found["data"]
+
+    def delete(self, step: int) -> None:
+        """For process 0 alone."""
+        shutil.rmtree(self._directory / str(step))
+        self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """Writes one pytree of arrays and its checksums; ``path`` must not exist, and appears only when it is complete."""
+def _name_processes() -> Any:
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes=set(range(jax.process_count())))
+
+
+def save_tree(path: Path, tree: Any, orders: Orders = NOBODY_ELSE) -> None:
+    """Writes one pytree of arrays and its checksums; ``path`` must not exist, and appears only when it is complete.
+
+    ``orders``: to the other processes, who call ``write_shards`` on the same tree.
+    """
     aside = path.absolute().with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(aside, _named(tree))
+        orders.give("write_tree", str(aside))
+        write_shards(aside, tree)
         write_checksums(aside)
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_tree(path: Path, like: Any) -> Any:
+def write_shards(path: Path, tree: Any) -> None:
+    """This process's shards of a tree; complete with those of all others when it returns."""
+    with ocp.StandardCheckpointer(multiprocessing_options=_name_processes()) as checkpointer:
+        checkpointer.save(path, _named(tree))
+
+
+def load_tree(path: Path, like: Any, orders: Orders = NOBODY_ELSE) -> Any:
     """Reads what ``save_tree`` wrote, or the weights of one step of a run (``checkpoints/STEP``).
+
+    ``orders``: to the other processes, who call ``read_shards`` with the same tree.
 
     Laid out as ``like`` and cast to its dtypes; leaves of ``like`` without a sharding come back as arrays of the host.
     Raises CheckpointError, also where a file does not match its checksum.
@@ -264,6 +313,12 @@ def load_tree(path: Path, like: Any) -> Any:
     damage = find_damage(path)
     if damage is not None:
         raise CheckpointError(f"{path} cannot be read as weights of this policy: {damage}; use another copy or step")
+    orders.give("read_tree", str(path.absolute()))
+    return read_shards(path, like)
+
+
+def read_shards(path: Path, like: Any) -> Any:
+    """This process's shards of what ``load_tree`` reads, whose files are whole. Raises CheckpointError."""
     state = path / _STATE
     return _read(state, like, "params.") if state.is_dir() else _read(path, like, "")
 
@@ -317,7 +372,8 @@ def _read(path: Path, like: Any, prefix: str) -> Any:
     abstract = jax.tree.map(lambda leaf: _widened(ocp.utils.to_shape_dtype_struct(leaf)), wanted)
     try:
         _check_shapes(ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree, abstract, path)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_name_processes())
+        with ocp.Checkpointer(handler, multiprocessing_options=_name_processes()) as checkpointer:
             arguments = ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

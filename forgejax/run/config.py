@@ -110,10 +110,10 @@ class TrainConfig:
     stop_policy: StopPolicy = field(default_factory=StopPolicy)
 
     def __post_init__(self) -> None:
-        if self.sampling.truncated:
+        if not self.sampling.trainable:
             raise ConfigError(
-                f"sampling {self.sampling}: tokens of a truncated or greedy law cannot be trained; "
-                "set temperature above 0, top_p = 1 and top_k = 0"
+                f"sampling {self.sampling}: tokens of a truncated, greedy or biased law cannot be trained; set "
+                "temperature above 0, top_p = 1, top_k = 0, min_p = 0 and no logit_bias"
             )
         self._require_rows_for_the_longest()
         self._require_requests_for_the_episodes()
@@ -194,6 +194,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if config.policy.path:
         return dataclasses.replace(config, policy=read_policy_config(config.policy.path, base=config.policy))
     return config
+
+
+def load_shape(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, str]:
+    """Like ``load_config``, for what needs no weights: where ``policy.path`` is not here, the shape is that of the
+    section ``[policy]``, and the second value says so in a sentence; it is empty else."""
+    config = load_saved(_lay_recipe(_read_toml(path)), str(path), overrides)
+    folder = config.policy.path
+    if not folder:
+        return config, ""
+    if not Path(folder).exists():
+        return config, f"policy.path {folder} is not here: the policy is of the shape in [policy]"
+    return dataclasses.replace(config, policy=read_policy_config(folder, base=config.policy)), ""
 
 
 def load_saved(saved: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 from forgejax.chat import ChatFormat
 from forgejax.environments import Environment
 from forgejax.errors import CheckpointError, EngineError, ForgejaxError, StorageFullError, TrainingError
-from forgejax.learner import Learner, PackedStep, digest_arrays
+from forgejax.learner import Learner, PackedStep
 from forgejax.pool.pool import Pool
 from forgejax.report.live.progress import Progress
 from forgejax.rollout import Engines
@@ -269,7 +269,7 @@ class Trainer:
             cache_hit_rate=self.engines.account().cache_hit_rate,
             compiles=self.rows.compiles.count,
             batch_shapes=len(self.learner.batch_shapes),
-            params_digest=digest_arrays(self.learner.state.params),
+            params_digest=self.learner.digest(),
             failures=self.rows.episodes.failures,
         )
 

@@ -32,11 +32,15 @@ from forgejax.run.config import TrainConfig, to_mapping
 from forgejax.run.rundir import Attempt, list_changes
 from forgejax.run.warm_start import make_demonstrations
 from forgejax.sharding import (
+    ALONE,
     EngineMesh,
     Layout,
     MeshPlan,
+    Processes,
     build_engine_mesh,
     build_mesh,
+    check_share,
+    pick_engine_mesh,
     prepare_platform,
     resolve,
     spare_devices,
@@ -62,13 +66,14 @@ _KEPT = (
 _MAY_MOVE = ("policy.path", "policy.compute_dtype")
 
 
-def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
+def check_run(config: TrainConfig, folder: Path, *, fresh: bool, processes: Processes = ALONE) -> None:
     """All that can be known of a run before it is made; the cheapest first, at last the agent program itself.
 
     Args:
         config: what is to run.
         folder: where its files will lie; it need not exist.
         fresh: whether it begins with its first weights, or goes on from a checkpoint.
+        processes: this one among those of the job.
 
     Raises:
         ForgejaxError: it cannot be run, and why.
@@ -79,7 +84,7 @@ def check_run(config: TrainConfig, folder: Path, *, fresh: bool) -> None:
     check_memory(config, plan, find_memory())
     check_disk(config, folder, fresh=fresh)
     allow_open_files(config)
-    check_mesh(config)
+    check_mesh(config, processes)
     chat, environment = load_chat(config), make_environment(config.tasks)
     if fresh:
         check_beginning(config, environment, chat)
@@ -229,37 +234,42 @@ def allow_open_files(config: TrainConfig) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def check_mesh(config: TrainConfig) -> None:
-    """Raises MeshError for a mesh this machine cannot give, and ConfigError for rows or heads that the attention kernel
-    of its devices cannot work with: at once, before anything is created for the run."""
+def check_mesh(config: TrainConfig, processes: Processes = ALONE) -> None:
+    """Raises MeshError for a mesh that these processes cannot give, and ConfigError for rows or heads that the kernel
+    of its devices cannot attend with: at once, before anything is created for the run."""
     plan = resolve(config.mesh)
     if plan.platform == "cpu" and plan.devices > _CPU_DEVICES:
         raise MeshError(
             f"mesh {plan.name} asks for {plan.devices} fake devices on this machine's CPU; expected {_CPU_DEVICES} at "
             f"most, as cpu-{_CPU_DEVICES}"
         )
-    prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
+    if processes.count > 1:
+        check_share(processes, plan)
+    else:
+        prepare_platform(plan, extra_devices=config.rollout.mesh.devices)
     mesh = build_mesh(plan)
     check_kernel(kernel_for(mesh), config)
-    if config.rollout.engines == "local":
+    if processes.count > 1:
+        pick_engine_mesh(config.rollout.mesh, len(jax.local_devices()))
+    elif config.rollout.engines == "local":
         lay_engine(config.rollout.mesh, mesh)
 
 
 def lay_engine(config: EngineMesh, mesh: Mesh) -> Layout:
     """Where a run's own engine lies: outside the learner's mesh, for then their programs need not wait for each other.
 
-    An engine of one device may share the mesh's first where there is no other: its programs hold no collective. Raises
-    MeshError where one of several devices would have to share some: collectives of two threads would wait for ever.
+    Where the mesh leaves too few devices free, it shares the mesh's first, ``Layout.shared`` if it has several: an
+    engine of one device has no collectives. Raises MeshError where there are too few in all.
     """
     spare = spare_devices(mesh)
-    if config.devices == 1:
-        return Layout(mesh=build_engine_mesh(config, [*spare, mesh.devices.flat[0]]))
-    if len(spare) < config.devices:
+    if len(spare) >= config.devices:
+        return Layout(mesh=build_engine_mesh(config, spare))
+    if mesh.size < config.devices:
         raise MeshError(
-            f"rollout.mesh takes {config.devices} devices and the learner's mesh leaves {len(spare)} of "
-            f"{mesh.size + len(spare)} free; choose a smaller --mesh, or a smaller rollout.mesh"
+            f"rollout.mesh takes {config.devices} devices and the learner's mesh has {mesh.size}; choose a larger "
+            "--mesh, or a smaller rollout.mesh"
         )
-    return Layout(mesh=build_engine_mesh(config, spare))
+    return Layout(mesh=build_engine_mesh(config, list(mesh.devices.flat)), shared=config.devices > 1)
 
 
 def check_kernel(kernel: Kernel, config: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import fcntl
 import json
@@ -138,11 +137,8 @@ def create(root: Path, name: str, stem: str) -> RunDir:
     return _lock(path, resumed=False)
 
 
-def reopen(root: Path, name: str) -> RunDir:
-    """An existing run: ``name`` under ``root``, a path, or where empty the newest one.
-
-    Raises ConfigError where there is none, where it cannot be written to or has lost its journal.
-    """
+def find_run(root: Path, name: str) -> Path:
+    """An existing run: ``name`` under ``root``, a path, or where empty the newest one. Raises ConfigError."""
     if name:
         path = next((each for each in (root / name, Path(name)) if (each / _CONFIG).is_file()), None)
     else:
@@ -154,7 +150,13 @@ def reopen(root: Path, name: str) -> RunDir:
             f"there is no run {name!r} to resume under {root}; runs there: {there}; give its folder, as "
             "--resume=path/to/run, or where it lies with --run.root"
         )
-    place = dataclasses.replace(_lock(path, resumed=True), path=path.absolute())
+    return path.absolute()
+
+
+def reopen(root: Path, name: str) -> RunDir:
+    """The run that ``find_run`` finds. Raises ConfigError where it cannot be written to or has lost its journal too."""
+    path = find_run(root, name)
+    place = _lock(path, resumed=True)
     if place.has_checkpoint and not (path / _JOURNAL).is_file():
         place.close()
         raise ConfigError(

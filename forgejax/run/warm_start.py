@@ -37,9 +37,11 @@ from forgejax.learner import (
     make_supervised_sample,
     pack,
 )
-from forgejax.models import Params
+from forgejax.models import Params, PolicyConfig, init_params, load_params
 from forgejax.report.live.progress import Progress
 from forgejax.run.checkpoint import load_tree, save_tree
+from forgejax.run.pod.orders import NOBODY_ELSE, Orders
+from forgejax.sharding import Layout
 from forgejax.types import Task
 
 _TASKS_FROM = 1_000_000_000
@@ -152,6 +154,14 @@ class Demonstrations:
             iterator.close()
 
 
+def find_first_weights(config: PolicyConfig, layout: Layout, *, seed: int, fresh: bool) -> Params:
+    """The weights that a run has before any warm start: those in ``policy.path``, or random ones.
+
+    A run that is not ``fresh`` only needs arrays to restore into. Raises ForgejaxError for what cannot be loaded.
+    """
+    return load_params(config, layout) if fresh and config.path else init_params(config, layout, seed)
+
+
 def make_demonstrations(
     config: WarmStartConfig, environment: Environment, chat: ChatFormat, seed: int
 ) -> Demonstrations:
@@ -190,15 +200,15 @@ def imitate(
         progress(number, float(learner.update(packed, version=0)["loss"]))
 
 
-def load_cached(cached: Path, like: Params, note: Callable[[str], None]) -> Params | None:
-    """The weights kept in ``cached``, laid out as ``like``, or None where there are none.
+def load_cached(cached: Path, like: Params, note: Callable[[str], None], orders: Orders = NOBODY_ELSE) -> Params | None:
+    """The weights kept in ``cached``, laid out as ``like``, or None where there are none; see ``load_tree``.
 
     What cannot be read is told and removed, to be made anew.
     """
     if not cached.is_dir():
         return None
     try:
-        params: Params = load_tree(cached, like)
+        params: Params = load_tree(cached, like, orders)
     except CheckpointError as error:
         note(f"the warm start kept in {cached} is damaged and is made anew: {error}")
         aside = _name_aside(cached)
@@ -210,8 +220,9 @@ def load_cached(cached: Path, like: Params, note: Callable[[str], None]) -> Para
     return params
 
 
-def save_cached(cached: Path, params: Params, note: Callable[[str], None]) -> None:
-    """Keeps weights in ``cached``, whole or not at all; where they cannot be kept that is told, and the run goes on.
+def save_cached(cached: Path, params: Params, note: Callable[[str], None], orders: Orders = NOBODY_ELSE) -> None:
+    """Keeps weights in ``cached``, whole or not at all (see ``save_tree``); where they cannot be kept that is told, and
+    the run goes on.
 
     They are written aside and renamed: of several runs that make the same at once the first one's are kept.
     """
@@ -221,7 +232,7 @@ def save_cached(cached: Path, params: Params, note: Callable[[str], None]) -> No
         for left in cached.parent.glob(f".{cached.name}.*"):  # by a run that was killed as it wrote
             if time.time() - left.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(left, ignore_errors=True)
-        save_tree(aside, params)
+        save_tree(aside, params, orders)
         aside.rename(cached)
     except (ForgejaxError, OSError, ValueError) as error:
         if not cached.is_dir():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +26,9 @@ from forgejax.sharding.topology import AXES
 
 Tree = TypeVar("Tree")
 
+_TURN = threading.RLock()
+_NO_TURN: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -33,10 +38,13 @@ class Layout:
         mesh: the devices, with the axes of ``MeshConfig``; None is jax's default device, and for those alone who hand
             a mesh to jax.
         rules: which mesh axes split which logical axis.
+        shared: whether another layout of this process has some of its devices, so that programs of both are enqueued
+            in turns (see ``turn``).
     """
 
     mesh: Mesh | None = None
     rules: Rules = dataclasses.field(default_factory=Rules)
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.mesh is not None and set(self.mesh.shape) != set(AXES):
@@ -52,6 +60,26 @@ class Layout:
         """The platform of the devices, as jax calls it."""
         platform: str = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
         return platform
+
+    def turn(self) -> contextlib.AbstractContextManager[object]:
+        """Hold it while a program with collectives is enqueued, not while it runs, where devices are ``shared``.
+
+        Two threads that enqueue on the same devices could else reach them in two orders, and each program would wait
+        for a device that the other holds.
+        """
+        return _TURN if self.shared else _NO_TURN
+
+    def in_turn(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A jitted function that is called in ``turn``; itself where no devices are shared."""
+        if not self.shared:
+            return function
+
+        @functools.wraps(function)
+        def called(*args: Any) -> Any:
+            with _TURN:
+                return function(*args)
+
+        return called
 
     def axes(self, logical: str | None) -> tuple[str, ...]:
         """The mesh axes of more than one device that split a logical axis, major first; empty where it is whole.

@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -25,11 +27,11 @@ _ADVICE: dict[Platform, str] = {
 }
 
 
-def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
+def prepare_platform(plan: MeshPlan, extra_devices: int = 1, processes: int = 1) -> None:
     """Makes jax ready for the plan. Call it before the first use of a device, else it can only check.
 
-    A CPU mesh asks for as many fake devices as the plan takes, and ``extra_devices`` more for an engine beside it, and
-    keeps jax off any accelerator. For TPUs and GPUs nothing is set.
+    A CPU mesh asks for as many fake devices as the plan takes, its share where it is one of several ``processes``, and
+    ``extra_devices`` more for an engine beside it, and keeps jax off any accelerator. For TPUs and GPUs nothing is set.
 
     Raises:
         MeshError: the accelerator is not in this machine, or jax has already started with too few CPU devices. Told
@@ -38,12 +40,12 @@ def prepare_platform(plan: MeshPlan, extra_devices: int = 1) -> None:
     if plan.platform != "cpu":
         _require_hardware(plan)
         return
-    wanted = plan.devices + extra_devices
+    wanted = plan.devices // processes + extra_devices
     try:
         jax.config.update("jax_platforms", "cpu")
         _ask_for_cpus(wanted)
     except RuntimeError as error:  # jax has started: what it has is all there will be
-        if jax.default_backend() != "cpu" or len(jax.devices()) < wanted:
+        if jax.default_backend() != "cpu" or len(jax.local_devices()) < wanted:
             raise MeshError(
                 f"mesh {plan.name} needs {wanted} CPU devices; jax has already started with {len(jax.devices())} on "
                 f"{jax.default_backend()}: {_ADVICE['cpu']}"
@@ -112,8 +114,14 @@ def has_accelerator(platform: Platform, root: Path = Path("/")) -> bool:
         return True
     if platform == "gpu":
         return any((root / node).exists() for node in _GPU_NODES)
+    return count_chips(root) > 0
+
+
+def count_chips(root: Path = Path("/")) -> int:
+    """How many TPU chips the machine's device files (under ``root``) show."""
     vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
-    return any((root / "dev").glob("accel*")) or any(file.read_text().strip() == _GOOGLE_PCI_VENDOR for file in vendors)
+    by_vendor = sum(file.read_text().strip() == _GOOGLE_PCI_VENDOR for file in vendors)
+    return len(list((root / "dev").glob("accel*"))) or by_vendor
 
 
 def _require_hardware(plan: MeshPlan) -> None:
@@ -166,15 +174,33 @@ def _name_for(devices: Sequence[jax.Device]) -> str:
     return f"{chip.name}-{len(devices) * chip.counted_per_chip // chip.devices_per_chip}"
 
 
+def _sort_by_host(devices: Sequence[Any]) -> list[Any]:
+    """Chips of one TPU slice: hosts by where they lie in it, then the chips of each."""
+
+    def place(device: Any) -> tuple[int, ...]:
+        return (*reversed(device.coords), device.core_on_chip)
+
+    first: dict[int, tuple[int, ...]] = {}
+    for device in devices:
+        index = device.process_index
+        first[index] = min(first.get(index, place(device)), place(device))
+    return sorted(devices, key=lambda device: (first[device.process_index], place(device)))
+
+
 def _make(shape: Mapping[str, int], devices: Sequence[jax.Device], asked: str) -> Mesh:
     """The mesh of these devices, neighbours in the machine as neighbours in it; ``asked`` is its name in errors.
 
-    Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them.
+    Several TPU slices are joined by the data-centre network, so each must hold whole replicas: data spans them. Those
+    of one slice lie host by host: an engine takes the chips of a host, and where these lie in the learner's order too,
+    its weights come by gathers along the slice. From orders that differ the compiler for TPUs makes groups of chips
+    that it cannot route, and aborts.
     """
     sizes = tuple(shape.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape["data"] % slices:
         raise MeshError(f"{asked}: these are {slices} slices; set mesh.data to a multiple of {slices}")
+    if devices[0].platform == "tpu" and slices == 1:
+        return Mesh(np.array(_sort_by_host(devices)).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     try:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)

@@ -23,6 +23,7 @@ class Rules:
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ("expert",)
+    expert_mlp: tuple[str, ...] = ("tensor",)  # the width of each expert
     router: tuple[str, ...] = ()  # the scores of all experts, by which each device chooses for its own tokens
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()

@@ -28,10 +28,12 @@ _GRAMMAR = "a chip and a count, as cpu-4, v5e-64, v4-32 or h100-8"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A kind of chip, by its makers' data sheet. Figures are per chip.
+    """A kind of chip, by its makers' data sheet. Figures are per chip, rates in bytes a second.
 
     A name's count is in TensorCores for some TPUs and in chips for others (``counted_per_chip``); JAX shows some chips
     as two devices (``devices_per_chip``). ``kinds`` are substrings of ``jax.Device.device_kind``; empty: any kind.
+    ``host_chips`` are those of one host in a slice of several, or of a whole GPU machine; ``link_rate`` is what the
+    links along one axis of a slice carry in one direction, both ways round, or those within a GPU machine.
     """
 
     name: str
@@ -39,36 +41,62 @@ class Chip:
     kinds: tuple[str, ...] = ()
     hbm_bytes: int | None = None
     peak_flops: float | None = None  # dense bf16 multiply-adds, two FLOPs each, per second; None: unknown
+    hbm_rate: float | None = None
+    link_rate: float | None = None
+    host_chips: int = 1
     counted_per_chip: int = 1
     devices_per_chip: int = 1
 
 
-def _tpu(name: str, kinds: tuple[str, ...], hbm_gib: int, tflops: float, **counts: int) -> Chip:
-    return Chip(name=name, platform="tpu", kinds=kinds, hbm_bytes=hbm_gib * _GIB, peak_flops=tflops * 1e12, **counts)
+def _tpu(
+    name: str, kinds: tuple[str, ...], hbm_gib: int, tflops: float, *, rates: tuple[float, float], **counts: int
+) -> Chip:
+    """``rates``: GB/s of its memory, and of its links in one direction."""
+    return Chip(
+        name=name,
+        platform="tpu",
+        kinds=kinds,
+        hbm_bytes=hbm_gib * _GIB,
+        peak_flops=tflops * 1e12,
+        hbm_rate=rates[0] * 1e9,
+        link_rate=rates[1] * 1e9,
+        host_chips=4,
+        **counts,
+    )
 
 
-def _gpu(name: str, kinds: tuple[str, ...], hbm_gb: float, tflops: float) -> Chip:
-    return Chip(name=name, platform="gpu", kinds=kinds, hbm_bytes=round(hbm_gb * 1e9), peak_flops=tflops * 1e12)
+def _gpu(name: str, kinds: tuple[str, ...], hbm_gb: float, tflops: float, *, rates: tuple[float, float]) -> Chip:
+    """The same for a machine of eight."""
+    return Chip(
+        name=name,
+        platform="gpu",
+        kinds=kinds,
+        hbm_bytes=round(hbm_gb * 1e9),
+        peak_flops=tflops * 1e12,
+        hbm_rate=rates[0] * 1e9,
+        link_rate=rates[1] * 1e9,
+        host_chips=8,
+    )
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(name="cpu", platform="cpu"),
-        _tpu("v2", ("TPU v2",), 16, 46, counted_per_chip=2, devices_per_chip=2),
-        _tpu("v3", ("TPU v3",), 32, 123, counted_per_chip=2, devices_per_chip=2),
-        _tpu("v4", ("TPU v4",), 32, 275, counted_per_chip=2),
-        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197),
-        _tpu("v5p", ("TPU v5p", "TPU v5"), 95, 459, counted_per_chip=2),
-        _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 918),
-        _tpu("tpu7x", ("TPU7x",), 192, 2307, counted_per_chip=2, devices_per_chip=2),
-        _gpu("a100", ("A100",), 80, 312),
-        _gpu("l4", ("NVIDIA L4",), 24, 121),
-        _gpu("l40s", ("L40S",), 48, 362),
-        _gpu("h100", ("H100",), 80, 989),
-        _gpu("h200", ("H200",), 141, 989),
-        _gpu("b200", ("B200",), 180, 2250),
-        _gpu("mi300x", ("MI300X",), 192, 1307),
+        _tpu("v2", ("TPU v2",), 16, 46, rates=(700, 60), counted_per_chip=2, devices_per_chip=2),
+        _tpu("v3", ("TPU v3",), 32, 123, rates=(900, 80), counted_per_chip=2, devices_per_chip=2),
+        _tpu("v4", ("TPU v4",), 32, 275, rates=(1228, 90), counted_per_chip=2),
+        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 197, rates=(819, 90)),
+        _tpu("v5p", ("TPU v5p", "TPU v5"), 95, 459, rates=(2765, 180), counted_per_chip=2),
+        _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 918, rates=(1640, 180)),
+        _tpu("tpu7x", ("TPU7x",), 192, 2307, rates=(7380, 200), counted_per_chip=2, devices_per_chip=2),
+        _gpu("a100", ("A100",), 80, 312, rates=(2039, 300)),
+        _gpu("l4", ("NVIDIA L4",), 24, 121, rates=(300, 32)),
+        _gpu("l40s", ("L40S",), 48, 362, rates=(864, 32)),
+        _gpu("h100", ("H100",), 80, 989, rates=(3350, 450)),
+        _gpu("h200", ("H200",), 141, 989, rates=(4800, 450)),
+        _gpu("b200", ("B200",), 180, 2250, rates=(8000, 900)),
+        _gpu("mi300x", ("MI300X",), 192, 1307, rates=(5300, 448)),
         Chip(name="gpu", platform="gpu"),
     )
 }

@@ -53,6 +53,7 @@ async def test_no_reply_is_longer_than_the_gateways_limit(chat_format: ChatForma
         (None, {"temperature": 0.5}, SamplingLaw(temperature=0.5), None),
         (None, {"temperature": 0}, SamplingLaw(temperature=0.0), "sampling_law"),
         (None, {"top_p": 0.9}, SamplingLaw(top_p=0.9), "sampling_law"),
+        (None, {"logit_bias": {"5": -100}}, SamplingLaw(logit_bias=((5, -100.0),)), "sampling_law"),
     ],
 )
 async def test_the_sessions_law_overrides_the_agents(
@@ -70,7 +71,7 @@ async def test_the_sessions_law_overrides_the_agents(
     (turn,) = await gateway.close(session.id)
     await gateway.stop()
     assert sampler.requests[0].law == drawn_from and turn.untrainable == untrainable
-    assert turn.requested_law == SamplingLaw(**asked)
+    assert turn.requested_law == (SamplingLaw(**asked) if law is not None else drawn_from)
 
 
 async def test_tools_are_refused_where_the_template_knows_no_way_to_call_them(tmp_path: Path) -> None:

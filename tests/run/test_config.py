@@ -184,7 +184,7 @@ def test_a_section_that_is_not_there_is_told_with_the_near_one() -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["--sampling.top-p=0.9"], "cannot be trained; set temperature above 0, top_p = 1 and top_k = 0"),
+        (["--sampling.top-p=0.9"], "cannot be trained; set temperature above 0, top_p = 1, top_k = 0, min_p = 0"),
         (["--sampling.temperature=0"], "cannot be trained"),
         (["--packing.row-length=32", "--engine.max-context=128"], "packing.row_length 32 is too short for"),
         (

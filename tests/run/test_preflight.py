@@ -315,10 +315,13 @@ def test_weights_that_are_not_there_are_told_by_a_fresh_run_alone(tmp_path: Path
     check_run(config, tmp_path, fresh=False)
 
 
-def test_an_engine_of_several_devices_gets_those_that_the_learner_leaves_and_shares_none() -> None:
+def test_an_engine_gets_the_devices_that_the_learner_leaves_and_shares_its_first_where_these_are_too_few() -> None:
     learner = build_mesh(resolve(MeshConfig(name="cpu-4")))
     assert lay_engine(EngineMesh(tensor=2), learner).mesh.devices.flatten().tolist() == jax.devices()[4:6]  # type: ignore[union-attr]
-    with pytest.raises(MeshError, match=r"takes 6 devices and the learner's mesh leaves 4 of 8 free"):
+    assert not lay_engine(EngineMesh(tensor=2), learner).shared
+    with pytest.raises(MeshError, match=r"takes 6 devices and the learner's mesh has 4"):
         lay_engine(EngineMesh(tensor=6), learner)
     every = build_mesh(resolve(MeshConfig(name="cpu-8")))
     assert lay_engine(EngineMesh(), every).mesh.devices.flatten().tolist() == jax.devices()[:1]  # type: ignore[union-attr]
+    two = lay_engine(EngineMesh(tensor=2), every)
+    assert two.mesh.devices.flatten().tolist() == jax.devices()[:2] and two.shared  # type: ignore[union-attr]

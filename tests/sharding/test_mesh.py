@@ -123,6 +123,28 @@ def test_slices_joined_by_a_network_must_each_hold_whole_replicas() -> None:
     assert [{device.slice_index for device in replica.flat} for replica in built.devices] == [{0}, {1}]
 
 
+def test_chips_of_a_slice_lie_host_by_host_and_in_every_host_in_the_same_order() -> None:
+    """Two by two chips a host in a slice of four by four, whose hosts are numbered in no order of theirs."""
+
+    @dataclass(frozen=True)
+    class Chip(FakeDevice):
+        coords: tuple[int, int, int] = (0, 0, 0)
+        core_on_chip: int = 0
+
+    numbers = {(0, 0): 3, (1, 0): 1, (0, 1): 0, (1, 1): 2}
+    chips: Any = [
+        Chip("tpu", "TPU v5 lite", id=4 * y + x, process_index=numbers[x // 2, y // 2], coords=(x, y, 0))
+        for x in range(4)
+        for y in range(4)
+    ]
+    built = build_mesh(plan_of("v5e-16"), chips)
+    hosts = built.devices.reshape(4, 4)
+    assert [{device.process_index for device in host} for host in hosts] == [{3}, {1}, {0}, {2}]
+    assert [[(device.coords[0] % 2, device.coords[1] % 2) for device in host] for host in hosts] == [
+        [(0, 0), (1, 0), (0, 1), (1, 1)]
+    ] * 4
+
+
 def test_accelerators_are_told_from_the_device_files(tmp_path: Path) -> None:
     assert has_accelerator("cpu", tmp_path)
     assert not has_accelerator("tpu", tmp_path)

@@ -69,7 +69,16 @@ def test_turns_one_after_another_add_their_queueing() -> None:
     assert trajectory(turn(0, 0.0, 1.0), turn(1, 2.0, 1.5)).active_s == pytest.approx(7.5)
 
 
-@pytest.mark.parametrize(("law", "truncated"), [({}, False), ({"top_k": 3}, True), ({"top_p": 0.9}, True)])
-def test_a_law_that_cuts_the_distribution_says_so(law: dict[str, float], truncated: bool) -> None:
-    assert SamplingLaw(**law).truncated is truncated  # type: ignore[arg-type]
-    assert SamplingLaw(temperature=0.0).truncated
+@pytest.mark.parametrize(
+    "law", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}, {"logit_bias": ((3, -1.0),)}]
+)
+def test_a_law_that_is_not_the_whole_policy_cannot_be_trained(law: dict[str, Any]) -> None:
+    assert not SamplingLaw(**law).trainable and SamplingLaw(temperature=0.7).trainable
+
+
+@pytest.mark.parametrize(
+    "law", [{"min_p": 1.1}, {"logit_bias": ((3, 1.0), (1, 1.0))}, {"logit_bias": ((3, float("nan")),)}]
+)
+def test_a_law_that_cannot_be_drawn_from_is_refused(law: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(law))):
+        SamplingLaw(**law)

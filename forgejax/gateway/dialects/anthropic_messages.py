@@ -52,6 +52,7 @@ _SERVED = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
         "output_config",
         "output_format",
         # these ask for nothing that has an effect on an answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from forgejax.chat.messages import ChatRequest, Tool, ToolCallPart
@@ -23,6 +24,7 @@ from forgejax.gateway.dialects.fields import (
     choose_calls,
     list_ignored,
     read_array,
+    read_bias,
     read_boolean,
     read_integer,
     read_law,
@@ -48,6 +50,8 @@ SERVED = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
+        "logit_bias",
         "max_tokens",
         "max_completion_tokens",
         "stop",
@@ -98,7 +102,7 @@ class ChatCompletions:
             tools=tools,
             calls=choice.rule,
             allowed=choice.allowed,
-            law=read_law(body),
+            law=replace(read_law(body), logit_bias=read_bias(body, "logit_bias")),
             max_tokens=read_limit(body, "max_tokens") if limit is None else limit,
             stop=read_stops(body, "stop"),
             seed=read_integer(body, "seed", least=-(2**63), most=2**63 - 1),

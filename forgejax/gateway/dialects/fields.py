@@ -14,6 +14,7 @@ from forgejax.types import SamplingLaw
 
 _MOST_STOPS = 64
 _LONGEST_STOP = 256
+_MOST_BIASES, _LARGEST_BIAS = 300, 100.0
 
 IGNORED = frozenset(
     {
@@ -30,7 +31,6 @@ IGNORED = frozenset(
         "logit_bias",
         "max_tool_calls",
         "mcp_servers",
-        "min_p",
         "min_tokens",
         "modalities",
         "output_config",
@@ -125,14 +125,33 @@ def spell_json(value: Any) -> str:
 
 
 def read_law(body: Mapping[str, Any]) -> SamplingLaw:
-    """Temperature, top-p and top-k. What lies out of range is the nearest that can be drawn from: the run's own law
+    """Temperature, top-p, top-k, min-p. What lies out of range is the nearest that can be drawn from: the run's own law
     overrides it in training, and is no reason to end an episode."""
     temperature = min(max(read_number(body, "temperature", default=1.0), 0.0), 2.0)
     top_p = min(read_number(body, "top_p", default=1.0), 1.0)
     top_k = max(0, read_integer(body, "top_k", least=-1) or 0)
     if top_p <= 0.0:
         top_p, top_k = 1.0, 1  # the smallest nucleus there is holds one token
-    return SamplingLaw(temperature=temperature, top_p=top_p, top_k=top_k)
+    min_p = min(max(read_number(body, "min_p", default=0.0), 0.0), 1.0)
+    return SamplingLaw(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+
+
+def read_bias(body: Mapping[str, Any], name: str) -> tuple[tuple[int, float], ...]:
+    """Token ids and what is added to their logits, by id; at most 100 either way, as OpenAI has it."""
+    value = body.get(name)
+    if value is None:
+        return ()
+    given = read_mapping(value, name)
+    if len(given) > _MOST_BIASES:
+        raise refuse_field(name, f"an object of {len(given)}", f"at most {_MOST_BIASES} token ids")
+    found: dict[int, float] = {}
+    for id_ in given:
+        if not (id_.isascii() and id_.isdecimal() and len(id_) < 10):
+            raise refuse_field(name, id_, "token ids as keys")
+        field = f"{name}.{id_}"
+        bias = read_number({field: given[id_]}, field, default=0.0)
+        found[int(id_)] = min(max(bias, -_LARGEST_BIAS), _LARGEST_BIAS)
+    return tuple(sorted(found.items()))
 
 
 def read_limit(body: Mapping[str, Any], name: str) -> int | None:

@@ -38,6 +38,7 @@ _SERVED = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
         "max_output_tokens",
         "seed",
         "text",

@@ -24,7 +24,7 @@ def judge_untrainable(request: SampleRequest, completion: Completion, abandoned:
         return "cancelled"
     if request.grammar is not None:
         return "grammar"  # its log-probs are of the law over what the masks allowed, and the trainer knows no masks
-    return "sampling_law" if completion.law.truncated else None
+    return None if completion.law.trainable else "sampling_law"
 
 
 def name_branch(branch: Branch | None, body: Mapping[str, Any]) -> str | None:

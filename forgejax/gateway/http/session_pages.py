@@ -116,7 +116,7 @@ def _word_turn(turn: Turn, turns: Sequence[Turn]) -> dict[str, Any]:
         "versions": done.versions.tolist(),
         "oldest_versions": done.oldest_versions.tolist(),
         "finish_reason": done.finish_reason.value,
-        "law": {"temperature": done.law.temperature, "top_p": done.law.top_p, "top_k": done.law.top_k},
+        "law": done.law,
         "untrainable": turn.untrainable,
         "tool_calls": turn.tool_calls,
         "malformed_tool_calls": turn.malformed_tool_calls,

@@ -97,7 +97,7 @@ def find_untrainable_reason(turn: Turn, packing: PackConfig) -> str | None:
     completion = turn.completion
     if turn.untrainable is not None:
         return turn.untrainable
-    if completion.law.truncated:
+    if not completion.law.trainable:
         return "sampling_law"
     if not np.isfinite(completion.logprobs).all():
         return "invalid_logprob"

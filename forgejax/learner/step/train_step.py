@@ -127,7 +127,7 @@ class TrainStep:
             is the policy version of the weights: log-probability gaps are measured on the terms it drew.
         apply: ``(state, accumulated) -> (TrainState, metrics)``; consumes the state. Where the loss or the gradient
             norm is not finite the state comes back as it was, and the metric ``skipped`` is 1.
-        score: ``(weights, batch) -> [B, M]`` log-probabilities of the terms.
+        score: ``(weights, batch) -> [B, M]`` log-probabilities of the terms, whole on every device.
     """
 
     init: Callable[[Any], TrainState]
@@ -189,7 +189,7 @@ def make_train_step(
         start=jit_on(start, layout, sums),
         accumulate=jit_on(accumulate, layout, sums, donate=(1,)),
         apply=jit_on(apply, layout, (state, layout.sharding()), donate=(0,)),
-        score=jit_on(score, layout, None),
+        score=jit_on(score, layout, layout.sharding()),
     )
 
 
@@ -271,4 +271,4 @@ def jit_on(function: Callable[..., Any], layout: Layout, out: Any, donate: tuple
         with layout.scope():
             return function(*args)
 
-    return jax.jit(scoped, donate_argnums=donate, out_shardings=out, compiler_options=AS_WRITTEN)
+    return layout.in_turn(jax.jit(scoped, donate_argnums=donate, out_shardings=out, compiler_options=AS_WRITTEN))

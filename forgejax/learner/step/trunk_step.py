@@ -116,7 +116,7 @@ def make_trunk_step(
         trunk=jit_on(trunk, layout, (kv, kv)),
         accumulate_leaves=jit_on(accumulate_leaves, layout, (sums, kv), donate=(2,)),
         pull_back=jit_on(pull_back, layout, sums, donate=(1,)),
-        score_leaves=jit_on(score_leaves, layout, None),
+        score_leaves=jit_on(score_leaves, layout, layout.sharding()),
     )
 
 

@@ -25,7 +25,7 @@ class TokenPlaces(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["tables_NM", "lengths_N", "starts_O", "count"],
-    meta_fields=["singles", "page_tokens"],
+    meta_fields=["singles", "page_tokens", "longest"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedBatch:
@@ -41,6 +41,7 @@ class PagedBatch:
         count: how many of the N sequences there are, the first ones.
         singles: the first so many sequences have one new token each, whatever ``count``.
         page_tokens: W.
+        longest: no run has more tokens, where that is known; it bounds what a backend makes room for.
     """
 
     tables_NM: Int[Array, "N M"]
@@ -49,6 +50,7 @@ class PagedBatch:
     count: Int[Array, ""]
     singles: int
     page_tokens: int
+    longest: int | None = None
 
     def place_tokens(self, tokens: int) -> TokenPlaces:
         """Of each of T tokens; padding stands at position 0."""

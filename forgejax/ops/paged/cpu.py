@@ -171,7 +171,7 @@ def _singles(reader: _Reader, q_DKGC: jax.Array, *, batch_invariant: bool) -> ja
 def _runs(reader: _Reader, q_TKGC: jax.Array) -> jax.Array:
     """The output [T, K, G, C] of the sequences behind the singles, whose tokens these are."""
     (T, K, G, C), batch, D = q_TKGC.shape, reader.batch, reader.batch.singles
-    size, keys = min(_RUN_QUERIES, T), _block(_RUN_KEYS, batch.page_tokens)
+    size, keys = min(_RUN_QUERIES, T, batch.longest or T), _block(_RUN_KEYS, batch.page_tokens)
     q_TKGC = jnp.pad(q_TKGC, ((0, size), (0, 0), (0, 0), (0, 0)))
 
     def run(n: jax.Array, out_TKGC: jax.Array) -> jax.Array:

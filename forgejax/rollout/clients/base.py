@@ -44,8 +44,13 @@ class TokenServer(Protocol):
         ...
 
 
-def check_no_grammar(request: SampleRequest, server: str) -> None:
-    """Raises EngineError for a request that a schema binds, where the server is one that is not asked for masks."""
+def check_served(request: SampleRequest, server: str) -> None:
+    """Raises EngineError for what a server of another project is not asked for: masks, and log-probs with a bias."""
+    if request.law.logit_bias:
+        raise EngineError(
+            f"request {request.request_id} has a logit_bias, and {server} is not known to give log-probabilities with "
+            "it; leave it out, or serve the policy with scripts/serve.py"
+        )
     if request.grammar is not None:
         raise EngineError(
             f"request {request.request_id} is bound to a JSON schema, which {server} is not asked to hold to; leave it "

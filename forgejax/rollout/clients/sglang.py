@@ -14,7 +14,7 @@ from forgejax.rollout.clients.base import (
     DrawnTokens,
     HttpClient,
     ServerFacts,
-    check_no_grammar,
+    check_served,
     read_finish,
     refuse_answer,
 )
@@ -41,8 +41,8 @@ class SglangClient:
         await self._http.close()
 
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
-        """See ``types.Sampler``. Raises EngineError for a request that a schema binds."""
-        check_no_grammar(request, "SGLang")
+        """See ``types.Sampler``. Raises EngineError for a bias and for a schema."""
+        check_served(request, "SGLang")
         drawn, name = DrawnTokens(request, on_tokens), request.request_id
         finish: FinishReason | None = None
         cached = 0
@@ -86,7 +86,7 @@ def word_sglang_request(request: SampleRequest) -> dict[str, Any]:
         "temperature": law.temperature,
         "top_p": law.top_p,
         "top_k": law.top_k or -1,
-        "min_p": 0.0,
+        "min_p": law.min_p,
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,

@@ -13,7 +13,7 @@ from forgejax.rollout.clients.base import (
     DrawnTokens,
     HttpClient,
     ServerFacts,
-    check_no_grammar,
+    check_served,
     read_finish,
     refuse_answer,
 )
@@ -39,8 +39,8 @@ class VllmClient:
         await self._http.close()
 
     async def sample(self, request: SampleRequest, on_tokens: OnTokens | None = None) -> Completion:
-        """See ``types.Sampler``. Raises EngineError for a law of another temperature than 0 and 1, and for a schema."""
-        check_no_grammar(request, "vLLM")
+        """See ``types.Sampler``. Raises EngineError for a law of another temperature than 0 and 1, a bias, a schema."""
+        check_served(request, "vLLM")
         if not gives_logprobs_of(request.law):
             raise EngineError(
                 f"request {request.request_id} asks for temperature {request.law.temperature:g}, and vLLM gives "
@@ -93,7 +93,7 @@ class VllmClient:
             "temperature": law.temperature,
             "top_p": law.top_p,
             "top_k": law.top_k,
-            "min_p": 0.0,
+            "min_p": law.min_p,
             "repetition_penalty": 1.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,

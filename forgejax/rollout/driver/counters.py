@@ -29,8 +29,14 @@ class DriverMetrics:
     tokens_failed: Mapping[str, int]
     prompt_tokens: int
     cached_tokens: int  # of the prompts' tokens
+    carried_tokens: int  # of the cached ones, those behind keys and values of older weights
     computed_tokens: int  # by prefill, those of preempted requests again
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int  # of the drafted, those that were drawn
+    checked_steps: int  # of ``steps``, those that checked drafts
+    checked_s: float  # what they took, where it is known how long steps without drafts take
+    unchecked_s: float  # what their tokens would have taken without drafts
     restarts: int
     pages: int  # of keys and values: all there are
     held_pages: int  # by requests
@@ -42,6 +48,16 @@ class DriverMetrics:
         """Share of prompt tokens whose keys and values were not computed again."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def draft_hit_rate(self) -> float:
+        """Share of drafted tokens that were drawn."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def draft_speedup(self) -> float:
+        """How many times as fast the steps that checked drafts were as if they had not; 1 without any."""
+        return self.unchecked_s / self.checked_s if self.checked_s else 1.0
+
 
 class Counters:
     """The running account. Written by the driver's thread alone; a reader may be one token run behind."""
@@ -52,7 +68,8 @@ class Counters:
         )
         self.requests = self.steps = self.prompt_tokens = self.cached_tokens = self.computed_tokens = 0
         self.preemptions = self.restarts = self.held_pages = self.kept_pages = 0
-        self.busy_s = 0.0
+        self.carried_tokens = self.drafted_tokens = self.accepted_tokens = self.checked_steps = 0
+        self.busy_s = self.checked_s = self.unchecked_s = 0.0
 
     def take_snapshot(
         self, *, healthy: bool, version: int, slots: int, pages: int, active: int, waiting: int
@@ -71,8 +88,14 @@ class Counters:
             tokens_failed=dict(self.failed),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
+            carried_tokens=self.carried_tokens,
             computed_tokens=self.computed_tokens,
             preemptions=self.preemptions,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            checked_steps=self.checked_steps,
+            checked_s=self.checked_s,
+            unchecked_s=self.unchecked_s,
             restarts=self.restarts,
             pages=pages,
             held_pages=self.held_pages,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ from forgejax.rollout.driver.counters import Counters
 from forgejax.rollout.driver.job import Job
 from forgejax.rollout.driver.masks import SlotMasks
 from forgejax.rollout.driver.scheduler import Scheduler
+from forgejax.rollout.driver.speculation import Speculation, StepKind, count_plain_tokens
 from forgejax.rollout.engine.engine import PolicyEngine
-from forgejax.rollout.engine.settings import SlotSettings, split_draws
+from forgejax.rollout.engine.settings import SlotDraw, SlotSettings, split_draws
 from forgejax.rollout.engine.weights import PublishedWeights
 from forgejax.types import FinishReason, TokenIds
 
@@ -36,7 +38,9 @@ class Decoder:
     def __init__(self, engine: PolicyEngine, scheduler: Scheduler, counters: Counters):
         self._config, self._scheduler, self._counters = engine.config, scheduler, counters
         self._slots = engine.make_slots()
+        self._speculation = Speculation(engine.config, counters)
         self._filling: _Filling | None = None
+        self._computed = 0  # tokens of prompts since the last step
         self._order = itertools.count()
         self._random = np.random.default_rng(engine.config.seed)
         self._masks = SlotMasks(engine.config.slots, engine.policy.vocab_size)
@@ -44,9 +48,9 @@ class Decoder:
         self.weights: PublishedWeights | None = None
 
     def use(self, weights: PublishedWeights) -> None:
-        """From now on these weights compute and draw, and nothing that others computed is found."""
+        """From now on these weights compute and draw; of what others computed a session may find its own at most."""
         self.weights = weights
-        self._slots.cache.forget()
+        self._slots.cache.serve(weights.version)
 
     def admit(self) -> None:
         """Brings waiting jobs into free slots and computes their prompts, as many tokens as one turn allows."""
@@ -62,6 +66,7 @@ class Decoder:
                 break  # a chunk is not cut to fit: it waits for the next turn
             computed += self._fill(self._filling)
         self._counters.computed_tokens += computed
+        self._computed = computed
 
     def mask(self) -> list[tuple[Job, str]]:
         """Says what the next ``step`` may draw; frees the slots whose grammar has failed and says why."""
@@ -75,16 +80,16 @@ class Decoder:
         """
         assert self.weights is not None
         self._make_room()
-        slots = sorted(self._running())
+        jobs = self._running()
+        slots = sorted(jobs)
         self._counters.held_pages, self._counters.kept_pages = self._slots.cache.held, self._slots.cache.kept
         if not slots:
             self._slots.wait()  # else the device would be asked for a whole prompt before anybody can be cancelled
             return []
-        result = self._slots.generate(self.weights, slots[-1] + 1, self._mask_SW)
-        self._counters.steps += 1
         finished: list[tuple[int, FinishReason]] = []
-        for drawn in split_draws(result, slots):
-            job = self._scheduler.active[drawn.slot]
+        for every in self._draw(slots, jobs):
+            job = jobs[every.slot]
+            drawn = job.cut(every)
             self._counters.sampled[job.request.purpose] += len(drawn.token_ids)
             reason = job.take(drawn, self.weights, self._config)
             if reason is not None:
@@ -92,10 +97,34 @@ class Decoder:
         self._slots.stop([slot for slot, _ in finished])
         return finished
 
+    def _draw(self, slots: list[int], jobs: Mapping[int, Job]) -> list[SlotDraw]:
+        """One step of the device for these slots: of drafts where that is quicker, else token by token."""
+        assert self.weights is not None
+        kind = StepKind(rows=self._config.pick_rows(slots[-1] + 1), masked=self._mask_SW is not None)
+        drafts, began = self._speculation.propose(jobs, kind), time.monotonic()
+        if drafts is None:
+            result = self._slots.generate(self.weights, kind.rows, self._mask_SW)
+        else:
+            result = self._slots.check(self.weights, kind.rows, drafts, self._mask_SW)
+        draws = list(split_draws(result, slots))
+        self._counters.steps += 1
+        if not self._computed:  # else the device had prompts to compute before
+            self._speculation.time(
+                kind,
+                checked=drafts is not None,
+                seconds=time.monotonic() - began,
+                drawn=sum(len(each.token_ids) for each in draws),
+                plain_tokens=count_plain_tokens(jobs, kind, self._config),
+            )
+        if drafts is not None:
+            for each in draws:
+                self._speculation.count(jobs[each.slot], int(drafts[1][each.slot]), len(each.token_ids))
+        return draws
+
     def finish(self, slot: int) -> Job:
         """Frees a slot that is over. What lies in it, but for the last token drawn, is kept for the next turn.
 
-        Not if other weights had a part in it, be they of the same version.
+        For its own session alone if other weights had a part in it, be they of the same version.
         """
         self._give_back(slot)
         return self._scheduler.release(slot)
@@ -119,16 +148,18 @@ class Decoder:
     def _begin(self, slot: int, job: Job) -> bool:
         """Makes room for a job's tokens, where a page is left for each job that draws."""
         assert self.weights is not None
-        cached = self._slots.begin(slot, job.known_ids(), spare=len(self._scheduler.active))
-        if cached is None:
+        session, spare = job.request.session_id, len(self._scheduler.active)
+        begun = self._slots.begin(slot, job.known_ids(), spare, session)
+        if begun is None:
             return False
         if job.started_at is None:
             self._counters.requests += 1
             self._counters.prompt_tokens += len(job.prompt_ids)
-            self._counters.cached_tokens += cached
+            self._counters.cached_tokens += begun.cached_tokens
+            self._counters.carried_tokens += begun.cached_tokens if begun.oldest is not None else 0
             job.order = next(self._order)
             job.seed = job.request.seed if job.request.seed is not None else int(self._random.integers(2**63))
-        job.start(self.weights, cached, time.monotonic())
+        job.start(self.weights, begun.cached_tokens, time.monotonic(), oldest=begun.oldest)
         return True
 
     def _fill(self, filling: _Filling) -> int:
@@ -139,8 +170,7 @@ class Decoder:
             count = self._slots.extend(self.weights, slot, ids[:-1], job.computed)
             job.compute(self.weights, count)
         if job.computed == len(ids) - 1:
-            if job.only_weights is self.weights:
-                self._slots.cache.share(slot, ids[:-1])
+            self._share(slot, job, ids[:-1])
             assert job.seed is not None
             settings = SlotSettings(
                 budget=job.budget - job.drawn, law=job.request.law, stop_ids=job.request.stop_ids, seed=job.seed
@@ -153,7 +183,7 @@ class Decoder:
         """Room for one step's tokens in every slot that draws; where it runs out, the youngest jobs give theirs."""
         for slot, job in sorted(self._running().items(), key=lambda item: item[1].order):
             known = len(job.prompt_ids) + job.drawn
-            needed = min(known - 1 + self._config.tokens_per_step, len(job.prompt_ids) + job.budget)
+            needed = min(known - 1 + self._config.step_room, len(job.prompt_ids) + job.budget)
             while slot in self._scheduler.active and not self._slots.grow(slot, needed):
                 self._preempt(max(self._scheduler.active, key=lambda each: self._scheduler.active[each].order))
 
@@ -165,11 +195,16 @@ class Decoder:
         self._counters.preemptions += 1
 
     def _give_back(self, slot: int) -> None:
-        """Releases a slot's pages. What one set of weights computed alone is kept while there is room."""
+        """Releases a slot's pages. What they hold is kept for later requests while there is room."""
         job, filling = self._scheduler.active[slot], self._filling is not None and self._filling.slot == slot
-        if job.only_weights is self.weights:
-            ids = job.known_ids()
-            self._slots.cache.share(slot, ids[: job.computed] if filling else ids[:-1])
+        ids = job.known_ids()
+        self._share(slot, job, ids[: job.computed] if filling else ids[:-1])
         if filling:
             self._filling = None
         self._slots.cache.release(slot)
+
+    def _share(self, slot: int, job: Job, ids: TokenIds) -> None:
+        """Keeps what a slot holds of ``ids``, for everybody if the weights that serve computed it alone."""
+        if len(ids):
+            oldest = None if job.only_weights is self.weights else job.oldest_version
+            self._slots.cache.share(slot, ids, job.request.session_id, oldest)

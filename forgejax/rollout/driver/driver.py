@@ -20,7 +20,7 @@ from forgejax.rollout.driver.decoder import Decoder
 from forgejax.rollout.driver.endings import Endings
 from forgejax.rollout.driver.inbox import Inbox
 from forgejax.rollout.driver.job import Job, OnDraw
-from forgejax.rollout.driver.masks import prepare_grammar, start_matcher
+from forgejax.rollout.driver.masks import prepare_grammar, start_matcher, start_watch
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.engine import PolicyEngine
@@ -43,7 +43,7 @@ class Driver:
     ):
         """``params`` are copied to the engine's device (None: random ones). The request log stays the caller's.
 
-        Without ``grammars``, of the policy's vocabulary, requests that have a grammar are refused.
+        Without ``grammars``, of the policy's vocabulary, requests with a grammar or stop strings are refused.
         """
         self.engine, self.request_log, self.grammars = engine, request_log, grammars
         self._box = engine.load_params(params, version)
@@ -67,7 +67,8 @@ class Driver:
         Raises EngineError at once for a request that cannot be served, OverloadedError where too many wait; the future
         raises EngineError for one that was lost. A grammar is compiled here unless ``prepare`` was awaited.
         """
-        return self._inbox.submit(request, on_draw, start_matcher(self.grammars, request)).future
+        matcher, watch = start_matcher(self.grammars, request), start_watch(self.grammars, request)
+        return self._inbox.submit(request, on_draw, matcher, watch).future
 
     async def prepare(self, request: SampleRequest) -> None:
         """Does what of ``submit`` takes time, while the event loop goes on. Raises EngineError."""

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from forgejax.errors import EngineError, OverloadedError
-from forgejax.grammar import TextMatcher
+from forgejax.grammar import StopWatch, TextMatcher
 from forgejax.rollout.driver.job import Job, OnDraw
 from forgejax.rollout.driver.scheduler import Scheduler
 from forgejax.rollout.engine.config import EngineConfig
@@ -38,9 +38,15 @@ class Inbox:
         with self._wake:
             self.refusal = None
 
-    def submit(self, request: SampleRequest, on_draw: OnDraw | None, matcher: TextMatcher | None = None) -> Job:
-        """Opens a request, with the matcher of its grammar. Raises EngineError for one that cannot be served,
-        OverloadedError now."""
+    def submit(
+        self,
+        request: SampleRequest,
+        on_draw: OnDraw | None,
+        matcher: TextMatcher | None = None,
+        watch: StopWatch | None = None,
+    ) -> Job:
+        """Opens a request, with what follows its text for its grammar and its stop strings. Raises EngineError for one
+        that cannot be served, OverloadedError now."""
         job = Job(
             request=request,
             prompt_ids=_check_request(request, self._config, self._vocab_size),
@@ -48,6 +54,7 @@ class Inbox:
             on_draw=on_draw,
             submitted_at=time.monotonic(),
             matcher=matcher,
+            watch=watch,
         )
         with self._wake:
             if self.refusal is not None:
@@ -125,6 +132,16 @@ def _check_request(request: SampleRequest, config: EngineConfig, vocab_size: int
         raise EngineError(
             f"request {request.request_id}: {len(request.stop_ids)} stop ids given, {config.max_stop_ids} expected "
             "at most; raise engine.max_stop_ids"
+        )
+    biased = [id_ for id_, _ in request.law.logit_bias]
+    if len(biased) > config.max_biased_ids:
+        raise EngineError(
+            f"request {request.request_id}: a bias for {len(biased)} tokens given, for {config.max_biased_ids} "
+            "expected at most; raise engine.max_biased_ids"
+        )
+    if biased and biased[-1] >= vocab_size:
+        raise EngineError(
+            f"request {request.request_id}: a bias for token {biased[-1]} given; the policy knows 0 to {vocab_size - 1}"
         )
     if any(not 0 <= stop_id < 2**31 for stop_id in request.stop_ids):
         raise EngineError(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgejax.errors import EngineError
-from forgejax.grammar import TextMatcher
+from forgejax.grammar import StopWatch, TextMatcher
 from forgejax.rollout.engine.config import EngineConfig
 from forgejax.rollout.engine.settings import SlotDraw
 from forgejax.rollout.engine.weights import PublishedWeights
@@ -44,6 +44,7 @@ class Job:
     on_draw: OnDraw | None
     submitted_at: float
     matcher: TextMatcher | None = None  # of its grammar, if it has one
+    watch: StopWatch | None = None  # for its stop strings, if it has some
     future: Future[Completion] = field(default_factory=Future)
     started_at: float | None = None
     order: int = -1  # of its first start among all jobs: the highest is the youngest
@@ -52,17 +53,21 @@ class Job:
     only_weights: PublishedWeights | None = None  # those that computed all its keys and values, if one set did
     oldest_version: int | None = None  # of the keys and values this job's next token will see
     cached_tokens: int = 0
+    stopped: bool = False  # a stop string has ended it
     certain_run: int = 0  # tokens in a row above the repetition probability
     callback_error: Exception | None = None
     drawn: int = 0  # tokens in ``draws``
     draws: list[Draw] = field(default_factory=list)
 
-    def start(self, weights: PublishedWeights, cached_tokens: int, now: float) -> None:
-        """Enters that it has a slot, and that so many of ``known_ids`` were found, computed by these weights."""
+    def start(self, weights: PublishedWeights, cached_tokens: int, now: float, *, oldest: int | None = None) -> None:
+        """Enters that it has a slot, and that so many of ``known_ids`` were found, computed by these weights, or the
+        first of them by older ones of version ``oldest``."""
         if self.started_at is None:
             self.started_at, self.cached_tokens = now, cached_tokens
-        self.computed, self.only_weights = cached_tokens, weights
-        self.oldest_version = weights.version if len(self.prompt_ids) + self.drawn > 1 else None
+        self.computed, self.only_weights = cached_tokens, weights if oldest is None else None
+        self.oldest_version = oldest
+        if oldest is None and len(self.prompt_ids) + self.drawn > 1:
+            self.oldest_version = weights.version
 
     def compute(self, weights: PublishedWeights, count: int) -> None:
         """Enters that these weights computed ``count`` tokens more, before any was drawn."""
@@ -73,8 +78,16 @@ class Job:
         """The prompt and what was drawn behind it; the last one has not been fed."""
         return np.concatenate([self.prompt_ids, self.join_ids()])
 
+    def cut(self, drawn: SlotDraw) -> SlotDraw:
+        """What counts of a run of new tokens: nothing behind a stop string."""
+        end = None if self.watch is None else self.watch.find_end(drawn.token_ids.tolist())
+        if end is None:
+            return drawn
+        self.stopped = True
+        return drawn.cut(end)
+
     def take(self, drawn: SlotDraw, weights: PublishedWeights, config: EngineConfig) -> FinishReason | None:
-        """Adds what the weights drew and tells the caller; says why the generation is over, if it is.
+        """Adds what the weights drew, as ``cut`` left it, and tells the caller; says why it is over, if it is.
 
         Raises EngineError for a run of no tokens or of log-probs that are not finite.
         """
@@ -86,9 +99,9 @@ class Job:
                 "finite?"
             )
         if self.matcher is not None:
-            self.matcher.accept(drawn.token_ids.tolist())
+            self.matcher.accept(draw.token_ids.tolist())
         asked_to_stop = self.on_draw is not None and self._tell(self.on_draw, draw)
-        if int(drawn.token_ids[-1]) in self.request.stop_ids or asked_to_stop:
+        if int(draw.token_ids[-1]) in self.request.stop_ids or self.stopped or asked_to_stop:
             return FinishReason.STOP
         if self.drawn >= self.budget:
             return FinishReason.LENGTH

@@ -1,4 +1,4 @@
-"""What the slots of the next decode step may draw, where some of them follow a grammar."""
+"""What requests ask of the text: masks for the slots of the next decode step, and strings that end it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgejax.errors import EngineError, GrammarError
-from forgejax.grammar import GrammarCompiler, TextMatcher
+from forgejax.grammar import GrammarCompiler, StopWatch, TextMatcher
 from forgejax.rollout.driver.job import Job
 from forgejax.types import SampleRequest
 
@@ -57,11 +57,16 @@ def start_matcher(grammars: GrammarCompiler | None, request: SampleRequest) -> T
         raise _refuse(request, error) from error
 
 
+def start_watch(grammars: GrammarCompiler | None, request: SampleRequest) -> StopWatch | None:
+    """What looks for the request's stop strings, None where it has none. Raises EngineError."""
+    return _require(grammars, request).watch(request.stop_strings) if request.stop_strings else None
+
+
 def _require(grammars: GrammarCompiler | None, request: SampleRequest) -> GrammarCompiler:
     if grammars is None:
         raise EngineError(
-            f"request {request.request_id}: it has a grammar, and this engine was given no tokenizer to tell which "
-            "tokens fit; start scripts/serve.py with --tokenizer FOLDER, or ask without a grammar"
+            f"request {request.request_id}: it has a grammar or stop strings, and this engine was given no tokenizer "
+            "to know texts by; start scripts/serve.py with --tokenizer FOLDER, or ask without them"
         )
     return grammars
 

@@ -75,8 +75,9 @@ class PolicyEngine(engine_api.Engine):
         """``layout``: of ``build_engine_mesh``; None is jax's first device. Raises MeshError for a policy that it
         cannot split."""
         self.policy, self.config = policy, config
-        self.layout = layout if layout is not None else Layout(mesh=build_engine_mesh(EngineMesh(), jax.devices()))
-        _check_layout(policy, self.layout)
+        layout = layout if layout is not None else Layout(mesh=build_engine_mesh(EngineMesh(), jax.devices()))
+        _check_layout(policy, layout)
+        self.layout = spread_experts(policy, layout)
         self.abstract_params = abstract_policy(policy)[1]
         self._placements = self.layout.placements(self.abstract_params)
         self._programs = Programs(
@@ -119,8 +120,9 @@ class PolicyEngine(engine_api.Engine):
                 begun = slots.fork(existing_prefix.key, key, known, len(ids))
             if begun is None:
                 raise EngineError(f"no room for {len(ids)} tokens; release a prefix or raise engine.kv_pages")
-            while begun < len(ids) - 1:
-                begun += slots.extend(_take_current(params), key, ids[:-1], begun)
+            computed = begun.cached_tokens
+            while computed < len(ids) - 1:
+                computed += slots.extend(_take_current(params), key, ids[:-1], computed)
             sequence = PrefilledSequence(key=key, ids=ids)
             weakref.finalize(sequence, self._abandoned.append, key)
             return sequence
@@ -224,6 +226,19 @@ class PolicyEngine(engine_api.Engine):
 
 def _take_current(params: WeightBox | PublishedWeights) -> PublishedWeights:
     return params.current if isinstance(params, WeightBox) else params
+
+
+def spread_experts(policy: PolicyConfig, layout: Layout) -> Layout:
+    """The layout with a mixture's experts whole, dealt to all devices, where there are as many for each.
+
+    Cut along their width they may be no whole lanes of a TPU wide, and its compiler would bring the experts of all
+    layers into another form before each step, in as much memory again and more.
+    """
+    tensor, expert = layout.devices("tensor"), layout.devices("expert")
+    if tensor == 1 or not policy.moe.num_experts or policy.moe.num_experts % (tensor * expert):
+        return layout
+    rules = dataclasses.replace(layout.rules, experts=("expert", "tensor"), expert_mlp=())
+    return dataclasses.replace(layout, rules=rules)
 
 
 def _check_layout(policy: PolicyConfig, layout: Layout) -> None:

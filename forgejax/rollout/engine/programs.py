@@ -4,7 +4,7 @@ The programs depend on the policy's shape, the layout, the pages and the number 
 share what is compiled. The pool is split by heads, the logits that tokens are drawn from by slots; all else but the
 weights is whole on every device.
 
-Dimension key: S slots, N stop ids, M pages of a sequence, k tokens per step, T new tokens of a batch.
+Dimension key: S slots, N stop ids or biases, M pages of a sequence, k tokens per step, T new tokens of a batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from forgejax.ops.paged.attention import PagedKernel, copy_page, count_kept_head
 from forgejax.ops.paged.batch import NOBODY, PagedBatch
 from forgejax.ops.rounding import AS_WRITTEN
 from forgejax.rollout.engine.config import EngineConfig
+from forgejax.rollout.engine.drafts import Drafts, count_drawn, lay_drafts
 from forgejax.rollout.engine.sampling import Laws, draw_tokens
 from forgejax.sharding import Layout, constrain
 
@@ -110,6 +111,9 @@ class Programs:
                 temperature_S=settings["temperature"],
                 top_p_S=settings["top_p"],
                 top_k_S=settings["top_k"],
+                min_p_S=settings["min_p"],
+                biased_SN=settings["biased"],
+                bias_SN=settings["bias"],
                 key_S2=settings["key"],
             ),
         )
@@ -153,19 +157,72 @@ class Programs:
             # Made where the vocabulary's weights are: for slots at once, these would be gathered instead of the logits.
             logits_SV = constrain(constrain(policy.logits(hidden_SD), None, "vocab"), "draws", None)
             token_S, logp_S = draw_tokens(logits_SV, slots.laws, slots.position_S + 1, mask_SW)
-            return self._laid(pool, _advance(slots, token_S)), (token_S, slots.active_S, logp_S)
+            advanced = _advance(slots, token_S, slots.active_S.astype(jnp.int32))
+            return self._laid(pool, advanced), (token_S, slots.active_S, logp_S)
 
         served, length = jax.tree.map(lambda x: x[:count], slots), self.tokens_per_step if mask_SW is None else 1
         with self.layout.scope():
             (pool, served), (tokens_kS, valid_kS, logps_kS) = jax.lax.scan(
                 one_token, (pool, served), None, length=length
             )
+        return self._give(pool, slots, served, (tokens_kS.T, valid_kS.T, logps_kS.T), version)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=AS_WRITTEN)
+    def check(
+        self,
+        count: int,
+        params: Any,
+        state: tuple[Any, SlotState],
+        allowed: tuple[jax.Array, jax.Array | None, Drafts],
+        version: jax.Array,
+    ) -> tuple[tuple[Any, SlotState], jax.Array]:
+        """Draws for the first ``count`` slots as many tokens as their drafts hold good for, and one more.
+
+        Else as ``generate``, with X for k and the drafts of these slots behind the mask: what a slot draws is what that
+        would draw, to rounding. A mask is of the first place alone: whoever may not draw everything has no draft.
+        """
+        policy, (pool, slots), (tables_SM, mask_SW, drafts) = self._policy(params), state, allowed
+        served: SlotState = jax.tree.map(lambda x: x[:count], slots)
+        active_S, X = served.active_S, drafts.ids_SD.shape[1] + 1
+        fed = lay_drafts(drafts, served.token_S, jnp.where(active_S, served.budget_S, 1))
+        batch = PagedBatch(
+            tables_NM=jnp.where(active_S[:, None], tables_SM[:count], NOBODY),
+            lengths_N=jnp.where(active_S, served.position_S + fed.count_S, fed.count_S),
+            starts_O=fed.starts_O,
+            count=jnp.int32(count),
+            singles=0,
+            page_tokens=self.page_tokens,
+            longest=X,
+        )
+        every_X = jnp.arange(X, dtype=jnp.int32)
+        with self.layout.scope():
+            hidden_TD, pool = self._run(policy, fed.tokens_T, pool, batch)
+            logits_NV = constrain(policy.logits(hidden_TD[fed.row_SX.reshape(-1)]), None, "vocab")
+            laws = jax.tree.map(lambda x: jnp.repeat(x, X, axis=0), served.laws)
+            positions_SX = served.position_S[:, None] + 1 + every_X[None]
+            if mask_SW is not None:
+                free = jnp.iinfo(jnp.uint32).max
+                mask_SXW = jnp.where((every_X == 0)[None, :, None], mask_SW[:, None], jnp.uint32(free))
+                mask_SW = mask_SXW.reshape(count * X, -1)
+            drawn = draw_tokens(constrain(logits_NV, "draws", None), laws, positions_SX.reshape(-1), mask_SW)
+        token_SX, logp_SX = (x.reshape(count, X) for x in drawn)
+        stopped_SX = jnp.any(token_SX[:, :, None] == served.stop_SN[:, None], axis=-1)
+        drawn_S = jnp.where(active_S, count_drawn(drafts, fed.count_S, token_SX, stopped_SX), 0)
+        last_S = jnp.take_along_axis(token_SX, jnp.maximum(drawn_S - 1, 0)[:, None], axis=1)[:, 0]
+        valid_SX = every_X[None] < drawn_S[:, None]
+        return self._give(pool, slots, _advance(served, last_S, drawn_S), (token_SX, valid_SX, logp_SX), version)
+
+    def _give(
+        self, pool: Any, slots: SlotState, served: SlotState, drawn: tuple[jax.Array, ...], version: jax.Array
+    ) -> tuple[tuple[Any, SlotState], jax.Array]:
+        """The state with the served slots in their places, and what they drew as ``engine`` says."""
+        (token_Sk, valid_Sk, logp_Sk), count = drawn, len(served.drawn_S)
         slots = jax.tree.map(lambda every, some: every.at[:count].set(some), slots, served)
         columns = [
-            tokens_kS.T,
-            valid_kS.T.astype(jnp.int32),
+            token_Sk,
+            valid_Sk.astype(jnp.int32),
             served.drawn_S[:, None],
-            jax.lax.bitcast_convert_type(logps_kS, jnp.int32).T,
+            jax.lax.bitcast_convert_type(logp_Sk, jnp.int32),
             jnp.full((count, 1), version),
         ]
         data = jnp.concatenate(columns, axis=1)
@@ -201,10 +258,9 @@ class Programs:
         return hidden_BTD[0], pool
 
 
-def _advance(slots: SlotState, token_S: jax.Array) -> SlotState:
-    """Moves the active slots on by the token they drew; the others stay frozen."""
+def _advance(slots: SlotState, token_S: jax.Array, step_S: jax.Array) -> SlotState:
+    """Moves the active slots on by the tokens they drew, of which ``token_S`` is the last; the others stay frozen."""
     active_S = slots.active_S
-    step_S = active_S.astype(jnp.int32)
     budget_S = slots.budget_S - step_S
     stopped_S = jnp.any(token_S[:, None] == slots.stop_SN, axis=-1)
     return replace(
@@ -231,6 +287,9 @@ def _free(config: EngineConfig) -> SlotState:
             temperature_S=jnp.ones(S, jnp.float32),
             top_p_S=jnp.ones(S, jnp.float32),
             top_k_S=jnp.zeros(S, jnp.int32),
+            min_p_S=jnp.zeros(S, jnp.float32),
+            biased_SN=jnp.full((S, config.max_biased_ids), -1, jnp.int32),
+            bias_SN=jnp.zeros((S, config.max_biased_ids), jnp.float32),
             key_S2=jnp.zeros((S, 2), jnp.uint32),
         ),
     )

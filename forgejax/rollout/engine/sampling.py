@@ -12,11 +12,17 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Laws:
-    """One sampling law per slot: ``types.SamplingLaw`` as arrays, and the slot's random key (two words)."""
+    """One sampling law per slot: ``types.SamplingLaw`` as arrays, and the slot's random key (two words).
+
+    Token ``biased_SN`` has ``bias_SN`` added to its logit; -1 is none.
+    """
 
     temperature_S: jax.Array
     top_p_S: jax.Array
     top_k_S: jax.Array
+    min_p_S: jax.Array
+    biased_SN: jax.Array
+    bias_SN: jax.Array
     key_S2: jax.Array
 
 
@@ -25,20 +31,20 @@ def draw_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per slot; returns ids and log-probs [S].
 
-    The log-prob is that of the whole softmax(logits / temperature), without the truncation of top_k and top_p; at
-    temperature 0 the most likely token is taken and the log-prob is that of temperature 1. A draw depends on the slot's
-    logits, law, key, position and mask alone, never on its neighbours.
+    The log-prob is that of the whole softmax((logits + bias) / temperature), without the truncation of top_k, top_p and
+    min_p; at temperature 0 the most likely token is taken and the log-prob is that of temperature 1. A draw depends on
+    the slot's logits, law, key, position and mask alone, never on its neighbours.
 
     ``mask_SW``: token t may be drawn where bit t % 32 of word t // 32 is set, at least one for each slot. All of this
     is then said of the logits of those tokens alone.
     """
+    logits_SV = _add_bias(logits_SV.astype(jnp.float32), laws)
     if mask_SW is not None:
         logits_SV = jnp.where(_unpack_bits(mask_SW, logits_SV.shape[-1]), logits_SV, -jnp.inf)
     greedy_S = laws.temperature_S == 0.0
     scale_S = jnp.where(greedy_S, 1.0, laws.temperature_S)
     # The largest logit is taken off first, which makes it exactly 0 at any temperature: near 0 its rounding error
     # would otherwise be divided into an infinite log-prob.
-    logits_SV = logits_SV.astype(jnp.float32)
     logits_SV = logits_SV - logits_SV.max(axis=-1, keepdims=True)
     logp_SV = jax.nn.log_softmax(logits_SV / scale_S[:, None], axis=-1)
     truncated_S = (laws.top_k_S > 0) | (laws.top_p_S < 1.0)
@@ -48,9 +54,20 @@ def draw_tokens(
         lambda: jnp.where(_mark_kept(logp_SV, laws), jnp.exp(logp_SV), 0.0),
         lambda: jnp.exp(logp_SV),
     )
+    least_S = logp_SV.max(axis=-1) + jnp.log(laws.min_p_S)  # -inf where min_p is off
+    weight_SV = jnp.where(logp_SV >= least_S[:, None], weight_SV, 0.0)
     sampled_S = _choose(weight_SV, _draw_uniforms(laws.key_S2, positions_S))
     token_S = jnp.where(greedy_S, jnp.argmax(logp_SV, axis=-1), sampled_S).astype(jnp.int32)
     return token_S, jnp.take_along_axis(logp_SV, token_S[:, None], axis=-1)[:, 0]
+
+
+def _add_bias(logits_SV: jax.Array, laws: Laws) -> jax.Array:
+    def add(logits_V: jax.Array, biased_N: jax.Array, bias_N: jax.Array) -> jax.Array:
+        at_N = jnp.where(biased_N < 0, logits_V.size, biased_N)  # an index below 0 would count from the end
+        return logits_V.at[at_N].add(bias_N, mode="drop")
+
+    biased = jnp.any(laws.biased_SN >= 0)
+    return jax.lax.cond(biased, lambda: jax.vmap(add)(logits_SV, laws.biased_SN, laws.bias_SN), lambda: logits_SV)
 
 
 def _unpack_bits(mask_SW: jax.Array, vocab_size: int) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgejax.rollout.engine._jetstream import engine_api
+from forgejax.rollout.engine.config import EngineConfig
 from forgejax.types import SamplingLaw
 
 
@@ -22,16 +23,22 @@ class SlotSettings:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
 
-    def to_arrays(self, max_stop_ids: int) -> dict[str, Any]:
-        """The settings as the device program takes them; the caller has checked the number of stop ids."""
-        stop_ids = np.full(max_stop_ids, -1, np.int32)
+    def to_arrays(self, config: EngineConfig) -> dict[str, Any]:
+        """The settings as the device program takes them; the caller has checked how many stop ids and biases."""
+        stop_ids = np.full(config.max_stop_ids, -1, np.int32)
         stop_ids[: len(self.stop_ids)] = sorted(self.stop_ids)
+        biased, bias = np.full(config.max_biased_ids, -1, np.int32), np.zeros(config.max_biased_ids, np.float32)
+        for at, (id_, value) in enumerate(self.law.logit_bias):
+            biased[at], bias[at] = id_, value
         seed = self.seed % 2**64
         return {
             "budget": np.int32(self.budget),
             "temperature": np.float32(self.law.temperature),
             "top_p": np.float32(self.law.top_p),
             "top_k": np.int32(min(self.law.top_k, np.iinfo(np.int32).max)),
+            "min_p": np.float32(self.law.min_p),
+            "biased": biased,
+            "bias": bias,
             "key": np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
             "stop_ids": stop_ids,
         }
@@ -44,6 +51,10 @@ class SlotDraw:
     slot: int
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+
+    def cut(self, tokens: int) -> SlotDraw:
+        """The first ones alone."""
+        return SlotDraw(slot=self.slot, token_ids=self.token_ids[:tokens], logprobs=self.logprobs[:tokens])
 
 
 def split_draws(result: engine_api.ResultTokens, slots: list[int]) -> Iterator[SlotDraw]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from forgejax.rollout.engine._jetstream import engine_api
 from forgejax.rollout.engine.config import EngineConfig
+from forgejax.rollout.engine.drafts import Drafts
 from forgejax.rollout.engine.kv.paged_cache import Begun, PagedCache
 from forgejax.rollout.engine.programs import Programs
 from forgejax.rollout.engine.settings import SlotSettings
@@ -41,13 +42,13 @@ class Slots:
         """The account of the pool's pages."""
         return self._cache
 
-    def begin(self, key: int, ids: TokenIds, spare: int = 0) -> int | None:
-        """How many tokens of a new sequence of ``ids`` need not be computed; None without room. See ``PagedCache``."""
-        return self._enter(key, self._cache.begin(key, ids, spare))
+    def begin(self, key: int, ids: TokenIds, spare: int = 0, session: str = "") -> Begun | None:
+        """What of a new sequence of ``ids`` need not be computed; None without room. See ``PagedCache``."""
+        return self._enter(self._cache.begin(key, ids, spare, session))
 
-    def fork(self, source: int, key: int, tokens: int, room: int) -> int | None:
+    def fork(self, source: int, key: int, tokens: int, room: int) -> Begun | None:
         """Begins a sequence with the first ``tokens`` of another; None without room. See ``PagedCache``."""
-        return self._enter(key, self._cache.fork(source, key, tokens, room))
+        return self._enter(self._cache.fork(source, key, tokens, room))
 
     def extend(self, weights: PublishedWeights, key: int, ids: TokenIds, start: int) -> int:
         """Computes the next chunk of ``ids`` from ``start`` on; gives how many tokens that were."""
@@ -57,9 +58,10 @@ class Slots:
         chunk[:count] = ids[start : start + count]
         row_M = np.zeros(self._config.context_pages, np.int32)
         self._cache.fill_row(key, row_M)
-        self._pool = self._programs.extend(
-            weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
-        )
+        with self._programs.layout.turn():
+            self._pool = self._programs.extend(
+                weights.params, self._pool, self._put(chunk), self._put(row_M), (np.int32(start), np.int32(count))
+            )
         return count
 
     def pick_bucket(self, tokens: int) -> int:
@@ -75,7 +77,7 @@ class Slots:
             np.int32(slot),
             np.int32(token),
             np.int32(position),
-            settings.to_arrays(self._config.max_stop_ids),
+            settings.to_arrays(self._config),
         )
         self._fill_row(slot)
 
@@ -96,15 +98,31 @@ class Slots:
         Under a mask, of all slots, it is one token. A slot that meets a stop id or its budget freezes at once. Every
         active slot has room for k tokens more, or for its last.
         """
-        bucket = min(bucket for bucket in self._config.decode_rows if bucket >= rows)
-        if self._put_tables is None:
-            self._put_tables = self._put(self._tables_SM.copy())
-        mask = None if mask_SW is None else self._put(mask_SW[:bucket])
-        (self._pool, self._state), data = self._programs.generate(
-            bucket, weights.params, (self._pool, self._state), (self._put_tables, mask), np.int32(weights.version)
-        )
-        k = self._config.tokens_per_step if mask_SW is None else 1
-        return engine_api.ResultTokens(data, (0, k), (k, 2 * k), (2 * k, 2 * k + 1), 1)
+        bucket = self._config.pick_rows(rows)
+        state, allowed, version = (self._pool, self._state), self._allow(bucket, mask_SW), np.int32(weights.version)
+        with self._programs.layout.turn():
+            (self._pool, self._state), data = self._programs.generate(bucket, weights.params, state, allowed, version)
+        return _word_result(data, self._config.tokens_per_step if mask_SW is None else 1)
+
+    def check(
+        self,
+        weights: PublishedWeights,
+        rows: int,
+        drafts: tuple[NDArray[np.int32], NDArray[np.int32]],
+        mask_SW: NDArray[np.uint32] | None = None,
+    ) -> engine_api.ResultTokens:
+        """Draws for every active slot of the first ``rows`` as many tokens as its draft holds good for, and one more.
+
+        ``drafts``, of all slots: ids [S, D], and how many of them there are [S], none where a mask forbids something.
+        Every active slot has room for what its draft adds and one token more, or for its last.
+        """
+        bucket = self._config.pick_rows(rows)
+        ids_SD, count_S = (self._put(x[:bucket]) for x in drafts)
+        allowed = (*self._allow(bucket, mask_SW), Drafts(ids_SD=ids_SD, count_S=count_S))
+        state, version = (self._pool, self._state), np.int32(weights.version)
+        with self._programs.layout.turn():
+            (self._pool, self._state), data = self._programs.check(bucket, weights.params, state, allowed, version)
+        return _word_result(data, ids_SD.shape[1] + 1)
 
     def stop(self, slots: Sequence[int]) -> None:
         """Ends the generations of these slots; what they hold stays as it is."""
@@ -117,13 +135,17 @@ class Slots:
         """Returns once the device has done all it was asked for."""
         jax.block_until_ready(self._pool)
 
-    def _enter(self, key: int, begun: Begun | None) -> int | None:
-        if begun is None:
-            return None
-        if begun.copy is not None:
+    def _enter(self, begun: Begun | None) -> Begun | None:
+        if begun is not None and begun.copy is not None:
             source, target = begun.copy
             self._pool = self._programs.copy(self._pool, np.int32(source), np.int32(target))
-        return begun.cached_tokens
+        return begun
+
+    def _allow(self, bucket: int, mask_SW: NDArray[np.uint32] | None) -> tuple[jax.Array, jax.Array | None]:
+        """The pages that slots may touch, and the mask of what they may draw."""
+        if self._put_tables is None:
+            self._put_tables = self._put(self._tables_SM.copy())
+        return self._put_tables, None if mask_SW is None else self._put(mask_SW[:bucket])
 
     def _fill_row(self, slot: int) -> None:
         self._cache.fill_row(slot, self._tables_SM[slot])
@@ -131,3 +153,9 @@ class Slots:
 
     def _put(self, value: Any) -> jax.Array:
         return jax.device_put(value, self._programs.layout.sharding())
+
+
+def _word_result(data: jax.Array, tokens: int) -> engine_api.ResultTokens:
+    """As ``engine`` says, of so many tokens a slot."""
+    k = tokens
+    return engine_api.ResultTokens(data, (0, k), (k, 2 * k), (2 * k, 2 * k + 1), 1)

@@ -19,6 +19,13 @@ class PublishedWeights:
     version: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HandedWeights:
+    """Weights that lie where the engine wants them and that nobody else changes or donates: taken without a copy."""
+
+    params: Any
+
+
 class WeightBox:
     """The engine's weights: readers take ``current`` once per device program, ``publish`` swaps it atomically.
 
@@ -29,17 +36,18 @@ class WeightBox:
         """``placements``: a sharding for each weight, in their order."""
         check_version(version)
         self._placements = jax.tree.leaves(placements)
-        self._shape = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+        self._shape = _describe_shapes(params)
         self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def publish(self, params: Any, version: int) -> None:
-        """Copies the weights, wherever and however split they lie, to the engine's devices and makes them current.
+        """Copies the weights, wherever and however split they lie, to the engine's devices and makes them current;
+        ``HandedWeights`` are taken as they are.
 
         When this returns the copy is complete: the caller may donate its buffers. Raises EngineError for weights of
         another model, and for a version that is no int32 from 0.
         """
         check_version(version)
-        given = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+        given = _describe_shapes(params)
         if given != self._shape:
             raise EngineError(
                 f"published weights of version {version} belong to another model: {_describe(given, self._shape)}; "
@@ -48,9 +56,16 @@ class WeightBox:
         self.current = PublishedWeights(params=self._copy(params), version=version)
 
     def _copy(self, params: Any) -> Any:
+        if isinstance(params, HandedWeights):
+            return params.params
         leaves, structure = jax.tree.flatten(params)
         copied = [copy_shards(x, placement) for x, placement in zip(leaves, self._placements, strict=True)]
         return jax.block_until_ready(jax.tree.unflatten(structure, copied))
+
+
+def _describe_shapes(params: Any) -> Any:
+    given = params.params if isinstance(params, HandedWeights) else params
+    return jax.tree.map(lambda x: (x.shape, x.dtype), given)
 
 
 def check_version(version: int) -> None:

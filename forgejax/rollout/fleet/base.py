@@ -29,7 +29,9 @@ class EngineAccount:
     ``sampled`` counts each token when it is drawn; of these ``cancelled`` and ``failed`` were drawn for requests that
     nobody was given a completion of, ``lost`` for those that went with an engine that died, and ``open`` for requests
     that have not ended. ``inherited``, and of these ``inherited_cancelled`` and ``inherited_failed``, are the tokens
-    that the engines' own records have of earlier attempts at the run. ``active`` and ``waiting`` are requests now.
+    that the engines' own records have of earlier attempts at the run. ``computed_tokens`` are prompts' tokens that were
+    prefilled, those of preempted requests again; the last one of a prompt is fed to decoding. ``active`` and
+    ``waiting`` are requests now.
     """
 
     sampled: int = 0
@@ -42,6 +44,7 @@ class EngineAccount:
     inherited_failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    computed_tokens: int = 0
     active: int = 0
     waiting: int = 0
 

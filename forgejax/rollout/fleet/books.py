@@ -57,6 +57,7 @@ class ServerBooks:
         prompts = {
             "prompt_tokens": last.prompt_tokens - first.prompt_tokens,
             "cached_tokens": last.cached_tokens - first.cached_tokens,
+            "computed_tokens": last.computed_tokens - first.computed_tokens,
         }
         with self._lock:
             given = self._given

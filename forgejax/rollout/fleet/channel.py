@@ -24,7 +24,29 @@ from forgejax.rollout.server.manifest import Manifest, make_manifest, name_leave
 from forgejax.rollout.server.staging import WEIGHTS_FILE
 
 _CHUNK = 8 << 20
-_serials = itertools.count(1)
+serials = itertools.count(1)
+"""Of all publications of this process."""
+
+
+class Staged(Protocol):
+    """One version of the weights on its way to servers. Two of the same version are two, by their ``serial``."""
+
+    @property
+    def serial(self) -> int: ...
+
+    @property
+    def version(self) -> int: ...
+
+    async def stage(self, receiver: WeightReceiver, *, within_s: float) -> str:
+        """Brings all of it to a server, which does not serve it yet; gives the transfer to commit.
+
+        Raises EngineError.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Nobody will be brought it any more. Idempotent."""
+        ...
 
 
 class WeightReceiver(Protocol):
@@ -38,14 +60,14 @@ class WeightReceiver(Protocol):
 
 
 class Publication:
-    """One version of the weights, copied to the host: whoever made it may donate its buffers.
+    """``Staged``: the weights copied to the host, and sent from there; whoever made it may donate its buffers.
 
     Two of the same version are two publications. With a ``folder`` the tensors lie there as well, in a folder of their
     own, until ``drop``. Raises EngineError where they cannot be written.
     """
 
     def __init__(self, params: Any, version: int, folder: Path | None = None):
-        self.serial = next(_serials)
+        self.serial = next(serials)
         self.manifest = make_manifest(params, version)
         leaves = name_leaves(params)
         for leaf in leaves.values():
@@ -78,6 +100,10 @@ class Publication:
         if held:
             chunk = b"".join(pieces)
             yield offset, chunk, zlib.crc32(chunk)
+
+    async def stage(self, receiver: WeightReceiver, *, within_s: float) -> str:
+        """See ``Staged``; where it fails, the server forgets what it got."""
+        return await stage(self, receiver, within_s=within_s)
 
     def drop(self) -> None:
         """Nobody needs the folder any more. Idempotent."""

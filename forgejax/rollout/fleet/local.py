@@ -77,6 +77,7 @@ class LocalEngines(LocalSampler):
             inherited_failed=inherited.failed,
             prompt_tokens=metrics.prompt_tokens,
             cached_tokens=metrics.cached_tokens,
+            computed_tokens=metrics.computed_tokens,
             active=metrics.active,
             waiting=metrics.waiting,
         )
@@ -102,7 +103,12 @@ class LocalEngines(LocalSampler):
         self._requests.flush()
 
     def figures(self) -> Mapping[str, float]:
-        return {"engine/publish_s": self._publish_s}
+        metrics, told = self._driver.metrics(), {"engine/publish_s": self._publish_s}
+        if self._driver.engine.config.reuse == "session":
+            told["engine/carried"] = metrics.carried_tokens / max(metrics.prompt_tokens, 1)
+        if self._driver.engine.config.speculates:
+            told |= {"engine/draft_hit": metrics.draft_hit_rate, "engine/draft_speedup": metrics.draft_speedup}
+        return told
 
     @property
     def healthy(self) -> bool:

@@ -13,7 +13,7 @@ from forgejax.errors import EngineError
 from forgejax.rollout.fleet.archive import Archive, copy_archive
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.rollout.fleet.books import ServerBooks
-from forgejax.rollout.fleet.channel import Publication, stage
+from forgejax.rollout.fleet.channel import Staged
 from forgejax.rollout.fleet.config import RolloutConfig
 from forgejax.rollout.fleet.process import Launch, ServerProcess
 from forgejax.rollout.fleet.remote import UnservedError
@@ -42,7 +42,7 @@ class Replica:
     number: int
     config: RolloutConfig
     request_deadline_s: float
-    wanted: Callable[[], Publication]
+    wanted: Callable[[], Staged]
     on_empty: Callable[[int], None]
     launch: Launch | None = None
     url: str = ""
@@ -151,11 +151,11 @@ class Replica:
 
     # -- Weights -----------------------------------------------------------------------------------------------------
 
-    async def stage(self, publication: Publication) -> str:
+    async def stage(self, publication: Staged) -> str:
         """Brings it weights that it does not serve yet; gives the transfer. Raises EngineError."""
         if self.sampler is None:
             raise EngineError("it has no address yet")
-        transfer = await stage(publication, self.sampler, within_s=self.config.publish_s)
+        transfer = await publication.stage(self.sampler, within_s=self.config.publish_s)
         self._serials = {**dict(list(self._serials.items())[-3:]), transfer: publication.serial}
         return transfer
 
@@ -182,6 +182,11 @@ class Replica:
             await asyncio.sleep(self.config.poll_s)
 
     # -- Life --------------------------------------------------------------------------------------------------------
+
+    def welcome(self) -> None:
+        """It says by itself that it is there: if it was given up, it is asked again."""
+        if self.given_up:
+            self.given_up, self._served_at = False, time.monotonic()
 
     async def look(self) -> None:
         """Asks it how it is, and does what that calls for: to be called every ``poll_s``."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from forgejax.errors import EngineError
+from forgejax.errors import EngineError, OverloadedError
 from forgejax.rollout.fleet.archive import Archive
 from forgejax.rollout.fleet.base import DrawnRequest, EngineAccount
 from forgejax.rollout.fleet.books import ServerBooks
-from forgejax.rollout.fleet.channel import Publication
+from forgejax.rollout.fleet.channel import Publication, Staged
 from forgejax.rollout.fleet.config import RolloutConfig
 from forgejax.rollout.fleet.process import Launch
+from forgejax.rollout.fleet.registry import Registry
 from forgejax.rollout.fleet.remote import UnservedError
 from forgejax.rollout.fleet.replica import Replica
 from forgejax.rollout.fleet.router import EngineLoad, Router
@@ -27,6 +28,7 @@ from forgejax.types import Completion, OnTokens, SampleRequest
 _LOOK_S = 0.02
 _SLACK_S = 30.0
 _MOST_TRIES = 8
+_MOST_SERVERS = 1_024
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
@@ -48,31 +50,29 @@ class ServerEngines:
         request_deadline_s: float,
         launches: Sequence[Launch] = (),
         former: Archive | None = None,
+        prepare: Callable[[Any, int], Staged] | None = None,
     ):
         """``launches``: servers to be started, where ``config.engines`` does not name them. ``former``: the logs that
-        none of them will write. Raises EngineError where the servers' logs cannot be read."""
+        none of them will write. ``prepare`` makes weights and their version ready for the servers; without it they are
+        copied to this host. Raises EngineError where the servers' logs cannot be read."""
         self._config, self._deadline_s = config, request_deadline_s
         self._former = former if former is not None else Archive()
         own = Archive([launch.requests for launch in launches if launch.requests.exists()])
         self._inherited = own.inherited + self._former.inherited
         own.close()
-        self._folder = Path(config.weights_folder) if config.weights_folder else None
-        self._served = Publication(params, version, self._folder)
-        self._coming: Publication | None = None  # while servers change to it
+        self._prepare = prepare if prepare is not None else functools.partial(Publication, folder=config.folder)
+        self._served: Staged = self._prepare(params, version)
+        self._coming: Staged | None = None  # while servers change to it
         self._router = Router()
         urls = config.engines if isinstance(config.engines, tuple) else ()
-        self._replicas = [
-            Replica(
-                number=number,
-                config=config,
-                request_deadline_s=request_deadline_s,
-                wanted=lambda: self._served,
-                on_empty=self._router.forget,
-                launch=launch,
-                url=url,
-            )
-            for number, (launch, url) in enumerate([*((each, "") for each in launches), *((None, url) for url in urls)])
-        ]
+        self._replicas: list[Replica] = []
+        for launch in launches:
+            self._add(launch=launch)
+        for url in urls:
+            self._add(url=url)
+        self._registry = Registry(self._admit, token=config.token, again_s=config.silence_s / 2)
+        self._registered_port = -1
+        self._fit_at = time.monotonic()
         self._publish_s = 0.0
         self._moved = self._unreachable = 0
         self._loop = asyncio.new_event_loop()
@@ -115,7 +115,7 @@ class ServerEngines:
         """See ``Engines``. A server that does not take the weights is not asked any more until it has them; where none
         takes them, EngineError names each with its reason, and the version before goes on being served."""
         began = time.monotonic()
-        publication = Publication(params, version, self._folder)
+        publication = self._prepare(params, version)
         try:
             self._call(self._publish(publication), self._config.publish_s * 3 + _SLACK_S)
         except BaseException:
@@ -187,34 +187,66 @@ class ServerEngines:
     @property
     def healthy(self) -> bool:
         watched = self._watch is None or not self._watch.done()
-        return self._thread.is_alive() and watched and not all(replica.given_up for replica in self._replicas)
+        return self._thread.is_alive() and watched and (self._may_come or not self._all_given_up)
+
+    @property
+    def registered_port(self) -> int:
+        """Where servers may say that they are there; -1 where they may not, or not yet."""
+        return self._registered_port
 
     @property
     def trouble(self) -> str:
         if self.healthy:
             return ""
-        told = "; ".join(f"{replica.name}: {replica.trouble}" for replica in self._replicas)
-        return f"no inference engine is left: {told}"
+        return f"no inference engine is left: {self._tell_troubles()}"
 
     # -- The engines' own event loop ---------------------------------------------------------------------------------
 
     async def _start(self) -> None:
         """Returns once every server serves or is known to be out of reach, and one of them serves."""
+        if self._config.register_at:
+            self._registered_port = await self._registry.open(*self._config.register_place)
+        self._fit_at = time.monotonic()
         self._watch = asyncio.create_task(self._watch_on())
         began = time.monotonic()
         while True:
             fit, elsewhere = self._find_fit(), [each for each in self._replicas if each.launch is None and not each.up]
             late = elsewhere if time.monotonic() - began > self._config.silence_s else []
             waiting = [each for each in self._replicas if each not in fit and each not in late and not each.given_up]
-            if not waiting and (fit or late or not self.healthy):
+            if not waiting and (fit or not self.healthy or (late and not self._may_come)):
                 break
             await asyncio.sleep(_LOOK_S)
         for replica in self._replicas:
             if replica not in fit:
                 _logger.warning("the run begins without %s: %s", replica.name, replica.trouble)
         if not fit:
-            told = "; ".join(f"{replica.name}: {replica.trouble}" for replica in self._replicas)
-            raise EngineError(f"no inference engine serves: {told}; correct that, or set rollout.engines")
+            raise EngineError(
+                f"no inference engine serves: {self._tell_troubles()}; correct that, or set rollout.engines"
+            )
+
+    def _add(self, *, launch: Launch | None = None, url: str = "") -> Replica:
+        """One server more, nothing of which is known yet."""
+        replica = Replica(
+            number=len(self._replicas),
+            config=self._config,
+            request_deadline_s=self._deadline_s,
+            wanted=lambda: self._served,
+            on_empty=self._router.forget,
+            launch=launch,
+            url=url,
+        )
+        self._replicas.append(replica)
+        return replica
+
+    def _admit(self, url: str) -> None:
+        """A server says that it is there. One that was given up may come again. Raises OverloadedError."""
+        known = next((replica for replica in self._replicas if replica.url == url), None)
+        if known is not None:
+            known.welcome()
+        elif len(self._replicas) >= _MOST_SERVERS:
+            raise OverloadedError(f"{_MOST_SERVERS} servers are known to this run; it takes no more", _SLACK_S)
+        else:
+            _logger.warning("%s says that it is there", self._add(url=url).name)
 
     async def _watch_on(self) -> None:
         async def watch(replica: Replica) -> None:
@@ -226,16 +258,41 @@ class ServerEngines:
                 await asyncio.sleep(self._config.poll_s)
 
         try:
-            await asyncio.gather(*(watch(replica) for replica in self._replicas))
+            async with asyncio.TaskGroup() as watches:
+                watched = 0
+                while not self._ending:
+                    for replica in self._replicas[watched:]:
+                        watches.create_task(watch(replica))
+                    watched = len(self._replicas)
+                    if self._find_fit():
+                        self._fit_at = time.monotonic()
+                    await asyncio.sleep(self._config.poll_s)
         except Exception:
             _logger.exception("the engines are not watched any more: the run cannot go on")
             raise
+
+    @property
+    def _all_given_up(self) -> bool:
+        return all(replica.given_up for replica in self._replicas)
+
+    @property
+    def _may_come(self) -> bool:
+        """Whether it is worth to wait for a server that nobody has named."""
+        return bool(self._config.register_at) and time.monotonic() - self._fit_at < self._config.start_s
+
+    def _tell_troubles(self) -> str:
+        told = [f"{replica.name}: {replica.trouble}" for replica in self._replicas]
+        place = self._config.register_at
+        if place and not told:
+            told = [f"none has said to {place} (rollout.register_at) that it is there"]
+        return "; ".join(told)
 
     async def _end(self) -> None:
         self._ending = True
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
+        await self._registry.close()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
 
     def _find_fit(self) -> list[Replica]:
@@ -280,7 +337,7 @@ class ServerEngines:
         ]
         return self._replicas[self._router.choose(request, loads)]
 
-    async def _publish(self, publication: Publication) -> None:
+    async def _publish(self, publication: Staged) -> None:
         """All that serve get the weights, then all change to them; who fails has to catch up by itself."""
         until = time.monotonic() + self._config.publish_s
         failures: dict[Replica, EngineError] = {}
@@ -315,7 +372,7 @@ class ServerEngines:
             for replica in targets:
                 replica.publishing = False
 
-    def _word_failure(self, publication: Publication, failures: Mapping[Replica, Exception]) -> EngineError:
+    def _word_failure(self, publication: Staged, failures: Mapping[Replica, Exception]) -> EngineError:
         told = {replica: replica.trouble or "it has not caught up" for replica in self._replicas} | dict(failures)
         said = "; ".join(f"{replica.name}: {why}" for replica, why in told.items())
         return EngineError(

@@ -3,7 +3,8 @@
 Weights come in phases, so that many servers can take a version together: ``POST /weights/begin`` with a ``Manifest``
 gives a transfer; ``PUT /weights/TRANSFER?offset=..&checksum=..`` takes the bytes of all tensors one behind another, or
 ``POST /weights/TRANSFER/load`` reads a folder; ``POST /weights/TRANSFER/commit`` serves them, ``.../abort`` forgets
-them. A transfer that stands still for a minute, or that another one follows, is forgotten as well. ``POST /publish``
+them. A transfer that stands still for a minute, or that another one follows, is forgotten as well. Weights that the
+server's own process has made (``ServedEngine.hand_over``) are committed alike. ``POST /publish``
 ``{"path": "...", "version": n}`` loads saved weights at once. ``POST /pause``, ``/resume``, ``/sleep``, ``/wake``;
 ``GET /status``; ``POST /requests``, ``/flush`` and ``/trim`` for the request log. Refusals are 409 and a sentence.
 """
@@ -98,6 +99,7 @@ class StatusBody(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     prompt_tokens: int
     cached_tokens: int
+    computed_tokens: int
     inherited: int
     damaged: int
 
@@ -178,12 +180,17 @@ class EngineAdmin:
 
     async def commit(self, request: web.Request) -> web.Response:
         body = await take_json(request, IdleBody)
+        transfer = request.match_info["transfer"]
         async with self._turn:
-            staging = self._find(request)
-            self._forget()
-            params = staging.join()
-            await self._served.publish(params, staging.version, staging.transfer, idle_s=body.idle_s)
-        return web.json_response({"version": staging.version})
+            handed = self._served.find_handed(transfer)
+            if handed is not None:
+                params, version = handed
+            else:
+                staging = self._find(request)
+                self._forget()
+                params, version = staging.join(), staging.version
+            await self._served.publish(params, version, transfer, idle_s=body.idle_s)
+        return web.json_response({"version": version})
 
     async def abort(self, request: web.Request) -> web.Response:
         async with self._turn:
@@ -240,6 +247,7 @@ class EngineAdmin:
                 waiting=metrics.waiting,
                 prompt_tokens=metrics.prompt_tokens,
                 cached_tokens=metrics.cached_tokens,
+                computed_tokens=metrics.computed_tokens,
                 inherited=log.inherited.sampled if log is not None else 0,
                 damaged=await asyncio.to_thread(lambda: log.damaged) if log is not None else 0,
                 **counts,

@@ -26,6 +26,8 @@ class DriverCollector:
             ("kv_pages", metrics.pages),
             ("held_kv_pages", metrics.held_pages),
             ("kept_kv_pages", metrics.kept_pages),
+            ("draft_hit_rate", metrics.draft_hit_rate),
+            ("draft_speedup", metrics.draft_speedup),
         ):
             yield GaugeMetricFamily(f"forgejax_rollout_{name}", name.replace("_", " "), value=figure)
         for name, figure in (
@@ -33,8 +35,12 @@ class DriverCollector:
             ("decode_steps", metrics.steps),
             ("prompt_tokens", metrics.prompt_tokens),
             ("cached_prompt_tokens", metrics.cached_tokens),
+            ("carried_prompt_tokens", metrics.carried_tokens),
             ("computed_prompt_tokens", metrics.computed_tokens),
             ("preemptions", metrics.preemptions),
+            ("drafted_tokens", metrics.drafted_tokens),
+            ("accepted_draft_tokens", metrics.accepted_tokens),
+            ("checked_steps", metrics.checked_steps),
             ("restarts", metrics.restarts),
             ("busy_seconds", metrics.busy_s),
         ):

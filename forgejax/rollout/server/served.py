@@ -27,7 +27,7 @@ from forgejax.rollout.driver.job import OnDraw
 from forgejax.rollout.driver.request_log import RequestLog
 from forgejax.rollout.driver.warm_up import make_warm_ups
 from forgejax.rollout.engine.engine import PolicyEngine
-from forgejax.rollout.engine.weights import check_version
+from forgejax.rollout.engine.weights import HandedWeights, check_version
 from forgejax.types import Completion, SampleRequest
 
 EngineState = Literal["empty", "starting", "serving", "paused", "asleep", "draining"]
@@ -39,7 +39,10 @@ ReadWeights = Callable[[Path, Any], Any]
 
 _LOOK_S = 0.01
 _COMPILE_S = 1800.0
-_ADDED = ("requests", "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "preemptions", "restarts", "busy_s")
+_ADDED = (
+    *("requests", "steps", "prompt_tokens", "cached_tokens", "carried_tokens", "computed_tokens", "preemptions"),
+    *("restarts", "busy_s", "drafted_tokens", "accepted_tokens", "checked_steps", "checked_s", "unchecked_s"),
+)
 _ADDED_BY_PURPOSE = ("tokens_sampled", "tokens_returned", "tokens_cancelled", "tokens_failed")
 
 
@@ -65,6 +68,7 @@ class ServedEngine:
         self.state: EngineState = "empty"
         self.publication = ""
         self._drivers: tuple[tuple[DriverMetrics, ...], Driver | None] = ((), None)  # what is past, and what serves now
+        self._handed: tuple[str, HandedWeights, int] | None = None  # the newest: transfer, weights, version
         self._kept: tuple[Any, int] | None = None  # weights and version on the host while there is no driver
         self._came = asyncio.Event()  # the first weights
         self._door = asyncio.Event()
@@ -100,6 +104,15 @@ class ServedEngine:
     def submit(self, request: SampleRequest, on_draw: OnDraw | None = None) -> Future[Completion]:
         """See ``Driver.submit``."""
         return self.driver.submit(request, on_draw)
+
+    def hand_over(self, transfer: str, weights: HandedWeights, version: int) -> None:
+        """Weights that this process has made on the engine's devices; they serve once the transfer is committed."""
+        self._handed = (transfer, weights, version)
+
+    def find_handed(self, transfer: str) -> tuple[HandedWeights, int] | None:
+        """The weights and version of a transfer that was handed over last, or None."""
+        handed = self._handed
+        return None if handed is None or handed[0] != transfer else handed[1:]
 
     def metrics(self) -> DriverMetrics:
         """Those of all its drivers; what is a state and no count is that of now."""

@@ -27,6 +27,8 @@ class LawBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    logit_bias: dict[int, float] = {}
 
 
 class GrammarBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,6 +53,7 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     session_id: str = ""
     law: LawBody = LawBody()
     stop_ids: list[int] = []
+    stop_strings: list[str] = []
     grammar: GrammarBody | None = None
     seed: int | None = None
     purpose: Purpose = "train"
@@ -90,8 +93,15 @@ def encode_request(request: SampleRequest) -> bytes:
         session_id=request.session_id,
         prompt_ids=np.asarray(request.prompt_ids).tolist(),
         max_tokens=request.max_tokens,
-        law=LawBody(temperature=law.temperature, top_p=law.top_p, top_k=law.top_k),
+        law=LawBody(
+            temperature=law.temperature,
+            top_p=law.top_p,
+            top_k=law.top_k,
+            min_p=law.min_p,
+            logit_bias=dict(law.logit_bias),
+        ),
         stop_ids=sorted(request.stop_ids),
+        stop_strings=list(request.stop_strings),
         grammar=_encode_grammar(request.grammar),
         seed=request.seed,
         purpose=request.purpose,
@@ -110,12 +120,23 @@ def decode_request(body: bytes, made_up_id: str) -> SampleRequest:
         session_id=given.session_id,
         prompt_ids=np.array(given.prompt_ids, np.int32),
         max_tokens=given.max_tokens,
-        law=SamplingLaw(temperature=given.law.temperature, top_p=given.law.top_p, top_k=given.law.top_k),
+        law=_decode_law(given.law),
         stop_ids=frozenset(given.stop_ids),
+        stop_strings=tuple(given.stop_strings),
         grammar=_decode_grammar(given.grammar),
         seed=given.seed,
         purpose=given.purpose,
         owner=given.owner,
+    )
+
+
+def _decode_law(given: LawBody) -> SamplingLaw:
+    return SamplingLaw(
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        logit_bias=tuple(sorted(given.logit_bias.items())),
     )
 
 

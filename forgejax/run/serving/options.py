@@ -9,6 +9,7 @@ from pathlib import Path
 from forgejax.errors import ConfigError
 from forgejax.models import PolicyConfig
 from forgejax.rollout import EngineConfig
+from forgejax.rollout.fleet.registry import check_address
 from forgejax.rollout.server.access import check_exposure
 from forgejax.sharding import EngineMesh
 from forgejax.types import SamplingLaw
@@ -52,11 +53,17 @@ class ServeConfig:
     """Directory below which POST /publish may load new weights, bare ones or runs/NAME/checkpoints/STEP, and a trainer
     leave them; without it they come over HTTP alone."""
     tokenizer: Path | None = None
-    """Tokenizer folder of the policy; requests with a grammar are refused without it. With --run it is the run's."""
+    """Tokenizer folder of the policy; requests with a grammar or stop strings are refused without it. With --run it is
+    the run's."""
     request_log: Path | None = None
     """File that keeps the ids of every request."""
     drain_s: float = 30.0
     """How long open requests may take to end after SIGTERM or Ctrl-C, while new ones are refused."""
+    register: str = ""
+    """Address of a trainer that takes servers, its rollout.register_at, as http://HOST:PORT: it is told of this server
+    again and again, with the token, from when this listens."""
+    announce: str = ""
+    """Address that a trainer is told, if it is not http://HOST:PORT of this server's own."""
     address_file: Path | None = None
     """File to write the HTTP address into once it listens."""
     leashed: bool = False
@@ -85,10 +92,19 @@ class ServeConfig:
         if self.weights_gib is not None and not self.weights_gib > 0:
             raise ConfigError(f"weights_gib is {self.weights_gib}; expected a positive size")
         check_exposure(self.host, self.token)
+        self._check_registration()
         try:
             SamplingLaw(temperature=self.grpc_temperature)
         except ValueError as error:
             raise ConfigError(f"grpc_temperature: {error}") from error
+
+    def _check_registration(self) -> None:
+        if self.announce and not self.register:
+            raise ConfigError(f'announce "{self.announce}" was given without a trainer to tell it; give --register')
+        for url in filter(None, (self.register, self.announce)):
+            check_address(url)
+        if self.register and not self.announce and self.host in ("0.0.0.0", "::"):
+            raise ConfigError(f"host {self.host} is no address that a trainer could ask; name it with --announce")
 
     @property
     def token(self) -> str:

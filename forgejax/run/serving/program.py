@@ -34,6 +34,7 @@ from forgejax.rollout import PolicyEngine, RequestLog
 from forgejax.rollout.engine._jetstream import jetstream_pb2_grpc
 from forgejax.rollout.server.access import BearerInterceptor, make_bearer_check
 from forgejax.rollout.server.admin import PublishRoot
+from forgejax.rollout.server.announcer import announce
 from forgejax.rollout.server.grpc_service import OrchestratorService
 from forgejax.rollout.server.http import RolloutServer
 from forgejax.rollout.server.leash import hold_to_parent
@@ -135,11 +136,14 @@ async def serve(config: ServeConfig, end: asyncio.Event) -> None:
         interceptors=[BearerInterceptor(config.token)] if config.token else [],
     )
     jetstream_pb2_grpc.add_OrchestratorServicer_to_server(service, grpc_server)
+    announcing: asyncio.Task[None] | None = None
     try:
         grpc_port = await _listen(config, runner, grpc_server)
         address = f"http://{config.host}:{runner.addresses[0][1]}"
         if config.address_file is not None:
             write_atomic(config.address_file, address.encode())
+        if config.register:
+            announcing = asyncio.create_task(announce(config.register, config.announce or address, config.token))
         if config.await_weights:
             print(f"waiting for weights at {address}", flush=True)
             await served.start(end)
@@ -157,6 +161,8 @@ async def serve(config: ServeConfig, end: asyncio.Event) -> None:
             print(f"{cut_off} requests are cut off after {config.drain_s:g} s", flush=True)
     finally:
         try:
+            if announcing is not None:
+                announcing.cancel()
             await served.stop()
         finally:
             await grpc_server.stop(grace=1.0)

@@ -7,6 +7,7 @@ import select
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +17,13 @@ _ANSWER_S = 180.0
 class SideProcess:
     """A context manager. Raises SystemExit with its last words where it gives no answer."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], answer_s: float = _ANSWER_S, folder: Path | None = None) -> None:
+        """``folder``: the one it is started in."""
+        self._answer_s = answer_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=folder
+        )
 
     def __enter__(self) -> SideProcess:
         return self
@@ -39,10 +44,10 @@ class SideProcess:
     def read_answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = b""
-        if select.select([self._process.stdout], [], [], _ANSWER_S)[0]:
+        if select.select([self._process.stdout], [], [], self._answer_s)[0]:
             line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"no answer within {_ANSWER_S:g} s; its last lines:\n{self.read_log()}")
+            raise SystemExit(f"no answer within {self._answer_s:g} s; its last lines:\n{self.read_log()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -6,8 +6,6 @@ import json
 import select
 import shutil
 import subprocess
-import sys
-import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,13 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from sides.environments import find_python
 
 from forgejax.learner import Sample
 from forgejax.models import PolicyConfig
 
-_ROOT = Path(__file__).resolve().parents[3]
-_PACKAGE = "google-tunix==0.1.7"
-_INSTALL_S, _ANSWER_S = 1800, 900
+TUNIX = "google-tunix==0.1.7"
+_ANSWER_S = 900
 
 
 class TunixPeer:
@@ -34,7 +32,7 @@ class TunixPeer:
     def __init__(self, policy: PolicyConfig, params: Any, samples: Sequence[Sample]) -> None:
         if policy.qk_norm != "head" or not policy.tied_embeddings:
             raise SystemExit("--peer tunix needs a policy of Qwen3's form: choose --model tiny or --model 20m")
-        python = _environment()
+        python = find_python("tunix", [TUNIX, f"jax=={jax.__version__}"])
         self._folder = Path(mkdtemp(prefix="tunix-"))
         np.savez(self._folder / "case.npz", allow_pickle=False, **_case(policy, params, samples))
         self._log = (self._folder / "log.txt").open("wb")
@@ -82,25 +80,30 @@ class TunixPeer:
         return answer
 
 
-def _environment() -> str:
-    """The Python that has the peer installed."""
-    place = _ROOT / ".cache" / "bench-tunix"
-    python, stamp = place / "bin" / "python", place / ".complete"
-    if not stamp.exists():
-        print(f"installing {_PACKAGE} into {place}, some minutes ...", file=sys.stderr)
-        shutil.rmtree(place, ignore_errors=True)
-        venv.create(place, with_pip=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", _PACKAGE, f"jax=={jax.__version__}"]
-        try:
-            subprocess.run(command, check=True, timeout=_INSTALL_S)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            raise SystemExit(f"{_PACKAGE} could not be installed: {error}") from error
-        stamp.touch()
-    return str(python)
-
-
 def _case(policy: PolicyConfig, params: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     """The batch as the peer takes it: prompts padded on the left and completions on the right, with token 0."""
+    prompt = max(len(sample.context_ids) for sample in samples)
+    answer = max(len(sample.token_ids) for sample in samples)
+    prompt_ids = np.zeros((len(samples), prompt), np.int32)
+    completion_ids = np.zeros((len(samples), answer), np.int32)
+    old = np.zeros((len(samples), answer), np.float32)
+    for row, sample in enumerate(samples):
+        prompt_ids[row, prompt - len(sample.context_ids) :] = sample.context_ids
+        completion_ids[row, : len(sample.token_ids)] = sample.token_ids
+        old[row, : len(sample.token_ids)] = sample.old_logp
+    return {
+        **describe_policy(policy, params),
+        "prompt_ids": prompt_ids,
+        "prompt_mask": (prompt_ids > 0).astype(np.int32),
+        "completion_ids": completion_ids,
+        "completion_mask": (completion_ids > 0).astype(np.int32),
+        "advantages": np.array([sample.advantage for sample in samples], np.float32),
+        "old_per_token_logps": old,
+    }
+
+
+def describe_policy(policy: PolicyConfig, params: Any) -> dict[str, Any]:
+    """The policy as the peer's side reads it: its configuration, as JSON, and its weights."""
     config = {
         "num_layers": policy.num_layers,
         "vocab_size": policy.vocab_size,
@@ -113,25 +116,8 @@ def _case(policy: PolicyConfig, params: Any, samples: Sequence[Sample]) -> dict[
         "norm_eps": policy.norm_eps,
         "use_tied_embedding": True,
     }
-    prompt = max(len(sample.context_ids) for sample in samples)
-    answer = max(len(sample.token_ids) for sample in samples)
-    prompt_ids = np.zeros((len(samples), prompt), np.int32)
-    completion_ids = np.zeros((len(samples), answer), np.int32)
-    old = np.zeros((len(samples), answer), np.float32)
-    for row, sample in enumerate(samples):
-        prompt_ids[row, prompt - len(sample.context_ids) :] = sample.context_ids
-        completion_ids[row, : len(sample.token_ids)] = sample.token_ids
-        old[row, : len(sample.token_ids)] = sample.old_logp
-    return {
-        "config": json.dumps(config),
-        "prompt_ids": prompt_ids,
-        "prompt_mask": (prompt_ids > 0).astype(np.int32),
-        "completion_ids": completion_ids,
-        "completion_mask": (completion_ids > 0).astype(np.int32),
-        "advantages": np.array([sample.advantage for sample in samples], np.float32),
-        "old_per_token_logps": old,
-        **{f"weight:{name}": value for name, value in named_weights(params).items()},
-    }
+    weights = {f"weight:{name}": value for name, value in named_weights(params).items()}
+    return {"config": json.dumps(config), **weights}
 
 
 def named_weights(params: Any) -> Mapping[str, np.ndarray]:

@@ -61,12 +61,7 @@ class Peer:
     ) -> None:
         self.mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         with self.mesh:
-            policy = qwen3.Qwen3(qwen3.ModelConfig(**config), rngs=nnx.Rngs(0))
-            for path, name, layer in _places(config["num_layers"]):
-                variable = _at(policy, path)
-                value = weights[name] if layer is None else weights[name][layer]
-                assert variable.get_value().shape == value.shape, (path, value.shape)
-                variable.set_value(jnp.asarray(value))
+            policy = make_policy(config, weights)
             role = rl_cluster.Role
             rollout = base_rollout.RolloutConfig(
                 max_tokens_to_generate=8,
@@ -110,6 +105,25 @@ class Peer:
         return {name: values[0] if name in _WHOLE else np.stack(values) for name, values in stacked.items()}
 
 
+def read_case(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Configuration, weights and all else in ``case.npz``."""
+    case = dict(np.load(folder / "case.npz"))
+    config = json.loads(str(case.pop("config")))
+    weights = {name.removeprefix("weight:"): case.pop(name) for name in list(case) if name.startswith("weight:")}
+    return config, weights, case
+
+
+def make_policy(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> qwen3.Qwen3:
+    """Tunix's policy with these weights."""
+    policy = qwen3.Qwen3(qwen3.ModelConfig(**config), rngs=nnx.Rngs(0))
+    for path, name, layer in _places(config["num_layers"]):
+        variable = _at(policy, path)
+        value = weights[name] if layer is None else weights[name][layer]
+        assert variable.get_value().shape == value.shape, (path, value.shape)
+        variable.set_value(jnp.asarray(value))
+    return policy
+
+
 def _places(layers: int) -> Iterator[tuple[tuple[Any, ...], str, int | None]]:
     """Where Tunix keeps each weight, our name of it, and its layer."""
     for name, path in _WHOLE.items():
@@ -126,10 +140,8 @@ def _at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def main(folder: Path, replies: Any) -> None:
-    case = dict(np.load(folder / "case.npz"))
-    config = json.loads(str(case.pop("config")))
-    weights = {name.removeprefix("weight:"): case[name] for name in case if name.startswith("weight:")}
-    fields = {name: jnp.asarray(case[name]) for name in case if not name.startswith("weight:")}
+    config, weights, case = read_case(folder)
+    fields = {name: jnp.asarray(value) for name, value in case.items()}
     batch = common.TrainExample(ref_per_token_logps=None, **fields)
     adamw = optax.adamw(1e-3)
     timed = Peer(config, weights, adamw, batch.prompt_ids.shape[1])

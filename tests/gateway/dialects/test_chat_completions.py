@@ -315,6 +315,8 @@ async def test_the_older_functions_and_both_names_of_reasoning_are_read() -> Non
         ({**GOOD, "max_completion_tokens": "9"}, "max_completion_tokens is '9'"),
         ({**GOOD, "temperature": "hot"}, "temperature is 'hot'; expected a number"),
         ({**GOOD, "top_p": True}, "top_p is True"),
+        ({**GOOD, "logit_bias": {"x": 1}}, "logit_bias is 'x'; expected token ids as keys"),
+        ({**GOOD, "logit_bias": {"3": "1"}}, "logit_bias.3 is '1'; expected a number"),
         ({**GOOD, "stream": "yes"}, "stream is 'yes'; expected true or false"),
         ({**GOOD, "stream_options": 1}, "stream_options is 1"),
         ({**GOOD, "stop": [5]}, "stop[0] is 5; expected a non-empty string"),
@@ -337,13 +339,13 @@ async def test_a_bad_body_is_a_400_that_names_the_field(chat_format: ChatFormat,
 async def test_fields_without_an_effect_are_counted_by_name(chat_format: ChatFormat) -> None:
     gateway = await started(ScriptedSampler(chat_format, "5<|im_end|>"))
     async with client(gateway.open(TRAINING)) as agent:
-        extra = {"store": True, "whatever": [1], "logit_bias": {}, "parallel_tool_calls": False, "min_p": None}
+        extra = {"store": True, "whatever": [1], "min_tokens": 1, "parallel_tool_calls": False, "min_p": None}
         reply = await agent.chat.completions.create(model="m", messages=[USER], extra_body=extra)
     counts = gateway.metrics.counts()
     await gateway.stop()
     assert reply.choices[0].message.content == "5"
     assert {name: count for name, count in counts.items() if name.startswith("ignored")} == {
-        "ignored_fields_chat_completions_logit_bias": 1,
+        "ignored_fields_chat_completions_min_tokens": 1,
         "ignored_fields_chat_completions_other": 1,
         "ignored_fields_chat_completions_parallel_tool_calls": 1,
     }
@@ -354,6 +356,11 @@ async def test_fields_without_an_effect_are_counted_by_name(chat_format: ChatFor
     [
         ({"temperature": -1, "top_p": 2}, SamplingLaw(temperature=0.0), None),
         ({"temperature": 7, "max_tokens": -1, "top_k": -1}, SamplingLaw(temperature=2.0), None),
+        (
+            {"min_p": 2, "logit_bias": {"7": 250, "3": -1}},
+            SamplingLaw(min_p=1.0, logit_bias=((3, -1.0), (7, 100.0))),
+            None,
+        ),
         ({"top_p": 0, "max_tokens": 9, "max_completion_tokens": -1}, SamplingLaw(top_k=1), 9),
     ],
 )

@@ -32,6 +32,8 @@ SAMPLES: dict[str, Any] = {
     "temperature": 0.5,
     "top_p": 0.5,
     "top_k": 5,
+    "min_p": 0.1,
+    "logit_bias": {"5": -100},
     "max_tokens": 9,
     "max_completion_tokens": 9,
     "max_output_tokens": 9,
@@ -76,8 +78,8 @@ def test_every_field_is_served_ignored_or_refused_as_the_docs_say(column: int) -
 
 
 def test_null_asks_for_nothing_and_unknown_fields_are_one() -> None:
-    body = {"a": 1, "b": 2, "min_p": 0.1, "logit_bias": None, "stop": None}
-    assert list_ignored(body, frozenset({"stop"})) == ("min_p", "other")
+    body = {"a": 1, "b": 2, "min_tokens": 1, "logit_bias": None, "stop": None}
+    assert list_ignored(body, frozenset({"stop"})) == ("min_tokens", "other")
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), "1", True, [1]])

@@ -7,56 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forgejax.rollout.driver.counters import Counters
-from forgejax.rollout.driver.decoder import Decoder
-from forgejax.rollout.driver.job import Job
-from forgejax.rollout.driver.scheduler import Scheduler
-from forgejax.types import Completion, FinishReason, SampleRequest
+from forgejax.types import FinishReason
 from tests.rollout import tiny
 from tests.rollout.driving import gap
+from tests.rollout.turns import Turns
 
 SMALL: dict[str, Any] = {"kv_pages": 36, "slots": 4}  # of four tokens: a request of 128 takes 32
 LONG: dict[str, Any] = {"max_context": 1024, "slots": 4, "prefill_tokens_per_step": 32}
-
-
-class Turns:
-    """A decoder and what it has done."""
-
-    def __init__(self, **settings: Any):
-        self.engine, self.counters = tiny.engine(**settings), Counters()
-        self.scheduler = Scheduler(self.engine.config.slots)
-        self.decoder = Decoder(self.engine, self.scheduler, self.counters)
-        self.box = self.engine.load_params(tiny.params())
-        self.decoder.use(self.box.current)
-        self.ended: dict[str, Completion] = {}
-
-    def ask(self, *requests: SampleRequest) -> list[Job]:
-        jobs = [
-            Job(
-                request=request,
-                prompt_ids=request.prompt_ids,
-                budget=min(request.max_tokens, self.engine.config.max_context - len(request.prompt_ids)),
-                on_draw=None,
-                submitted_at=0.0,
-            )
-            for request in requests
-        ]
-        for job in jobs:
-            self.scheduler.enqueue(job)
-        return jobs
-
-    def take(self) -> None:
-        """One turn."""
-        self.decoder.admit()
-        for slot, reason in self.decoder.step():
-            job = self.decoder.finish(slot)
-            self.ended[job.request.request_id] = job.complete(reason, 1.0)
-        self.decoder.check_integrity()
-
-    def finish(self) -> dict[str, Completion]:
-        while self.scheduler.active or self.scheduler.waiting:
-            self.take()
-        return self.ended
 
 
 def test_where_pages_run_out_the_youngest_waits_and_draws_what_it_would_have_drawn() -> None:
@@ -80,8 +37,7 @@ def test_a_preempted_request_keeps_what_it_drew_and_says_which_weights_its_later
         turns.take()
     drawn = second.join_ids()
     assert len(drawn) and second not in turns.scheduler.active.values() and first in turns.scheduler.active.values()
-    turns.box.publish(tiny.params(1), 7)
-    turns.decoder.use(turns.box.current)
+    turns.publish(tiny.params(1), 7)
     done = turns.finish()["r1"]
     np.testing.assert_array_equal(done.token_ids[: len(drawn)], drawn)
     ages = [(old, new) for old, new in zip(done.oldest_versions, done.versions, strict=True)]
@@ -112,8 +68,7 @@ def test_weights_that_come_amid_a_prompt_go_on_with_it_and_it_is_not_shared() ->
     (job,) = turns.ask(tiny.request("crossing", tiny.prompt(1, 100), 4, seed=2))
     turns.take()
     assert job.computed == 32
-    turns.box.publish(tiny.params(1), 3)
-    turns.decoder.use(turns.box.current)
+    turns.publish(tiny.params(1), 3)
     done = turns.finish()["crossing"]
     assert done.versions.tolist() == [3] * 4 and done.oldest_versions.tolist() == [0] * 4
     turns.ask(tiny.request("after", tiny.prompt(1, 100), 4, seed=2))
@@ -158,6 +113,6 @@ def test_each_distinct_token_is_computed_once() -> None:
 
 def test_pages_that_are_held_for_no_request_are_told() -> None:
     turns = Turns()
-    assert turns.decoder._slots.begin(2, tiny.prompt(1, 5)) == 0
+    assert turns.decoder._slots.begin(2, tiny.prompt(1, 5)) is not None
     with pytest.raises(AssertionError, match="2 are held and no request is active"):
         turns.decoder.check_integrity()

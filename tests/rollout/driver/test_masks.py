@@ -31,7 +31,11 @@ GRAMMAR = Grammar(schema=json.dumps(SCHEMA))
 
 
 def text_of(completion: Completion) -> str:
-    return b"".join(WORDS[id_] for id_ in completion.token_ids).decode()
+    return b"".join(map(spell, completion.token_ids)).decode()
+
+
+def spell(id_: int) -> bytes:
+    return WORDS[id_] if id_ < len(WORDS) else b""
 
 
 def replay(completion: Completion, grammar: Grammar, params: object) -> np.ndarray:
@@ -122,3 +126,31 @@ async def test_a_grammar_that_leads_nowhere_loses_its_own_request_alone() -> Non
         assert isinstance(results[0], EngineError) and "request lost" in str(results[0])
         assert isinstance(results[1], Completion) and len(results[1].token_ids) == 60
         assert driver.healthy and balanced(driver)
+
+
+async def test_a_stop_string_ends_a_completion_at_its_token_and_nothing_behind_it_is_counted() -> None:
+    """With four tokens a step, of which any may complete the string; its beginning may lie in earlier ones."""
+    params = tiny.params()
+    with Driver(tiny.engine(tokens_per_step=4), params, grammars=GRAMMARS) as driver:
+        free = await sample_all(driver, [tiny.request(f"free{i}", tiny.prompt(i, 5), 60, seed=i) for i in range(6)])
+        texts = [b"".join(map(spell, each.token_ids)).decode() for each in free]
+        stops = [text[20 + i : 22 + i] for i, text in enumerate(texts)]
+        sampled = driver.metrics().tokens_sampled["train"]
+        cut = await sample_all(
+            driver,
+            [
+                tiny.request(f"cut{i}", tiny.prompt(i, 5), 60, seed=i, stop_strings=("never", stop))
+                for i, stop in enumerate(stops)
+            ],
+        )
+        for whole, text, stop, each in zip(free, texts, stops, cut, strict=True):
+            end, count = text.index(stop) + len(stop), len(each.token_ids)
+            spelled = [len(b"".join(map(spell, whole.token_ids[: n + 1]))) for n in range(60)]
+            assert count == 1 + next(n for n, size in enumerate(spelled) if size >= end)
+            assert each.finish_reason is FinishReason.STOP
+            np.testing.assert_array_equal(each.token_ids, whole.token_ids[:count])
+            np.testing.assert_allclose(each.logprobs, whole.logprobs[:count], atol=1e-5)
+        assert driver.metrics().tokens_sampled["train"] - sampled == sum(len(each.token_ids) for each in cut)
+        assert len({len(each.token_ids) % 4 for each in cut}) > 1 and balanced(driver)
+    with Driver(tiny.engine(), params) as driver, pytest.raises(EngineError, match=r"request s: .* stop strings"):
+        driver.submit(tiny.request("s", [5], stop_strings=("x",)))

@@ -23,3 +23,10 @@ def test_with_grammars_every_number_of_busy_slots_is_asked_for_under_masks_as_we
     assert asked == [(1, {False}), (4, {False}), (1, {True}), (4, {True})]
     ids = [request.request_id for batch in batches for request in batch]
     assert len(set(ids)) == len(ids)
+
+
+def test_with_drafts_some_are_asked_for_beside_masks_and_there_are_tokens_for_steps_of_both_kinds() -> None:
+    config = EngineConfig(slots=4, prefill_buckets=(8,), speculation="prompt_lookup", draft_tokens=4)
+    batches = make_warm_ups(config, "a", grammars=True)
+    assert [request.grammar is not None for request in batches[3]] == [True, False, True, False]
+    assert {request.max_tokens for batch in batches for request in batch} == {18}

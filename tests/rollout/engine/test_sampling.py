@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,9 @@ def _laws(count: int, law: SamplingLaw, seed: int = 0) -> Laws:
         temperature_S=jnp.full(count, law.temperature, jnp.float32),
         top_p_S=jnp.full(count, law.top_p, jnp.float32),
         top_k_S=jnp.full(count, law.top_k, jnp.int32),
+        min_p_S=jnp.full(count, law.min_p, jnp.float32),
+        biased_SN=jnp.tile(jnp.array([id_ for id_, _ in law.logit_bias] + [-1], jnp.int32), (count, 1)),
+        bias_SN=jnp.tile(jnp.array([bias for _, bias in law.logit_bias] + [0.0], jnp.float32), (count, 1)),
         key_S2=jnp.asarray(keys),
     )
 
@@ -69,12 +74,46 @@ def test_top_p_counts_mass_inside_the_top_k() -> None:
     assert set(np.flatnonzero(seen)) == {0, 1}
 
 
+def test_min_p_draws_what_is_likely_enough_beside_the_likeliest_and_in_the_top_k() -> None:
+    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+    seen = _frequencies(np.log(probabilities), SamplingLaw(min_p=0.45))
+    assert set(np.flatnonzero(seen)) == {0, 1, 2} and abs(seen[0] - 4 / 9) < 0.012
+    assert set(np.flatnonzero(_frequencies(np.log(probabilities), SamplingLaw(min_p=0.1, top_k=2)))) == {0, 1}
+
+
+def test_a_bias_is_part_of_the_law_and_of_its_logprobs() -> None:
+    logits = np.random.default_rng(6).normal(size=37) * 2.0
+    law = SamplingLaw(temperature=0.7, logit_bias=((3, 2.5), (11, -100.0), (36, 1.0)))
+    biased = logits.copy()
+    biased[[3, 11, 36]] += [2.5, -100.0, 1.0]
+    expected = _softmax(biased / 0.7)
+    tokens, logps = draw(
+        jnp.tile(jnp.asarray(logits, jnp.float32)[None], (40_000, 1)), _laws(40_000, law), jnp.arange(40_000)
+    )
+    assert 11 not in tokens
+    np.testing.assert_allclose(logps, np.log(expected)[tokens], atol=1e-5)
+    likely = expected > 1e-4  # of what is rarer, chi square says nothing
+    assert _chi_square((np.bincount(np.asarray(tokens), minlength=37) / 40_000)[likely], expected[likely]) < 75
+
+
+def test_a_slot_without_a_bias_draws_the_same_bits_beside_one_with() -> None:
+    logits = jnp.asarray(np.random.default_rng(7).normal(size=(8, 37)), jnp.float32)
+    laws = _laws(8, SamplingLaw())
+    biased = replace(laws, biased_SN=laws.biased_SN.at[0].set(5), bias_SN=laws.bias_SN.at[0].set(9.0))
+    plain, beside = draw(logits, laws, jnp.arange(8)), draw(logits, biased, jnp.arange(8))
+    for one, other in zip(plain, beside, strict=True):
+        np.testing.assert_array_equal(np.asarray(one)[1:].view(np.uint32), np.asarray(other)[1:].view(np.uint32))
+    assert int(beside[0][0]) == 5
+
+
 def test_the_logprob_is_that_of_the_whole_softmax_even_where_the_law_is_truncated() -> None:
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(6, 37)), jnp.float32)
-    laws = Laws(
+    laws = replace(
+        _laws(6, SamplingLaw()),
         temperature_S=jnp.array([1.0, 0.5, 0.0, 1.0, 1.0, 2.0]),
         top_p_S=jnp.array([1.0, 1.0, 1.0, 0.5, 1.0, 1.0]),
         top_k_S=jnp.array([0, 0, 0, 0, 3, 0]),
+        min_p_S=jnp.array([0.0, 0.3, 0.0, 0.0, 0.0, 0.0]),
         key_S2=jnp.arange(12, dtype=jnp.uint32).reshape(6, 2),
     )
     tokens, logps = (np.asarray(x) for x in draw(logits, laws, jnp.arange(6)))
@@ -127,11 +166,11 @@ def test_under_a_mask_the_law_is_that_of_the_allowed_tokens() -> None:
 def test_slots_that_may_draw_anything_draw_the_same_bits_beside_masked_ones() -> None:
     random = np.random.default_rng(5)
     logits = jnp.asarray(random.normal(size=(64, 1000)) * 3.0, jnp.float32)
-    laws = Laws(
+    laws = replace(
+        _laws(64, SamplingLaw()),
         temperature_S=jnp.asarray(random.choice([0.0, 0.5, 1.0, 2.0], 64), jnp.float32),
         top_p_S=jnp.asarray(random.choice([0.5, 1.0], 64), jnp.float32),
         top_k_S=jnp.asarray(random.choice([0, 5], 64), jnp.int32),
-        key_S2=_laws(64, SamplingLaw()).key_S2,
     )
     free = random.random(64) < 0.5
     allowed = free[:, None] | (random.random((64, 1000)) < 0.05)

@@ -11,7 +11,7 @@ from forgejax.rollout.server.admin import StatusBody
 
 def status(**changed: Any) -> StatusBody:
     counts = dict.fromkeys(("slots", "active", "waiting", "sampled", "returned", "cancelled", "failed"), 0)
-    counts |= dict.fromkeys(("prompt_tokens", "cached_tokens", "inherited", "damaged"), 0)
+    counts |= dict.fromkeys(("prompt_tokens", "cached_tokens", "computed_tokens", "inherited", "damaged"), 0)
     state: dict[str, Any] = {"instance": "one", "state": "serving", "healthy": True, "version": 0, "publication": ""}
     return StatusBody(**(state | counts | changed))
 

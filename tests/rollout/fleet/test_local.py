@@ -47,6 +47,7 @@ async def test_every_token_drawn_is_returned_cancelled_or_failed(tmp_path: Path)
     assert (returned, account.cancelled, account.failed) == (30, len(drawn["gone"]), len(drawn["bad"]))
     assert account.sampled == returned + account.cancelled + account.failed
     assert (account.prompt_tokens, account.cached_tokens, account.waiting, account.inherited) == (49, 1, 0, 0)
+    assert account.computed_tokens == 49 - 7 - 1  # the last token of a prompt is decoding's
     assert account.cache_hit_rate == 1 / 49  # "bad" finds the prompt of "gone"
 
 

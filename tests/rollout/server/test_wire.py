@@ -16,8 +16,9 @@ REQUEST = SampleRequest(
     session_id="s7",
     prompt_ids=np.array([4, 5, 6], np.int32),
     max_tokens=9,
-    law=SamplingLaw(temperature=0.5, top_p=0.9, top_k=3),
+    law=SamplingLaw(temperature=0.5, top_p=0.9, top_k=3, min_p=0.05, logit_bias=((2, -1.5), (40, 3.0))),
     stop_ids=frozenset({8, 2}),
+    stop_strings=("END", "\n\n"),
     grammar=Grammar(schema='{"type": "null"}', thought_closing="</t>", free_openings=("<call>", "[c]")),
     seed=11,
     purpose="evaluation",
@@ -26,9 +27,9 @@ REQUEST = SampleRequest(
 
 
 def _same(one: SampleRequest, other: SampleRequest) -> bool:
-    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "grammar", "seed", "purpose", "owner")
+    names = ("request_id", "session_id", "max_tokens", "law", "stop_ids", "stop_strings", "grammar", "seed", "purpose")
     return one.prompt_ids.tolist() == other.prompt_ids.tolist() and all(
-        getattr(one, name) == getattr(other, name) for name in names
+        getattr(one, name) == getattr(other, name) for name in (*names, "owner")
     )
 
 

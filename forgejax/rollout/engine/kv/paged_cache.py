@@ -14,16 +14,23 @@ from numpy.typing import NDArray
 
 from forgejax.ops.paged.batch import NOBODY
 from forgejax.rollout.engine.config import EngineConfig
-from forgejax.rollout.engine.kv.page_tree import Match, PageTree
+from forgejax.rollout.engine.kv.kept_prefixes import Found, KeptPrefixes
+from forgejax.rollout.engine.kv.page_tree import Match
 from forgejax.types import TokenIds
+
+_NOTHING = Found(match=Match(length=0, pages=(), partial=None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """What a sequence begins with: how many of its tokens are there, once page ``copy[0]`` is copied to ``copy[1]``."""
+    """What a sequence begins with: how many of its tokens are there, once page ``copy[0]`` is copied to ``copy[1]``.
+
+    ``oldest`` is the oldest version in them, None where the weights that serve computed them all.
+    """
 
     cached_tokens: int
     copy: tuple[int, int] | None
+    oldest: int | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,27 +49,28 @@ class PagedCache:
     def __init__(self, config: EngineConfig):
         self._page_tokens, self._total = config.page_tokens, config.pool_pages
         self._width, self._reuse = config.context_pages, config.reuses
-        self._tree = PageTree(config.page_tokens)
+        self._kept = KeptPrefixes(config.page_tokens, config.max_kv_age if config.reuse == "session" else None)
         self._sequences: dict[int, _Sequence] = {}
         self._holders: NDArray[np.int32] = np.zeros(self._total, np.int32)
         self._free = list(range(self._total - 1, NOBODY, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # kept and held by nobody, the least recently used first
 
-    def forget(self) -> None:
-        """Nothing of what is there is shared from now on. Sequences keep their pages."""
-        for page in self._idle:
+    def serve(self, version: int) -> None:
+        """Nothing of what is there is shared from now on, but with its own session. Sequences keep their pages."""
+        self._kept.serve(version)
+        for page in [page for page in self._idle if not self._kept.has(page)]:
+            del self._idle[page]
             self._free.append(page)
-        self._idle.clear()
-        self._tree.clear()
 
-    def begin(self, key: int, ids: TokenIds, spare: int = 0) -> Begun | None:
-        """Makes room for a sequence of ``ids``, in what is kept of it as far as that goes, but for its last token.
+    def begin(self, key: int, ids: TokenIds, spare: int = 0, session: str = "") -> Begun | None:
+        """Makes room for a sequence of ``ids``, in what is kept of it for this session, but for its last token.
 
         None, and nothing has changed, unless as many pages as it takes and ``spare`` more are to be had. Raises
         ValueError for a key in use and for more tokens than the context holds.
         """
         self._require_new(key, len(ids))
-        match = self._tree.match(ids[:-1]) if self._reuse else Match(length=0, pages=(), partial=None)
+        found = self._kept.match(ids[:-1], session) if self._reuse else _NOTHING
+        match = found.match
         self._hold(match.pages)
         source = match.partial
         needed = self._count_pages(len(ids)) - len(match.pages)
@@ -74,8 +82,9 @@ class PagedCache:
             return None
         self._sequences[key] = _Sequence(tokens=len(ids), pages=[*match.pages, *fresh])
         if source is None:
-            return Begun(cached_tokens=len(match.pages) * self._page_tokens, copy=None)
-        return Begun(cached_tokens=match.length, copy=(source, fresh[0]))
+            whole = len(match.pages) * self._page_tokens
+            return Begun(cached_tokens=whole, copy=None, oldest=found.oldest if whole else None)
+        return Begun(cached_tokens=match.length, copy=(source, fresh[0]), oldest=found.oldest)
 
     def fork(self, source: int, key: int, tokens: int, room: int) -> Begun | None:
         """Begins a sequence with the first ``tokens`` of another and ``room`` in all; None without enough pages."""
@@ -100,10 +109,14 @@ class PagedCache:
             sequence.tokens = tokens
         return True
 
-    def share(self, key: int, ids: TokenIds) -> None:
-        """Keeps the sequence's first tokens, ``ids``, for later ones: what it holds of them is never written again."""
+    def share(self, key: int, ids: TokenIds, session: str = "", oldest: int | None = None) -> None:
+        """Keeps the sequence's first tokens, ``ids``, for later ones: what it holds of them is never written again.
+
+        ``oldest``: the oldest version that had a part in them, for their own session alone to find; None where the
+        weights that serve computed them all.
+        """
         if self._reuse:
-            for page in self._tree.add(ids, self._sequences[key].pages):
+            for page in self._kept.add(ids, self._sequences[key].pages, session, oldest):
                 if page in self._idle:
                     del self._idle[page]
                     self._free.append(page)
@@ -132,7 +145,7 @@ class PagedCache:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each page is free, kept or held, once, and each sequence fits its pages."""
-        self._tree.check_integrity()
+        self._kept.check_integrity()
         held = np.zeros(self._total, np.int32)
         for key, sequence in self._sequences.items():
             if len(sequence.pages) != self._count_pages(sequence.tokens) or len(sequence.pages) > self._width:
@@ -142,7 +155,7 @@ class PagedCache:
             held[sequence.pages] += 1
         if (held != self._holders).any():
             raise AssertionError(f"KV pages: pages {np.flatnonzero(held != self._holders)} are miscounted")
-        kept = self._tree.pages
+        kept = self._kept.pages
         if {page for page in kept if not held[page]} != set(self._idle):
             raise AssertionError("KV pages: what is kept and held by nobody is not what may be taken back")
         used = set(np.flatnonzero(held).tolist()) | kept
@@ -172,10 +185,10 @@ class PagedCache:
         if count + spare > len(self._free) + len(self._idle):
             return None
         while len(self._free) < count:
-            page = next((page for page in self._idle if self._tree.is_leaf(page)), None)
+            page = next((page for page in self._idle if self._kept.is_leaf(page)), None)
             if page is None:
                 return None
-            self._tree.remove(page)
+            self._kept.remove(page)
             del self._idle[page]
             self._free.append(page)
         fresh = [self._free.pop() for _ in range(count)]
@@ -193,7 +206,7 @@ class PagedCache:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
-            if self._tree.has(page):
+            if self._kept.has(page):
                 self._idle[page] = None
             else:
                 self._free.append(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,11 +50,50 @@ def test_the_next_turn_finds_what_the_turn_before_it_left_and_new_weights_find_n
         cache.release(turn)
     assert (cache.held, cache.kept) == (0, 3)
     assert cache.begin(9, _ids(*range(12))) is not None
-    cache.forget()
+    cache.serve(1)
     assert cache.begin(8, _ids(*range(12))) == Begun(cached_tokens=0, copy=None)
     cache.release(9)
     assert (cache.held, cache.kept) == (3, 0)
     cache.check_integrity()
+
+
+def test_a_session_finds_its_own_of_older_weights_as_long_as_they_are_young_enough_and_nobody_else_does() -> None:
+    cache, ids = _cache(reuse="session", max_kv_age=2), _ids(*range(11))
+    cache.begin(0, ids, session="a")
+    cache.share(0, ids[:-1], "a")
+    cache.release(0)
+    for version, found, oldest in ((0, 10, None), (1, 10, 0), (2, 10, 0), (3, 0, None)):
+        if version:
+            cache.serve(version)
+        assert cache.begin(1, ids, session="b") == Begun(cached_tokens=10 if version == 0 else 0, copy=mock.ANY)
+        cache.release(1)
+        begun = cache.begin(1, ids, session="a")
+        assert begun is not None and (begun.cached_tokens, begun.oldest) == (found, oldest)
+        cache.release(1)
+        cache.check_integrity()
+    assert (cache.held, cache.kept) == (0, 0)
+
+
+def test_what_two_versions_computed_is_its_sessions_and_goes_when_the_older_is_too_old() -> None:
+    cache, ids = _cache(reuse="session", max_kv_age=1), _ids(*range(11))
+    cache.serve(4)
+    cache.begin(0, ids)
+    cache.serve(5)
+    cache.share(0, ids, "a", 4)  # begun under 4, ended under 5
+    cache.begin(1, _ids(*range(7)), session="a")
+    cache.share(1, _ids(*range(7)), "a", 4)
+    cache.release(0)
+    cache.release(1)
+    begun = cache.begin(2, ids, session="a")
+    assert begun is not None and (begun.cached_tokens, begun.oldest) == (10, 4)
+    cache.release(2)
+    assert cache.begin(2, ids, session="") == Begun(cached_tokens=0, copy=None)
+    cache.serve(5)  # other weights of the same version: nobody knows which of them computed what
+    found = cache.begin(3, ids, session="a")
+    assert found is not None and found.oldest == 4
+    cache.serve(6)
+    cache.check_integrity()
+    assert cache.kept == 0
 
 
 def test_what_was_used_least_recently_gives_way_leaves_first_and_what_is_held_stays() -> None:
@@ -111,12 +151,12 @@ _CALLS = st.lists(
 )
 
 
-@given(_CALLS, st.integers(4, 12))
+@given(_CALLS, st.integers(4, 12), st.sampled_from(["version", "session"]))
 @settings(max_examples=100, deadline=None)
 def test_the_account_holds_and_what_is_found_is_right_through_any_order_of_calls(
-    calls: list[tuple[int, int, int, int]], pages: int
+    calls: list[tuple[int, int, int, int]], pages: int, reuse: str
 ) -> None:
-    cache = _cache(kv_pages=pages)
+    cache, version, since = _cache(kv_pages=pages, reuse=reuse, max_kv_age=2), 0, dict[int, int]()
     device: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset): the whole prefix whose last token lies there
     running: dict[int, list[int]] = {}
 
@@ -128,8 +168,9 @@ def test_the_account_holds_and_what_is_found_is_right_through_any_order_of_calls
     for slot, size, text, what in calls:
         if slot not in running:
             ids = [text, *range(size - 1)]
-            begun = cache.begin(slot, np.array(ids, np.int32), spare=what // 4)
+            begun = cache.begin(slot, np.array(ids, np.int32), what // 4, str(slot % 2))
             if begun is not None:
+                since[slot] = version if begun.oldest is None else begun.oldest
                 if begun.copy is not None:
                     device.update({(begun.copy[1], at): device.get((begun.copy[0], at), ()) for at in range(4)})
                 write(slot, begun.cached_tokens, ids)
@@ -138,9 +179,11 @@ def test_the_account_holds_and_what_is_found_is_right_through_any_order_of_calls
             running[slot].append(50 + what)
             write(slot, len(running[slot]) - 1, running[slot])
         elif what == 9:
-            cache.forget()
+            version += 1
+            cache.serve(version)
         else:
-            cache.share(slot, np.array(running[slot], np.int32))
+            oldest = None if since[slot] == version else since[slot]
+            cache.share(slot, np.array(running[slot], np.int32), str(slot % 2), oldest)
             cache.release(slot)
             del running[slot]
         cache.check_integrity()
