@@ -52,7 +52,8 @@ class Workspace:
 
     ``variables`` are laid over the environment of a process that is started for the episode, and ``directory`` is
     where it runs; None leaves it where the trainer is. With a ``sandbox`` it runs in that, in ``/app``, which is
-    ``directory``. ``tools`` and ``game`` are for white-box agents.
+    ``directory``. ``tools`` and ``game`` are for white-box agents;
+    ``session`` is what the environment itself keeps of an episode.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Workspace:
     sandbox: Bubblewrap | None = None
     tools: tuple[WorkTool, ...] = ()
     game: Game | None = None
+    session: object = None
 
 
 @dataclass(frozen=True, kw_only=True)
