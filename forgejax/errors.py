@@ -44,6 +44,10 @@ class AgentError(ForgejaxError):
     """An agent program cannot be started or broke its contract."""
 
 
+class EnvironmentLostError(ForgejaxError):
+    """What an episode works in is no longer there: that is not the policy's doing."""
+
+
 class UnscoredError(ForgejaxError):
     """Nobody can say what an episode was worth: it is masked, which is another thing than worth nothing."""
 

@@ -1,7 +1,8 @@
 """Where tasks come from and how a result is scored: one file a source, all behind ``Environment``."""
 
-from forgejax.environments.base import Environment, Score, Workspace
+from forgejax.environments.base import Environment, Game, Score, Workspace, WorkTool
 from forgejax.environments.harbor import Harbor
+from forgejax.environments.openenv import OpenEnv
 from forgejax.environments.reasoning_gym import DatasetConfig, ReasoningGym, TasksConfig
 from forgejax.environments.rewards import RewardConfig, SpeedBaseline
 from forgejax.environments.write_file import WriteFile, WriteFileConfig
@@ -9,11 +10,13 @@ from forgejax.environments.write_file import WriteFile, WriteFileConfig
 __all__ = [
     "DatasetConfig",
     "Environment",
+    "Game",
     "ReasoningGym",
     "RewardConfig",
     "Score",
     "SpeedBaseline",
     "TasksConfig",
+    "WorkTool",
     "Workspace",
     "WriteFile",
     "WriteFileConfig",
@@ -36,3 +39,5 @@ def make_environment(config: TasksConfig) -> Environment:
                 seed=config.seed,
                 score_s=config.score_s,
             )
+        case "openenv":
+            return OpenEnv(config.openenv, eval_tasks=config.eval_tasks, seed=config.seed)

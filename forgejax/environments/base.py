@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from forgejax.environments.sandbox import Bubblewrap
 from forgejax.types import Reward, Task, Trajectory
 from forgejax.types.episode import require_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkTool:
+    """A tool of an episode for white-box agents. ``parameters`` are a JSON schema of an object.
+
+    ``call`` gives what the policy is told, errors of its own making included. It raises EnvironmentLostError where the
+    tool is no longer there.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    call: Callable[[Mapping[str, Any]], Awaitable[str]]
+
+    def describe(self) -> dict[str, Any]:
+        """As functions are described to a model."""
+        return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+
+
+class Game(Protocol):
+    """What answers each move of an episode with an observation, for white-box agents."""
+
+    @property
+    def observation(self) -> str:
+        """What there is to see now; at first what the game begins with."""
+        ...
+
+    @property
+    def done(self) -> bool: ...
+
+    async def act(self, move: str) -> None:
+        """Makes a move, whatever the policy said. Raises EnvironmentLostError where the game is no longer there."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +52,16 @@ class Workspace:
 
     ``variables`` are laid over the environment of a process that is started for the episode, and ``directory`` is
     where it runs; None leaves it where the trainer is. With a ``sandbox`` it runs in that, in ``/app``, which is
-    ``directory``.
+    ``directory``. ``tools`` and ``game`` are for white-box agents;
+    ``session`` is what the environment itself keeps of an episode.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
     directory: Path | None = None
     sandbox: Bubblewrap | None = None
+    tools: tuple[WorkTool, ...] = ()
+    game: Game | None = None
+    session: object = None
 
 
 @dataclass(frozen=True, kw_only=True)

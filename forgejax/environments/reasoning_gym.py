@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from forgejax.environments.base import Score, Workspace
 from forgejax.environments.harbor.tasks import HarborConfig
+from forgejax.environments.openenv import OpenEnvConfig
 from forgejax.environments.sandbox import SandboxConfig
 from forgejax.environments.write_file import WriteFileConfig
 from forgejax.errors import ConfigError
@@ -43,13 +44,13 @@ class DatasetConfig:
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
     """Where tasks come from: ``reasoning_gym`` is a mixture of its datasets, ``write_file`` asks for files, ``harbor``
-    reads task folders.
+    reads task folders, ``openenv`` plays on a server.
 
     ``eval_tasks`` are held out. ``exact`` counts only the library's full score as 1 and everything below it as 0.
     What is done in a folder is done in a ``sandbox``. Scoring an episode may take ``score_s``; one without a score by
     then is masked."""
 
-    kind: Literal["reasoning_gym", "write_file", "harbor"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "write_file", "harbor", "openenv"] = "reasoning_gym"
     datasets: tuple[DatasetConfig, ...] = (
         DatasetConfig(
             name="chain_sum",
@@ -64,6 +65,7 @@ class TasksConfig:
     )
     write_file: WriteFileConfig = field(default_factory=WriteFileConfig)
     harbor: HarborConfig = field(default_factory=HarborConfig)
+    openenv: OpenEnvConfig = field(default_factory=OpenEnvConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     score_s: float = 30.0
     eval_tasks: int = 64

@@ -14,7 +14,7 @@ from forgejax.chat.reply_builder import ReplyBuilder
 from forgejax.chat.template import TemplateError
 from forgejax.chat.tool_calls import ToolCallFormat
 from forgejax.gateway.asked import AskedRequest
-from forgejax.gateway.history.conversation import Branch, Conversation, LocatedRequest, Prompt
+from forgejax.gateway.history.conversation import Conversation, LocatedRequest, Prompt
 from forgejax.gateway.history.retries import AnswerLog
 from forgejax.gateway.history.turns import (
     count_well_formed,
@@ -22,6 +22,7 @@ from forgejax.gateway.history.turns import (
     measure_chat,
     measure_text,
     measure_turn,
+    name_branch,
     renumber_turns,
 )
 from forgejax.gateway.keys import make_key
@@ -66,7 +67,6 @@ class SessionLog:
         self._closed_with: tuple[Turn, ...] | None = None
         self.closed = False
         self.memory = ReplyMemory()
-        self._branches: dict[int, Branch | None] = {}  # by number, as turns
         self._canned = 0
         self._record = service.records.open(self.id, spec)
 
@@ -161,11 +161,12 @@ class SessionLog:
                     requested_at=requested_at,
                     finished_at=time.monotonic(),
                     requested_law=chat.law,
+                    branch=name_branch(prompt.branch, asked.body),
                     untrainable=side_reason or judge_untrainable(request, completion, abandoned),
                     tool_calls=count_well_formed(reply),
                     malformed_tool_calls=len(builder.malformed),
                 )
-                self._turns[number], self._branches[number] = turn, prompt.branch
+                self._turns[number] = turn
             drawn = RecordedDraw(
                 number=number, prompt=prompt, request=request, completion=completion, turn=turn, abandoned=abandoned
             )
@@ -218,11 +219,6 @@ class SessionLog:
             self._answers.forget()
             self._service.limits.release(self.budget)
         return self._closed_with
-
-    @property
-    def branches(self) -> tuple[Branch | None, ...]:
-        """Why each of the turns goes on from no earlier one, None where it does or is the first."""
-        return tuple(branch for _, branch in sorted(self._branches.items()))
 
     def _expire(self) -> None:
         self._late = refuse_late_session()

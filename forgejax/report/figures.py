@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from forgejax.report.names import (
+    BRANCHES,
     EPISODE_TOKENS,
     OUTCOME,
     REPLY_CUT,
@@ -15,7 +16,7 @@ from forgejax.report.names import (
     STALENESS_MAX,
     TOOLS,
 )
-from forgejax.types import Completion, FinishReason, Group
+from forgejax.types import Completion, FinishReason, Group, Trajectory
 
 _CUT = (FinishReason.LENGTH, FinishReason.REPETITION)
 
@@ -45,6 +46,7 @@ def measure_groups(groups: Sequence[Group], *, step: int) -> dict[str, float]:
         "episode/malformed_calls": statistics.fmean(
             sum(turn.malformed_tool_calls for turn in trajectory.turns) for _, trajectory in episodes
         ),
+        **_measure_branches([trajectory for _, trajectory in episodes]),
         **_measure_replies([turn.completion for _, trajectory in episodes for turn in trajectory.turns]),
     }
     levels = defaultdict(list)
@@ -69,6 +71,12 @@ def average_rates(steps: Iterable[tuple[float, Mapping[str, float]]]) -> dict[st
             seconds[name] += step_s
             done[name] += rate * step_s
     return {name: done[name] / whole for name, whole in seconds.items() if whole > 0}
+
+
+def _measure_branches(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Branches of an episode, mean, by their reason."""
+    counts = Counter(turn.branch for trajectory in trajectories for turn in trajectory.turns if turn.branch is not None)
+    return {f"{BRANCHES}{reason}": count / len(trajectories) for reason, count in counts.items()}
 
 
 def _measure_replies(completions: Sequence[Completion]) -> dict[str, float]:

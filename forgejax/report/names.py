@@ -16,6 +16,7 @@ TIME = "time"  # when a row was made, in seconds of Unix time
 OUTCOME = "reward/outcome"
 TOOLS = "tools/"  # and a level
 EPISODE_TOKENS = "episode/tokens"
+BRANCHES = "branches/"  # and a reason: of an episode, mean
 EVALUATION = "eval/"  # and a figure: all names of an evaluation's row begin so
 EVAL_OUTCOME = "eval/outcome"
 EVAL_OUTCOME_SE = "eval/outcome_se"
@@ -80,14 +81,20 @@ _SHOWN = (
 
 
 def find_shown(row: Mapping[str, float]) -> list[Shown]:
-    """The metrics of a row that the terminal shows, in their order; a level's tool use behind the outcome."""
+    """The metrics of a row that the terminal shows, in their order; a level's tool use behind the outcome,
+    branches by their reason behind all that is always there."""
     outcome, *others = _SHOWN
     tools = [
         Shown(name=name, label=f"tools {name.removeprefix(TOOLS)}", style="share")
         for name in sorted(row)
         if name.startswith(TOOLS)
     ]
-    return [shown for shown in (outcome, *tools, *others, *_find_counts(row)) if shown.name in row]
+    branches = [
+        Shown(name=name, label=f"branches {name.removeprefix(BRANCHES)}", style="digits")
+        for name in sorted(row)
+        if name.startswith(BRANCHES)
+    ]
+    return [shown for shown in (outcome, *tools, *others, *branches, *_find_counts(row)) if shown.name in row]
 
 
 def _find_counts(row: Mapping[str, float]) -> list[Shown]:

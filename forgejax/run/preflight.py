@@ -127,9 +127,16 @@ def digest_tokenizer(folder: str) -> str:
 
 
 def check_sandbox(config: TrainConfig) -> None:
-    """Raises ConfigError where tasks are done in a sandbox and the agent would run outside of it."""
+    """Raises ConfigError where tasks are done in a sandbox and the agent would run outside of it, or where it could not
+    reach them at all."""
     agent, tasks = config.agent, config.tasks
-    if tasks.kind == "reasoning_gym" or tasks.sandbox.kind == "none" or (agent.kind == "process" and not agent.preload):
+    if tasks.kind == "openenv" and agent.kind != "coroutine":
+        raise ConfigError(
+            f'agent.kind is "{agent.kind}" with tasks.kind "openenv", whose moves and tools no program can reach; set '
+            'agent.kind = "coroutine" and agent.function = "forgejax.agents.white_box.player:play"'
+        )
+    outside = tasks.kind in ("reasoning_gym", "openenv") or tasks.sandbox.kind == "none"
+    if outside or (agent.kind == "process" and not agent.preload):
         return
     given = "agent.preload" if agent.preload else f'agent.kind "{agent.kind}"'
     raise ConfigError(

@@ -39,7 +39,9 @@ class Turn:
     """One completion inside an episode.
 
     ``parent`` is the index of the earlier turn whose prompt and sampled ids are a strict prefix of this prompt, or None
-    where this prompt starts a branch of its own. ``untrainable`` names why its tokens must not be trained, or is None.
+    where this prompt starts a branch of its own. ``branch`` names why its history is not that of the turns before it,
+    as the agent told or the gateway found; None where it goes on from one of them, or is the first. ``untrainable``
+    names why its tokens must not be trained, or is None.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Turn:
     requested_at: float
     finished_at: float
     requested_law: SamplingLaw
+    branch: str | None = None
     untrainable: str | None = None
     tool_calls: int = 0
     malformed_tool_calls: int = 0

@@ -26,6 +26,14 @@ def test_staleness_is_of_the_groups_and_replies_are_those_of_episodes_that_count
     assert figures["episode/tokens"] == 22.5
 
 
+def test_branches_are_counted_by_reason_for_each_episode_that_counts() -> None:
+    cut = [replace(make_turn(n), branch="sliding_window") for n in range(3)]
+    figures = measure_groups([make_group(make_trajectory(*cut, make_turn(3)), make_trajectory(make_turn()))], step=0)
+    assert {name: value for name, value in figures.items() if name.startswith("branches/")} == {
+        "branches/sliding_window": 1.5
+    }
+
+
 def test_a_step_of_masked_episodes_alone_has_no_figures_of_episodes() -> None:
     assert measure_groups([make_group(make_trajectory(masked="deadline"))], step=0) == {}
 

@@ -29,6 +29,7 @@ from forgejax.run.preflight import (
     check_repeatable,
     check_resumed,
     check_run,
+    check_sandbox,
     digest_tokenizer,
     lay_engine,
     load_chat,
@@ -325,3 +326,11 @@ def test_an_engine_gets_the_devices_that_the_learner_leaves_and_shares_its_first
     assert lay_engine(EngineMesh(), every).mesh.devices.flatten().tolist() == jax.devices()[:1]  # type: ignore[union-attr]
     two = lay_engine(EngineMesh(tensor=2), every)
     assert two.mesh.devices.flatten().tolist() == jax.devices()[:2] and two.shared  # type: ignore[union-attr]
+
+
+def test_moves_and_tools_of_a_server_are_for_agents_in_this_process(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "--tasks.kind=openenv")
+    check_sandbox(config)
+    worker = dataclasses.replace(config, agent=AgentConfig(kind="worker", command=("python",)))
+    with pytest.raises(ConfigError, match=r'agent\.kind is "worker" with tasks\.kind "openenv".*player:play'):
+        check_sandbox(worker)

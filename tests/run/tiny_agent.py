@@ -35,28 +35,28 @@ def right_answer(question: str) -> str:
     return str(OPERATORS[found[2]](int(found[1]), int(found[3])))
 
 
-async def play(question: str, base_url: str, api_key: str) -> str:
-    return await asyncio.to_thread(solve, question, base_url, api_key)
+async def play(task: Any, llm: object, workspace: object) -> str:
+    return await asyncio.to_thread(solve, task.question, task.base_url, task.api_key)
 
 
-async def dawdle(question: str, base_url: str, api_key: str) -> str:
+async def dawdle(task: Any, llm: object, workspace: object) -> str:
     """The same agent, which begins when chance will have it."""
     await asyncio.sleep(random.random() / 20)
-    return await play(question, base_url, api_key)
+    return await play(task, llm, workspace)
 
 
-async def never(question: str, base_url: str, api_key: str) -> str:
+async def never(task: Any, llm: object, workspace: object) -> str:
     """An agent that asks once and then never answers."""
-    messages = [{"role": "user", "content": question}]
-    await asyncio.to_thread(_ask, messages, base_url, api_key)
+    messages = [{"role": "user", "content": task.question}]
+    await asyncio.to_thread(_ask, messages, task.base_url, task.api_key)
     await asyncio.Event().wait()
     return ""
 
 
-async def crash(question: str, base_url: str, api_key: str) -> str:
+async def crash(task: Any, llm: object, workspace: object) -> str:
     """An agent that asks once and then fails."""
-    messages = [{"role": "user", "content": question}]
-    await asyncio.to_thread(_ask, messages, base_url, api_key)
+    messages = [{"role": "user", "content": task.question}]
+    await asyncio.to_thread(_ask, messages, task.base_url, task.api_key)
     raise RuntimeError("the calculator is gone")
 
 
@@ -80,7 +80,8 @@ async def _work() -> None:
     async def episode(line: str) -> None:
         request = json.loads(line)
         try:
-            reply = {"answer": await play(request["question"], request["base_url"], request["api_key"])}
+            words = await asyncio.to_thread(solve, request["question"], request["base_url"], request["api_key"])
+            reply = {"answer": words}
         except (OSError, http.client.HTTPException, RuntimeError) as error:
             reply = {"error": str(error), "stop_reason": "environment_failed"}
         print(json.dumps({"id": request["id"], **reply}), flush=True)

@@ -14,4 +14,4 @@ def make_scaffold(config: AgentConfig) -> Scaffold:
         return ProcessScaffold(config)
     if config.kind == "worker":
         return WorkerScaffold(config)
-    return CoroutineScaffold(load_function(config.function))
+    return CoroutineScaffold(load_function(config.function), config.context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from forgejax.agents.white_box.context import ContextConfig
 from forgejax.environments.base import Workspace
 from forgejax.errors import ConfigError
 from forgejax.types import StopReason
@@ -76,14 +77,16 @@ class AgentConfig:
     is the last line of stdout, or all of ``answer_file``.
 
     Every agent process inherits this process's environment; ``env`` is laid over it. ``function`` is
-    ``module:function`` for kind ``coroutine``. ``preload`` names modules that a Python program of kind ``process``
-    imports: they are imported once, and each episode's program is forked behind that.
+    ``module:function`` for kind ``coroutine``; ``context`` says how its dialogues keep within the policy's context.
+    ``preload`` names modules that a Python program of kind ``process`` imports: they are imported once, and each
+    episode's program is forked behind that.
     """
 
     recipe: str = ""
     kind: Literal["process", "worker", "coroutine"] = "worker"
     command: tuple[str, ...] = ()
     function: str = ""
+    context: ContextConfig = field(default_factory=ContextConfig)
     preload: tuple[str, ...] = ()
     question_via: Literal["argument", "stdin"] = "argument"
     workers: int = 1
@@ -106,6 +109,10 @@ class AgentConfig:
                 raise ConfigError(f'agent function is "{self.function}"; kind "coroutine" expects "module:function"')
         elif not self.command:
             raise ConfigError(f'agent command is empty; kind "{self.kind}" expects the program and its arguments')
+        if self.kind != "coroutine" and self.context != ContextConfig():
+            raise ConfigError(
+                f'agent context belongs to kind "coroutine", whose dialogues are cut here; the kind is "{self.kind}"'
+            )
         if self.preload and self.kind != "process":
             raise ConfigError(
                 f'agent preload is {list(self.preload)} with kind "{self.kind}"; expected kind "process", or none'

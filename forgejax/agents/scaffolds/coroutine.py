@@ -7,13 +7,19 @@ import inspect
 import traceback
 from collections.abc import Awaitable, Callable
 
+import aiohttp
+
 from forgejax.agents.scaffolds.base import AgentResult, EpisodeSpec
-from forgejax.errors import AgentError, ConfigError
+from forgejax.agents.white_box.client import ContextFullError, PolicyClient
+from forgejax.agents.white_box.context import ContextConfig
+from forgejax.agents.white_box.dialogue import PolicyAccess
+from forgejax.environments.base import Workspace
+from forgejax.errors import AgentError, ConfigError, EnvironmentLostError
 from forgejax.imports import load_object
 from forgejax.types import StopReason
 
-AgentFunction = Callable[[str, str, str], Awaitable[object]]
-"""(question, base_url, api_key) -> the answer, a str or None."""
+AgentFunction = Callable[[EpisodeSpec, PolicyAccess, Workspace], Awaitable[object]]
+"""(task, llm, workspace) -> the answer, a str or None. The task has ``question``, ``base_url`` and ``api_key``."""
 
 _CANCEL_S = 1.0
 
@@ -31,8 +37,9 @@ def load_function(path: str) -> AgentFunction:
 class CoroutineScaffold:
     """Calls the function once per episode, on this event loop: it must never block."""
 
-    def __init__(self, function: AgentFunction) -> None:
+    def __init__(self, function: AgentFunction, context: ContextConfig | None = None) -> None:
         self._function = function
+        self._context = context or ContextConfig()
         self._name = f"agent function {getattr(function, '__qualname__', repr(function))}"
 
     async def start(self) -> None: ...
@@ -52,6 +59,9 @@ class CoroutineScaffold:
             return AgentResult(error=error, stop_reason=StopReason.DEADLINE)
         problem = asyncio.CancelledError("the agent cancelled itself") if call.cancelled() else call.exception()
         if problem is not None:
+            if isinstance(problem, ContextFullError | EnvironmentLostError):
+                ended = StopReason.TRUNCATED if isinstance(problem, ContextFullError) else StopReason.ENVIRONMENT_FAILED
+                return AgentResult(error=f"{self._name}: {problem}", stop_reason=ended)
             *_, last = ["", *traceback.format_tb(problem.__traceback__, limit=-1)]
             error = f"{self._name} raised {type(problem).__name__}: {problem}\n{last}".rstrip()
             return AgentResult(error=error, stop_reason=StopReason.AGENT_FAILED)
@@ -65,7 +75,15 @@ class CoroutineScaffold:
 
     async def _call(self, episode: EpisodeSpec) -> object:
         try:
-            return await self._function(episode.question, episode.base_url, episode.api_key)
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as http:
+                client = PolicyClient(
+                    base_url=episode.base_url,
+                    api_key=episode.api_key,
+                    model=episode.model,
+                    context_length=episode.context_length,
+                    http=http,
+                )
+                return await self._function(episode, PolicyAccess(client, self._context), episode.workspace)
         except SystemExit as error:  # asyncio would end the event loop, and all that runs on it
             raise AgentError(f"sys.exit({error.code!r})") from error
 

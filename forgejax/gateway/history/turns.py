@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from forgejax.chat.messages import ChatRequest, Message
 from forgejax.chat.reply import Reply
-from forgejax.gateway.history.conversation import LocatedRequest
+from forgejax.gateway.history.conversation import Branch, LocatedRequest
 from forgejax.types import Completion, SampleRequest, Turn
 
 _UNDELIVERED = "undelivered"
+_TOLD = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 
 
 def judge_untrainable(request: SampleRequest, completion: Completion, abandoned: bool) -> str | None:
@@ -22,6 +25,18 @@ def judge_untrainable(request: SampleRequest, completion: Completion, abandoned:
     if request.grammar is not None:
         return "grammar"  # its log-probs are of the law over what the masks allowed, and the trainer knows no masks
     return None if completion.law.trainable else "sampling_law"
+
+
+def name_branch(branch: Branch | None, body: Mapping[str, Any]) -> str | None:
+    """Why a turn's history is not the one before it: the agent's own word, where it tells one, else what was found.
+
+    It is ``metadata.branch`` of the request, in every dialect: a lower-case name of 32 characters at most. Anything
+    else there tells nothing.
+    """
+    metadata = body.get("metadata")
+    told = metadata.get("branch") if isinstance(metadata, Mapping) else None
+    known = branch in (None, "history") and isinstance(told, str) and _TOLD.fullmatch(told)
+    return told if known else branch
 
 
 def renumber_turns(turns: Mapping[int, Turn], undelivered: Set[int]) -> tuple[Turn, ...]:

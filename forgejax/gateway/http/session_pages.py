@@ -89,17 +89,16 @@ def add_session_pages(
 
 
 async def _word_session(session: SessionLog, turns: Sequence[Turn], *, still_open: bool) -> web.Response:
-    branches = session.branches
-    body = await asyncio.to_thread(_encode_session, session.id, turns, branches, still_open)
+    body = await asyncio.to_thread(_encode_session, session.id, turns, still_open)
     return web.Response(body=body, content_type="application/json")
 
 
-def _encode_session(id_: str, turns: Sequence[Turn], branches: Sequence[str | None], still_open: bool) -> bytes:
-    worded = [_word_turn(turn, branch, turns) for turn, branch in zip(turns, branches, strict=True)]
+def _encode_session(id_: str, turns: Sequence[Turn], still_open: bool) -> bytes:
+    worded = [_word_turn(turn, turns) for turn in turns]
     return msgspec.json.encode({"id": id_, "open": still_open, "turns": worded})
 
 
-def _word_turn(turn: Turn, branch: str | None, turns: Sequence[Turn]) -> dict[str, Any]:
+def _word_turn(turn: Turn, turns: Sequence[Turn]) -> dict[str, Any]:
     """``prompt_ids`` are those behind the prompt and the reply of the parent, where there is one."""
     done = turn.completion
     known = 0
@@ -109,7 +108,7 @@ def _word_turn(turn: Turn, branch: str | None, turns: Sequence[Turn]) -> dict[st
     return {
         "index": turn.index,
         "parent": turn.parent,
-        "branch": branch,
+        "branch": turn.branch,
         "prompt_tokens": len(done.prompt_ids),
         "prompt_ids": done.prompt_ids[known:].tolist(),
         "token_ids": done.token_ids.tolist(),

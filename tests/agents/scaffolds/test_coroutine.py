@@ -5,24 +5,26 @@ import sys
 
 import pytest
 
-from forgejax.agents import AgentConfig, AgentResult, CoroutineScaffold, make_scaffold
+from forgejax.agents import AgentConfig, AgentResult, CoroutineScaffold, EpisodeSpec, make_scaffold
 from forgejax.agents.scaffolds.coroutine import load_function
+from forgejax.agents.white_box import PolicyAccess
+from forgejax.environments import Workspace
 from forgejax.errors import ConfigError
 from forgejax.types import StopReason
 from tests.agents.fakes import make_episode
 
 
-async def echo(question: str, base_url: str, api_key: str) -> str | None:
-    return f"{question} {base_url} {api_key}"
+async def echo(task: EpisodeSpec, llm: PolicyAccess, workspace: Workspace) -> str | None:
+    return f"{task.question} {llm.client.base_url} {llm.client.api_key} {workspace.variables}"
 
 
-async def test_the_function_gets_the_question_and_the_endpoint() -> None:
+async def test_the_function_gets_the_task_the_endpoint_and_the_workspace() -> None:
     scaffold = make_scaffold(AgentConfig(kind="coroutine", function=f"{__name__}:echo"))
-    assert await scaffold.run(make_episode()) == AgentResult(answer="q http://127.0.0.1:1/v1 key")
+    assert await scaffold.run(make_episode()) == AgentResult(answer="q http://127.0.0.1:1/v1 key {}")
 
 
 async def test_an_exception_is_a_failed_agent() -> None:
-    async def crash(question: str, base_url: str, api_key: str) -> str:
+    async def crash(task: EpisodeSpec, llm: PolicyAccess, workspace: Workspace) -> str:
         raise TimeoutError("the model is slow")
 
     result = await CoroutineScaffold(crash).run(make_episode())
@@ -32,7 +34,7 @@ async def test_an_exception_is_a_failed_agent() -> None:
 
 
 async def test_a_function_that_exits_is_a_failed_agent_and_the_loop_goes_on() -> None:
-    async def leave(question: str, base_url: str, api_key: str) -> str:
+    async def leave(task: EpisodeSpec, llm: PolicyAccess, workspace: Workspace) -> str:
         sys.exit("usage")
 
     result = await CoroutineScaffold(leave).run(make_episode())
@@ -41,7 +43,7 @@ async def test_a_function_that_exits_is_a_failed_agent_and_the_loop_goes_on() ->
 
 
 async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
-    async def count(question: str, base_url: str, api_key: str) -> int:
+    async def count(task: EpisodeSpec, llm: PolicyAccess, workspace: Workspace) -> int:
         return 3
 
     result = await CoroutineScaffold(count).run(make_episode())
@@ -52,7 +54,7 @@ async def test_an_answer_that_is_no_text_is_a_failed_agent() -> None:
 async def test_a_mute_function_is_cancelled_at_the_deadline() -> None:
     cancelled = asyncio.Event()
 
-    async def wait(question: str, base_url: str, api_key: str) -> None:
+    async def wait(task: EpisodeSpec, llm: PolicyAccess, workspace: Workspace) -> None:
         try:
             await asyncio.Event().wait()
         finally:

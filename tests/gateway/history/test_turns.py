@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from forgejax.gateway.history.turns import judge_untrainable, renumber_turns
+import numpy as np
+import pytest
+
+from forgejax.gateway.history.conversation import Branch
+from forgejax.gateway.history.turns import judge_untrainable, name_branch, renumber_turns
 from forgejax.types import Completion, FinishReason, Grammar, SampleRequest, SamplingLaw, Turn
 
 IDS = np.asarray([1, 2], np.int32)
@@ -59,3 +63,20 @@ def test_what_was_cut_or_masked_or_drawn_from_a_truncated_law_is_not_trained_on(
     assert judge_untrainable(bound, cut, True) == "cancelled"
     assert judge_untrainable(bound, cut, False) == "grammar"
     assert judge_untrainable(ask(None), cut, False) == "sampling_law"
+
+
+@pytest.mark.parametrize(
+    ("found", "body", "named"),
+    [
+        ("history", {"metadata": {"branch": "sliding_window"}}, "sliding_window"),
+        (None, {"metadata": {"branch": "drop_tool_output"}}, "drop_tool_output"),
+        ("template", {"metadata": {"branch": "sliding_window"}}, "template"),
+        ("history", {"metadata": {"branch": "Not a name"}}, "history"),
+        ("history", {"metadata": {"branch": 3}}, "history"),
+        ("history", {"metadata": "branch"}, "history"),
+        ("history", {"metadata": {"branch": "a" * 33}}, "history"),
+        (None, {}, None),
+    ],
+)
+def test_a_branch_has_the_reason_that_the_agent_tells(found: Branch | None, body: dict[str, Any], named: str) -> None:
+    assert name_branch(found, body) == named
