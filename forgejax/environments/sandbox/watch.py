@@ -117,9 +117,14 @@ def _list_members(namespaces: set[int]) -> dict[int, list[int]]:
         if place.name.isdigit():
             with contextlib.suppress(OSError):
                 namespace = find_namespace(int(place.name))
-                if namespace in members:
+                if namespace in members and not _has_ended(place):
                     members[namespace].append(int(place.name))
     return members
+
+
+def _has_ended(place: Path) -> bool:
+    """Whether only its parent has not asked for its status yet."""
+    return (place / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in ("Z", "X")
 
 
 def _measure_memory(process: int) -> int:

@@ -21,6 +21,9 @@ from forgejax.imports import load_object
 from forgejax.types import SessionSpec, StopReason, Task
 from tests.agents.fakes import FakeSessions, make_trajectory
 from tests.environments.harbor.test_tasks import write_task
+from tests.environments.sandbox.machine import needs_sandboxes
+
+pytestmark = needs_sandboxes
 
 SMALL = SandboxConfig(processes=32, memory_mib=256, disk_mib=32, file_mib=8)
 

@@ -15,6 +15,9 @@ from aiohttp import web
 
 from forgejax.environments.sandbox import Bubblewrap, Egress, Ran, SandboxConfig, make_bubblewrap, probe_bubblewrap
 from forgejax.errors import ConfigError
+from tests.environments.sandbox.machine import needs_sandboxes
+
+pytestmark = needs_sandboxes
 
 SMALL = SandboxConfig(processes=24, memory_mib=200, disk_mib=24, file_mib=8)
 
