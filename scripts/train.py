@@ -2,19 +2,18 @@
 
     python scripts/train.py                                 the quickstart (configs/quickstart.toml)
     python scripts/train.py --config configs/mine.toml      another configuration
-    python scripts/train.py --mesh=v5e-64 --run.steps 500   dotted options override its keys
+    python scripts/train.py --mesh=v5e-64 --run.steps 500   dotted options override its keys; on every host of a slice
     python scripts/train.py --agent.kind process -- python my_agent.py --fast
                                                             behind -- stands the agent's command
     python scripts/train.py --resume                        goes on with the newest run
-    python scripts/train.py --mesh=v5e-64                   the same on every host of a slice: process 0 leads
 
   --config FILE          the configuration, a TOML file; its keys are the options below
   --resume [RUN]         goes on with a run under --run.root, or in the folder RUN, by the configuration saved in it;
                          dotted options change it for good, and relative paths begin where the run was started;
                          auto: the run of --run.name, or the newest, if there is one, else a new one
+  --mesh NAME            chip and count, as cpu-4, v5e-64 or h100-8
   --dry-run [--json]     whether the run fits its mesh, on any machine: bytes a chip, what chips exchange, seconds of a
                          step at best; compiled for the chips where libtpu is installed; exits with 1 if it does not fit
-  --mesh NAME            chip and count, as cpu-4, v5e-64 or h100-8
   --run.steps N          training steps
   --run.name NAME        the run's folder under --run.root (runs); without one it is numbered
   --run.seed N           of weights, tasks' order and sampling

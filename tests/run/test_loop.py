@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_is_not_evaluated_and_its_account_is_closed_when_
         *("service.start_groups", "rows.mark", "service.check", "checkpoints.check"),
         *("account.count_time", "checkpoints.save"),
         *("service.stop_groups", "pool.close", "pool.rewind", "checkpoints.wait"),
-        *("account.count_time", "account.close"),
+        *("account.count_time", "account.close", "learner.digest"),
     ]
     assert (outcome.before, outcome.after, outcome.finished, outcome.steps) == (None, None, False, 0)
     assert (outcome.staleness_max, outcome.disorder_max, outcome.cache_hit_rate) == (1, 4, 0.25)

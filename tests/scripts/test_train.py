@@ -226,10 +226,13 @@ def test_nothing_to_resume_is_told_with_what_there_is(train: Train, capsys: pyte
 
 def test_two_trainers_never_share_a_run(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run = rundir.create(Path("runs"), "mine", "")
-    run.save_config({})
+    run.save_config(to_mapping(load_config(QUICKSTART, SHRUNK)))
     with contextlib.closing(run):
         assert train("--resume") == 1
-    assert f"another trainer (process {os.getpid()}) is at work in runs/mine" in capsys.readouterr().err
+    assert (
+        f"another trainer (process {os.getpid()}) is at work in {Path('runs/mine').absolute()};"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_resumed_run_gets_the_devices_it_was_saved_with(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
