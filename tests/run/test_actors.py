@@ -85,7 +85,8 @@ class Engines(Part):
 def parts(pool: Any = None, **changed: Any) -> Any:
     run = SimpleNamespace(group_size=2, seed=0, eval_samples=1, eval_concurrency=4)
     agent = SimpleNamespace(longest_s=3.0)
-    config = SimpleNamespace(run=run, agent=agent, reward=None, stop_policy=None, sampling=None)
+    tasks = SimpleNamespace(score_s=30.0)
+    config = SimpleNamespace(run=run, agent=agent, tasks=tasks, reward=None, stop_policy=None, sampling=None)
     values = {"config": config, "engines": Engines(), "gateway": Part(), "scaffold": Part(), "environment": None}
     values |= {"pool": pool or Recorder(), "baseline": None, "tally": EpisodeTally()}
     return cast(Parts, SimpleNamespace(**(values | changed)))
@@ -276,7 +277,14 @@ def test_a_stop_at_any_moment_reports_every_group_and_every_token_and_the_next_a
     chance, sessions, cut_off = random.Random(5), Gateway(), 0
     agent = AgentConfig(command=("agent",), deadline_s=5.0)
     run = SimpleNamespace(group_size=3, seed=0)
-    config = SimpleNamespace(run=run, agent=agent, reward=RewardConfig(), stop_policy=StopPolicy(), sampling=None)
+    config = SimpleNamespace(
+        run=run,
+        agent=agent,
+        tasks=SimpleNamespace(score_s=30.0),
+        reward=RewardConfig(),
+        stop_policy=StopPolicy(),
+        sampling=None,
+    )
     for end in range(ENDS):
         pool = open_pool(tmp_path, n=6, p=2, w=6)
         values = {"config": config, "gateway": sessions, "scaffold": Chance(chance), "environment": SumTasks()}
