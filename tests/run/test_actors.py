@@ -227,7 +227,7 @@ def test_an_evaluation_may_take_all_that_its_episodes_may(monkeypatch: pytest.Mo
         monkeypatch.setattr(service, "_call", call)
         service.evaluate([make_task(index) for index in range(9)], "o")
         monkeypatch.undo()
-    assert asked == [pytest.approx(3 * (3.0 + 60.0 + 15.0 + 10.0 + 15.0 + 5 * 5.0) + 30.0)]  # four at once
+    assert asked == [pytest.approx(3 * (3.0 + 60.0 + 15.0 + 30.0 + 15.0 + 5 * 5.0) + 30.0)]  # four at once
 
 
 class Gateway(FakeSessions):
