@@ -22,7 +22,7 @@ def write(folder: Path, dockerfile: str) -> Path:
     ("dockerfile", "work", "laid"),
     [
         ("FROM ubuntu:24.04\nWORKDIR /app\nCOPY . .\n", "/app", {"a.txt", "b.txt", "data/c.txt", "data/deep/d.txt"}),
-        ("FROM python:3.11-slim\nWORKDIR /work/space\nCOPY a.txt ./\n", "/work/space", {"a.txt"}),
+        ("FROM python:3.11-slim\nWORKDIR /srv/space\nCOPY a.txt ./\n", "/srv/space", {"a.txt"}),
         ('FROM scratch\nCOPY --chmod=755 ["a.txt", "/app/run.sh"]\n', "/app", {"run.sh"}),
         (
             "# a comment\nFROM debian\nCOPY a.txt b.txt \\\n  in/\nCOPY data /app/\n",
