@@ -40,7 +40,7 @@ def remove_orphans(place: Path) -> None:
             held = _lock(root / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if root.lstat().st_uid == os.getuid():
-                    remove_tree(root)
+                    _remove_root(root)
             finally:
                 os.close(held)
 
@@ -113,5 +113,13 @@ def _lock(file: Path, flags: int) -> int:
 
 
 def _remove(root: Path, process_id: int) -> None:
-    if os.getpid() == process_id:
-        remove_tree(root)
+    if os.getpid() == process_id and root.exists():
+        _remove_root(root)
+
+
+def _remove_root(root: Path) -> None:
+    """The lock goes last: a removal that is cut off is gone on with by the next process."""
+    for place in root.iterdir():
+        if place.name != _LOCK:
+            remove_tree(place)
+    remove_tree(root)

@@ -59,6 +59,24 @@ def test_a_folder_is_made_anew_where_something_has_removed_the_process_own(
     assert make_scratch("task").is_dir() and not root.exists()
 
 
+def test_a_removal_that_is_cut_off_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed, left = start_one(tmp_path)
+    killed.kill()
+    killed.communicate()
+
+    def cut_off(place: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch, "remove_tree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            scratch.remove_orphans(tmp_path)
+    assert left.is_dir()
+    scratch.remove_orphans(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def make_deep(place: Path, levels: int) -> None:
     """Folders in one another, below ``place``."""
     here = os.open(place, os.O_RDONLY)
