@@ -11,9 +11,10 @@ import atexit
 import contextlib
 import fcntl
 import os
-import shutil
+import stat
 import tempfile
 import threading
+import uuid
 from pathlib import Path
 
 _PREFIX = "forgejax-"
@@ -39,9 +40,55 @@ def remove_orphans(place: Path) -> None:
             held = _lock(root / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if root.lstat().st_uid == os.getuid():
-                    shutil.rmtree(root, ignore_errors=True)
+                    _remove_root(root)
             finally:
                 os.close(held)
+
+
+def remove_tree(place: Path) -> None:
+    """Removes a file, or a folder and all that is in it, whatever was done there: deep, shut or read-only. Blocks.
+
+    Every folder is moved up before it is emptied, so none lies deeper than a path can name. What cannot be removed
+    (it is another user's, or written to meanwhile) stays.
+    """
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(place.lstat().st_mode):
+            place.unlink()
+            return
+        place.chmod(0o700)
+        top = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            left = _empty(top, ".")
+            while left:
+                folder = left.pop()
+                left += _empty(top, folder)
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder, dir_fd=top)
+        finally:
+            os.close(top)
+        place.rmdir()
+
+
+def _empty(top: int, folder: str) -> list[str]:
+    """Removes the files of a folder in ``top`` and moves the folders in it up there; gives their new names."""
+    moved: list[str] = []
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        try:
+            with os.scandir(opened) as entries:
+                found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+            for name, is_folder in found:
+                with contextlib.suppress(OSError):
+                    if not is_folder:
+                        os.unlink(name, dir_fd=opened)
+                        continue
+                    os.chmod(name, 0o700, dir_fd=opened)
+                    up = uuid.uuid4().hex
+                    os.rename(name, up, src_dir_fd=opened, dst_dir_fd=top)
+                    moved.append(up)
+        finally:
+            os.close(opened)
+    return moved
 
 
 def _make_root() -> Path:
@@ -66,5 +113,13 @@ def _lock(file: Path, flags: int) -> int:
 
 
 def _remove(root: Path, process_id: int) -> None:
-    if os.getpid() == process_id:
-        shutil.rmtree(root, ignore_errors=True)
+    if os.getpid() == process_id and root.exists():
+        _remove_root(root)
+
+
+def _remove_root(root: Path) -> None:
+    """The lock goes last: a removal that is cut off is gone on with by the next process."""
+    for place in root.iterdir():
+        if place.name != _LOCK:
+            remove_tree(place)
+    remove_tree(root)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forgejax.environments.base import Score, Workspace
 from forgejax.environments.sandbox import SandboxConfig, make_bubblewrap, probe_bubblewrap
-from forgejax.environments.scratch import make_scratch
+from forgejax.environments.scratch import make_scratch, remove_tree
 from forgejax.errors import ConfigError
 from forgejax.types import Task, Trajectory
 
@@ -71,7 +70,7 @@ class WriteFile:
     async def close(self, workspace: Workspace) -> None:
         folder = workspace.directory if workspace.sandbox is None else workspace.sandbox.folder
         assert folder is not None
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(remove_tree, folder)
 
     def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
         """1 where the file holds the number and nothing else but white space, else 0; whatever the agent says."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forgejax.agents.scaffolds.base import AgentConfig, EpisodeSpec
 from forgejax.agents.scaffolds.lodging import Lodging
-from forgejax.environments.sandbox import Egress, Entered
+from forgejax.environments.sandbox import Egress, Entered, holds_others
 
 
 def localise(episode: EpisodeSpec) -> EpisodeSpec:
@@ -39,14 +39,18 @@ def place_command(config: AgentConfig) -> AgentConfig:
 
 
 def list_program(config: AgentConfig) -> Iterator[Path]:
-    """What the agent's program is made of: its installation, and the files and folders that the configuration names."""
+    """What the agent's program is made of: its installation, and the files and folders that the configuration names.
+
+    Folders that each sandbox has of its own, or that hold what is not the agent's (``/tmp``, this user's home), are
+    not shown for being named.
+    """
     program = shutil.which(config.command[0])
     if program is not None:
         yield from dict.fromkeys(map(_find_installation, (Path(program), Path(program).resolve())))
     for text in (*config.command[1:], *config.env.values()):
         for part in text.split(":"):
             path = Path(part)
-            if part.startswith("/") and path.exists() and not path.is_relative_to("/usr"):
+            if part.startswith("/") and path.exists() and not path.is_relative_to("/usr") and not _is_too_much(path):
                 yield path
 
 
@@ -61,3 +65,8 @@ def _find_installation(program: Path) -> Path:
     if "node_modules" in program.parts:
         return next(parent for parent in reversed(parents) if parent.name == "node_modules")
     return parents[1] if program.parent.name == "bin" and (parents[1] / "lib").is_dir() else program
+
+
+def _is_too_much(path: Path) -> bool:
+    """Whether a path that is named may be more than what is meant by it."""
+    return holds_others(path) or Path.home().is_relative_to(path)

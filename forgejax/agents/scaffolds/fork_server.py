@@ -18,7 +18,7 @@ from pathlib import Path
 from forgejax.agents.scaffolds import forker
 from forgejax.agents.scaffolds.base import AgentConfig
 from forgejax.agents.scaffolds.children import Child, merge_environment, quote_command, spawn
-from forgejax.environments.scratch import make_scratch
+from forgejax.environments.scratch import make_scratch, remove_tree
 from forgejax.errors import AgentError
 
 ANSWER_S = 15.0  # forking takes milliseconds: a server that needs longer hangs
@@ -118,7 +118,7 @@ class ForkServer:
         if self._server is not None:
             await self._server.stop()
             self._server = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
 
     async def _see_alive(self) -> Child:
         """The server, started again where it has died. Raises AgentError once that happened too often in a row."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from forgejax.agents.scaffolds.base import AgentConfig, EpisodeSpec
-from forgejax.environments.scratch import make_scratch
+from forgejax.environments.scratch import make_scratch, remove_tree
 from forgejax.errors import AgentError
 
 PLACEHOLDERS = ("question", "base_url", "origin", "api_key", "model", "context", "home")
@@ -35,7 +34,7 @@ class Lodging:
     def leave(self) -> None:
         """Takes home and folder away. What cannot be removed goes with the process, or when another one begins."""
         if self.root is not None:
-            shutil.rmtree(self.root, ignore_errors=True)
+            remove_tree(self.root)
 
 
 def prepare_lodging(config: AgentConfig, episode: EpisodeSpec) -> Lodging:

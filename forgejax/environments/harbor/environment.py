@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 from forgejax.environments.base import Score, Workspace
 from forgejax.environments.harbor.tasks import HarborConfig, HarborTask, read_tasks
 from forgejax.environments.sandbox import Bubblewrap, SandboxConfig, make_bubblewrap, probe_bubblewrap
+from forgejax.environments.scratch import remove_tree
 from forgejax.errors import ConfigError, UnscoredError
 from forgejax.types import Task, Trajectory
 
 _MOST_BYTES = 64 * 1024  # of a reward, and of what the tests said last
 _TOLD = 500  # characters of it
+_END_S = 2.0  # of the time to score in, for the end of tests that do not end themselves
 
 
 class Harbor:
@@ -68,21 +70,21 @@ class Harbor:
 
     async def close(self, workspace: Workspace) -> None:
         assert workspace.sandbox is not None
-        await asyncio.to_thread(shutil.rmtree, workspace.sandbox.folder, ignore_errors=True)
+        await asyncio.to_thread(remove_tree, workspace.sandbox.folder)
 
     def score(self, task: Task, workspace: Workspace, trajectory: Trajectory) -> Score:
         """What the task's tests say. Raises UnscoredError where they say nothing that is a reward."""
         sandbox, of = workspace.sandbox, self._tasks[str(task.payload["task"])]
         assert sandbox is not None
         verifier = sandbox.logs / "verifier"
-        _remove(verifier)  # the agent may have left something there
+        remove_tree(verifier)  # the agent may have left something there
         verifier.mkdir()
         output = verifier / "test-stdout.txt"
         output.touch()
         sandbox.give(verifier)
         ran = sandbox.run(
             ["bash", "/tests/test.sh"],
-            deadline_s=min(of.verifier_s, self._score_s),
+            deadline_s=min(of.verifier_s, self._score_s - min(_END_S, 0.1 * self._score_s)),
             output=output,
             show={of.tests: "/tests"},
             environment={**of.placed.variables, **of.verifier_variables},
@@ -97,7 +99,9 @@ class Harbor:
     def _open(self, task: HarborTask) -> Workspace:
         sandbox = make_bubblewrap(self._sandbox, task.placed.work)
         task.placed.lay(sandbox.work)
-        sandbox.give(sandbox.work)
+        (sandbox.logs / "agent").mkdir()
+        for place in (sandbox.work, sandbox.logs):
+            sandbox.give(place)
         return Workspace(variables=dict(task.placed.variables), directory=sandbox.work, sandbox=sandbox)
 
     def _make(self, id: str, name: str) -> Task:
@@ -112,29 +116,37 @@ class Harbor:
 
 
 def read_reward(verifier: Path) -> float | None:
-    """From ``reward.json`` (the value of ``reward``, or the only one) or ``reward.txt``; None where there is none.
+    """From ``reward.txt``, else ``reward.json`` (the value of ``reward``, or the only one), in Harbor's own order; None
+    where there is neither.
 
-    Raises UnscoredError for one that is no number.
+    Raises UnscoredError for one that is no finite number.
     """
-    text = _read(verifier / "reward.json")
+    text = _read(verifier / "reward.txt")
     if text is not None:
         try:
-            told = json.loads(text)
-            value: Any = told
-            if isinstance(told, dict):
-                value = told["reward"] if "reward" in told else _get_only(told)
-            return float(value)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UnscoredError(
-                f"reward.json holds {text[:_TOLD]!r}; expected an object with a number named reward"
-            ) from error
-    text = _read(verifier / "reward.txt")
+            return _require_finite(text.strip())
+        except ValueError as error:
+            raise UnscoredError(f"reward.txt holds {text[:_TOLD]!r}; expected a number") from error
+    text = _read(verifier / "reward.json")
     if text is None:
         return None
     try:
-        return float(text.strip())
-    except ValueError as error:
-        raise UnscoredError(f"reward.txt holds {text[:_TOLD]!r}; expected a number") from error
+        told = json.loads(text)
+        value: Any = told
+        if isinstance(told, dict):
+            value = told["reward"] if "reward" in told else _get_only(told)
+        return _require_finite(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnscoredError(
+            f"reward.json holds {text[:_TOLD]!r}; expected an object with a number named reward"
+        ) from error
+
+
+def _require_finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no finite number")
+    return number
 
 
 def _get_only(told: dict[str, Any]) -> Any:
@@ -155,19 +167,12 @@ def _read(file: Path) -> str | None:
         return found.read(_MOST_BYTES).decode("utf-8", errors="replace")
 
 
-def _remove(place: Path) -> None:
-    if place.is_symlink() or place.is_file():
-        place.unlink()
-    elif place.exists():
-        shutil.rmtree(place)
-
-
 def _remove_made(made: asyncio.Future[Workspace]) -> None:
     """Takes away what was opened for nobody."""
     if not made.cancelled() and made.exception() is None:
         sandbox: Bubblewrap | None = made.result().sandbox
         assert sandbox is not None
-        shutil.rmtree(sandbox.folder, ignore_errors=True)
+        remove_tree(sandbox.folder)
 
 
 def _draw(seed: int, of: str) -> int:

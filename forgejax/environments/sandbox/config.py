@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from forgejax.errors import ConfigError
 
 _MIB = 2**20
+_OWN = ("/app", "/logs", "/tmp", "/tests", "/run", "/proc", "/dev", "/sys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class SandboxConfig:
         for path in self.read:
             if not Path(path).exists():
                 raise ConfigError(f'sandbox read has "{path}", which is not there; expected files or folders')
+            if holds_others(Path(path)):
+                raise ConfigError(
+                    f'sandbox read has "{path}", in which other episodes have their folders, or which each sandbox has '
+                    "of its own; name what is needed below it"
+                )
 
     @property
     def memory_bytes(self) -> int:
@@ -47,3 +54,11 @@ class SandboxConfig:
     @property
     def file_bytes(self) -> int:
         return self.file_mib * _MIB
+
+
+def holds_others(path: Path) -> bool:
+    """Whether to show a path inside would show what other episodes have, or take from a sandbox what is its own."""
+    path = path.absolute()
+    holders = (path, path.resolve())
+    temporary = Path(tempfile.gettempdir()).resolve()
+    return str(path) in _OWN or any(temporary.is_relative_to(holder) for holder in holders)

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from forgejax.environments.sandbox.watch import find_namespace
+from forgejax.environments.sandbox.processes import Root, find_parent, find_root
 
 _UNPRIVILEGED = 1024
 _CHUNK = 64 * 1024
+_CONNECTIONS = 64
 _PEER = struct.Struct("3i")  # process, user, group
+_GONE = (BrokenPipeError, ConnectionResetError, FileNotFoundError, ProcessLookupError)
 _log = logging.getLogger(__name__)
 
 
@@ -46,33 +48,38 @@ class Egress:
 
 
 @contextlib.asynccontextmanager
-async def open_door(place: Path, egress: Egress) -> AsyncIterator[asyncio.Future[int]]:
+async def open_door(place: Path, egress: Egress) -> AsyncIterator[asyncio.Future[Root]]:
     """Waits at a Unix socket at ``place`` for one sandbox that hands out its listening socket, and answers there.
 
-    The context is the number of the sandbox's process namespace, once it is there. What has connected is cut off when
-    the context ends.
+    The context is the sandbox's first process, once it is there. What has connected is cut off when the context ends,
+    and at once where there are ``_CONNECTIONS`` already: each costs this process two open files.
     """
     loop = asyncio.get_running_loop()
-    namespace: asyncio.Future[int] = loop.create_future()
+    root: asyncio.Future[Root] = loop.create_future()
     servers: list[asyncio.Server] = []
     pumps: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(pumps) >= _CONNECTIONS:
+            writer.transport.abort()
+            return
         task = asyncio.ensure_future(_relay(reader, writer, egress))
         pumps.add(task)
         task.add_done_callback(pumps.discard)
 
     async def wait() -> None:
         with contextlib.closing(door):
-            connection, _ = await loop.sock_accept(door)
-            with connection:
+            await _await_readable(door)
+            connection, _ = door.accept()
+            with connection, contextlib.suppress(*_GONE):  # who went away while it entered
                 process, *_ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-                namespace.set_result(find_namespace(process))
+                root.set_result(find_root(find_parent(process)))
                 connection.settimeout(5.0)
                 _, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, connection, 1, 1)
-                listening = socket.socket(fileno=descriptors[0])
-                listening.setblocking(False)
-                servers.append(await asyncio.start_server(accept, sock=listening))
+                for descriptor in descriptors:
+                    listening = socket.socket(fileno=descriptor)
+                    listening.setblocking(False)
+                    servers.append(await asyncio.start_server(accept, sock=listening))
                 await asyncio.to_thread(connection.sendall, b"\0")
 
     door = socket.socket(socket.AF_UNIX)
@@ -81,10 +88,10 @@ async def open_door(place: Path, egress: Egress) -> AsyncIterator[asyncio.Future
     door.listen(1)
     waiting = asyncio.create_task(wait())
     try:
-        yield namespace
+        yield root
     finally:
         waiting.cancel()
-        namespace.cancel()
+        root.cancel()
         for server in servers:
             server.close()
         for pump in list(pumps):
@@ -93,6 +100,16 @@ async def open_door(place: Path, egress: Egress) -> AsyncIterator[asyncio.Future
         for problem in ended:
             if isinstance(problem, Exception):
                 _log.warning("the egress of a sandbox failed: %s: %s", type(problem).__name__, problem)
+
+
+async def _await_readable(of: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(of, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(of)
 
 
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, egress: Egress) -> None:

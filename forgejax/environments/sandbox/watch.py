@@ -1,47 +1,71 @@
 """What the processes of sandboxes use together: looked at twice a second, ended where it is too much.
 
 Limits of a single process do not add up, and control groups are seldom a trainer's to make. Between two looks a sandbox
-may pass its limit; what it holds then is gone with its processes.
+may pass its limit; what it holds then is gone with its processes. Looking takes a small share of the time: who has very
+many files is looked at less often, unless so much was written to the disk meanwhile that it may be past its limit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgejax.environments.sandbox.config import SandboxConfig
+from forgejax.environments.sandbox.processes import (
+    Root,
+    end_tree,
+    list_members,
+    measure_memory,
+    measure_unlinked,
+)
 
 _EVERY_S = 0.5
-_END_S = 5.0
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_SHARE = 0.05  # of the time, at most, for a sandbox's files, and for all processes
 _MOST_FILES = 200_000
 _MIB = 2**20
 
 
 @dataclass(kw_only=True, eq=False)
 class Watched:
-    """A sandbox, by the number of its process namespace. ``exceeded`` says what it had too much of, for people."""
+    """A sandbox, by its first process and the folders it writes to. ``exceeded`` says what it had too much of, for
+    people."""
 
-    namespace: int
-    folder: Path
+    root: Root
+    folders: tuple[Path, ...]
     config: SandboxConfig
     exceeded: str | None = None
+    _due: float = field(default=0.0, init=False)
+    _left: int = field(default=0, init=False)  # free bytes of the disk, below which it may have passed its limit
 
-    def judge(self, memory: int) -> None:
-        """``memory``: the bytes that its processes hold."""
+    def judge(self, members: dict[int, int]) -> None:
+        """``members``: its processes, and the bytes that each holds."""
+        memory = measure_memory(members, self.config.memory_bytes)
         if memory > self.config.memory_bytes:
             self.exceeded = _word("its processes held", memory, "of memory", self.config.memory_mib, "memory_mib")
             return
-        written, files = measure_folder(self.folder, self.config.disk_bytes)
+        with contextlib.suppress(OSError):  # the folder went meanwhile
+            disk = os.statvfs(self.folders[0])
+            free, began = disk.f_bavail * disk.f_frsize, time.monotonic()
+            if began >= self._due or free < self._left:
+                self._left = free - (self.config.disk_bytes - self._judge_files(members))
+                self._due = time.monotonic() + (time.monotonic() - began) / _SHARE
+
+    def _judge_files(self, members: dict[int, int]) -> int:
+        """The bytes that it has written."""
+        written, files = measure_unlinked(members), 0
+        for folder in self.folders:
+            more, found = measure_folder(folder, self.config.disk_bytes)
+            written, files = written + more, files + found
         if written > self.config.disk_bytes:
             self.exceeded = _word("it wrote", written, "to the disk", self.config.disk_mib, "disk_mib")
         elif files > _MOST_FILES:
-            self.exceeded = f"it made more than {_MOST_FILES:,} files"
+            self.exceeded = f"it made more than {_MOST_FILES:,} files, or deeper folders than a path can name"
+        return written
 
 
 class Watch:
@@ -71,73 +95,36 @@ class Watch:
                     self._thread = None
                     return
                 watched = list(self._watched)
-            members = _list_members({each.namespace for each in watched})
+            began = time.monotonic()
+            members = list_members(each.root for each in watched)
+            took = time.monotonic() - began
             for each in watched:
-                processes = members[each.namespace]
                 if each.exceeded is None:
-                    each.judge(sum(map(_measure_memory, processes)))
+                    each.judge(members[each.root])
                 if each.exceeded is not None:
-                    _kill(processes)
+                    end_tree(each.root)
             with self._changed:
-                if self._watched:
-                    self._changed.wait(_EVERY_S)
-
-
-def find_namespace(process: int) -> int:
-    """The number of the namespace that a process counts its own processes in. Raises OSError where it is gone."""
-    return Path(f"/proc/{process}/ns/pid").stat().st_ino
-
-
-def end_namespace(namespace: int) -> None:
-    """Kills all processes of a sandbox and waits until they are gone; blocks, a few seconds at most."""
-    until = time.monotonic() + _END_S
-    while (left := _list_members({namespace})[namespace]) and time.monotonic() < until:
-        _kill(left)
-        time.sleep(0.002)
+                self._changed.wait_for(lambda: not self._watched, timeout=max(_EVERY_S, took / _SHARE))
 
 
 def measure_folder(folder: Path, most: int) -> tuple[int, int]:
-    """Bytes on the disk below ``folder`` and its files, counted until there are more than ``most`` bytes."""
+    """Bytes on the disk below ``folder`` and its files, counted until there are more than ``most`` bytes, or too many
+    files; what is too deep to be looked at is too many."""
     written = files = 0
-    left = [folder]
+    left = [str(folder)]
     while left and written <= most and files <= _MOST_FILES:
-        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:  # gone meanwhile, or shut by its owner
-            for entry in entries:
-                with contextlib.suppress(OSError):
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
                     files += 1
-                    written += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
-                        left.append(Path(entry.path))
+                        left.append(entry.path)
+                    with contextlib.suppress(FileNotFoundError):
+                        written += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError as error:  # gone meanwhile, or shut by its owner
+            if error.errno == errno.ENAMETOOLONG:
+                return written, _MOST_FILES + 1
     return written, files
-
-
-def _list_members(namespaces: set[int]) -> dict[int, list[int]]:
-    members: dict[int, list[int]] = {each: [] for each in namespaces}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError):
-                namespace = find_namespace(int(place.name))
-                if namespace in members and not _has_ended(place):
-                    members[namespace].append(int(place.name))
-    return members
-
-
-def _has_ended(place: Path) -> bool:
-    """Whether only its parent has not asked for its status yet."""
-    return (place / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in ("Z", "X")
-
-
-def _measure_memory(process: int) -> int:
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
-
-
-def _kill(processes: list[int]) -> None:
-    for process in processes:
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
 
 
 def _word(does: str, amount: int, of: str, limit_mib: int, name: str) -> str:

@@ -89,6 +89,7 @@ def test_each_kind_of_shell_task_is_done_by_its_solution_and_not_by_nothing(tmp_
 
 def test_an_agents_own_reward_does_not_count_and_a_missing_or_senseless_one_is_no_score(tmp_path: Path) -> None:
     own = "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; ln -s / /logs/verifier/x"
+    odd = "test -d /logs/agent && mkfifo /logs/verifier"
     for name, test in (
         ("0", "cat /tests/test.sh > /dev/null && echo 0.25 > /logs/verifier/reward.txt"),
         ("1", "echo 'no compiler'; exit 3"),
@@ -99,7 +100,7 @@ def test_an_agents_own_reward_does_not_count_and_a_missing_or_senseless_one_is_n
         write_test(tmp_path / name, test)
     harbor = Harbor(HarborConfig(folder=str(tmp_path)), SMALL, eval_tasks=0, seed=0, score_s=2.0)
     tasks = {str(harbor.task(index).payload["task"]): harbor.task(index) for index in range(5)}
-    assert score(harbor, tasks["0"], own) == 0.25
+    assert score(harbor, tasks["0"], own) == score(harbor, tasks["0"], odd) == 0.25
     for name, says in (
         ("1", r"status 3.*no compiler"),
         ("2", "much"),
@@ -113,13 +114,25 @@ def test_an_agents_own_reward_does_not_count_and_a_missing_or_senseless_one_is_n
 @pytest.mark.parametrize(
     ("text", "reward"), [('{"reward": 0.5, "style": 1}', 0.5), ('{"passed": 1}', 1.0), ("0.75", 0.75)]
 )
-def test_a_reward_in_json_stands_before_the_one_in_text(tmp_path: Path, text: str, reward: float) -> None:
-    (tmp_path / "reward.txt").write_text("0.1\n")
-    assert read_reward(tmp_path) == 0.1
+def test_a_reward_in_text_stands_before_the_one_in_json(tmp_path: Path, text: str, reward: float) -> None:
     (tmp_path / "reward.json").write_text(text)
     assert read_reward(tmp_path) == reward
-    (tmp_path / "reward.json").write_text('{"a": 1, "b": 0}')
-    with pytest.raises(UnscoredError, match="expected an object with a number named reward"):
+    (tmp_path / "reward.txt").write_text("0.1\n")
+    assert read_reward(tmp_path) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("reward.txt", "nan"),
+        ("reward.txt", ""),
+        ("reward.json", '{"a": 1, "b": 0}'),
+        ("reward.json", '{"reward": 1e999}'),
+    ],
+)
+def test_what_is_no_finite_number_is_no_reward(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UnscoredError, match=r"expected (an object with )?a number"):
         read_reward(tmp_path)
 
 

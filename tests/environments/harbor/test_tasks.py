@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,14 @@ def write_task(folder: Path, toml: str = 'version = "1.0"\n', instruction: str =
 def test_a_folder_is_read_with_the_defaults_of_the_format(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path / "a"), "a")
     assert (task.instruction, task.difficulty, task.category, task.verifier_s) == ("Do it.", "default", "harbor", 600.0)
-    toml = '[metadata]\ndifficulty = "hard"\ncategory = "git"\n[verifier]\ntimeout_sec = 9\nenv = {KEY = 1}\n'
+    toml = (
+        '[metadata]\ndifficulty = "hard"\ncategory = "git"\n[verifier]\ntimeout_sec = 9\nenv = {KEY = 1}\n'
+        "[environment]\ngpus = 0\nallow_internet = true\nenv = {SET = 2}\n"
+    )
     told = read_task(write_task(tmp_path / "b", toml), "b")
     assert (told.difficulty, told.category, told.verifier_s) == ("hard", "git", 9.0)
     assert dict(told.verifier_variables) == {"KEY": "1"} and told.placed.work == "/app"
+    assert told.placed.variables == {"SET": "2"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,10 @@ def test_a_folder_is_read_with_the_defaults_of_the_format(tmp_path: Path) -> Non
     [
         ("version =", "x", r"task\.toml cannot be read as TOML"),
         ('[environment]\ndocker_image = "x/y:1"\n', "x", r"the task needs the image x/y:1"),
+        ("[environment]\ngpus = 1\n", "x", r"sets environment\.gpus; a task here is one instruction"),
+        ("[environment.healthcheck]\ncommand = 'x'\n", "x", r"sets environment\.healthcheck"),
+        ("[verifier]\nenvironment_mode = 'separate'\n", "x", r"sets verifier\.environment_mode"),
+        ("[[steps]]\nname = 'a'\n", "x", r"sets steps"),
         ("verifier = 3\n", "x", r"verifier is 3; expected a table"),
         ('[verifier]\ntimeout_sec = "long"\n', "x", r"timeout_sec is 'long'; expected a number"),
         ("", " \n", r"instruction\.md is empty"),
@@ -55,6 +64,38 @@ def test_a_folder_without_tests_or_tasks_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             read_tasks(config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("apt-get update -q", "apt-get update"),
+        ("apt install -y curl", "apt install"),
+        ("curl -LsSf https://example.com/install.sh | sh", "curl -LsSf https://example.com/install.sh"),
+        ("uvx --with pytest pytest /tests/test_outputs.py", "uvx"),
+        ("cd /app && pip install pytest", "pip install"),
+        ("pip install --no-index /tests/tool.whl", None),
+        ("curl -s http://127.0.0.1:8000/health", None),
+        ("# apt-get install curl", None),
+        ("python3 -m pytest /tests/test_outputs.py", None),
+    ],
+)
+def test_tests_that_would_fail_for_want_of_a_network_are_refused(tmp_path: Path, line: str, found: str | None) -> None:
+    script = write_task(tmp_path / "a") / "tests" / "test.sh"
+    script.write_text(f"#!/bin/bash\n{line}\necho 1 > /logs/verifier/reward.txt\n")
+    if found is None:
+        assert read_task(tmp_path / "a", "a").name == "a"
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"line 2: {found} needs a network, and tests have none")):
+        read_task(tmp_path / "a", "a")
+
+
+def test_all_folders_that_cannot_be_run_are_counted_and_some_named(tmp_path: Path) -> None:
+    for name in "abcdefg":
+        write_task(tmp_path / name, "steps = [1]\n" if name != "d" else "")
+    with pytest.raises(ConfigError, match=r"6 of 7 task folders.* cannot be run here") as refused:
+        read_tasks(HarborConfig(folder=str(tmp_path)), seed=0)
+    assert str(refused.value).count("sets steps") == 5
 
 
 def test_tasks_that_are_made_are_made_once_for_a_count_and_a_seed(
