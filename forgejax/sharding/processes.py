@@ -4,6 +4,7 @@ before the first collective."""
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from forgejax.sharding.mesh import count_chips, prepare_platform
 from forgejax.sharding.topology import MeshPlan
 
 _SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+_AGAIN_S = 0.2
 _SLOWEST_BEAT_S = 600  # jax's own watch, behind ours: it ends a process without a sentence
 
 
@@ -135,6 +137,8 @@ def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
     # It would take SIGTERM for itself, which ends a run in order.
     jax.config.update("jax_enable_preemption_service", False)
     began = time.monotonic()
+    if config.coordinator and config.process_id:
+        await_coordinator(config)
     try:
         jax.distributed.initialize(
             **given,
@@ -171,6 +175,27 @@ def check_share(processes: Processes, plan: MeshPlan) -> None:
             f"{own} of them in process {processes.index}: start one process on every host of the mesh, or choose the "
             "--mesh that they make up"
         )
+
+
+def await_coordinator(config: DistributedConfig) -> None:
+    """Waits until somebody listens there: jax ends its process without a sentence where nobody comes to.
+
+    Raises MeshError.
+    """
+    host, _, port = config.coordinator.rpartition(":")
+    until = time.monotonic() + config.start_s
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, until - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() + _AGAIN_S > until:
+                raise MeshError(
+                    f"process 0 of the job does not listen at {config.coordinator} after {config.start_s:g} s "
+                    f"({error}); start the same command on every host, see that they reach it, or raise "
+                    "--distributed.start-s"
+                ) from error
+        time.sleep(_AGAIN_S)
 
 
 def _prepare_cpu(config: DistributedConfig, plan: MeshPlan) -> None:

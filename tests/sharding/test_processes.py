@@ -1,12 +1,14 @@
 """Which environment asks for several processes, and what options cannot be one of them."""
 
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from forgejax.errors import ConfigError
+from forgejax.errors import ConfigError, MeshError
 from forgejax.sharding import DistributedConfig, MeshConfig, resolve
-from forgejax.sharding.processes import is_several
+from forgejax.sharding.processes import await_coordinator, is_several
 
 TPU = resolve(MeshConfig(name="v5e-64"))
 CPU = resolve(MeshConfig(name="cpu-4"))
@@ -51,3 +53,21 @@ def test_a_slice_of_more_chips_than_the_machine_has_is_one_of_several_hosts(
 def test_options_for_a_single_process_ask_for_none_beside_it() -> None:
     alone = DistributedConfig(coordinator="127.0.0.1:1", processes=1, process_id=0)
     assert not is_several(alone, CPU, {})
+
+
+def test_a_first_process_that_comes_late_is_waited_for_and_one_that_never_comes_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(
+        MeshError, match=rf"process 0 of the job does not listen at {address} after 0\.3 s .*every host"
+    ):
+        await_coordinator(DistributedConfig(coordinator=address, processes=2, process_id=1, start_s=0.3))
+
+    late = socket.socket()
+    late.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    late.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+    coming = threading.Timer(0.3, late.listen)
+    coming.start()
+    await_coordinator(DistributedConfig(coordinator=address, processes=2, process_id=1, start_s=30.0))
+    coming.join()
+    late.close()
