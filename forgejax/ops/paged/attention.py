@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from forgejax.ops.head_shards import splits_keys, take_own_key_head
 from forgejax.ops.paged.batch import PagedBatch, TokenPlaces
 from forgejax.ops.paged.cpu import CpuPagedKernel
 from forgejax.ops.paged.gpu import GpuPagedKernel
@@ -130,20 +130,12 @@ def _attend_on_mesh(
     head_axis: str | None,
 ) -> tuple[jax.Array, Any]:
     """Each device writes and reads its own heads; see ``paged_attention``."""
-    H, K = qkv[0].shape[1], qkv[1].shape[1]
-    shards = mesh.shape[head_axis] if head_axis else 1
-    if H % shards or (K % shards and shards % K):
-        raise ValueError(
-            f"{H} query and {K} key heads cannot be split over {shards} head shards: "
-            f"choose a count that divides {H} and divides, or is a multiple of, {K}"
-        )
-    split_keys = K % shards == 0
+    split_keys = splits_keys(qkv[0].shape[1], qkv[1].shape[1], mesh, head_axis)
 
     def local(qkv: tuple[jax.Array, jax.Array, jax.Array], *rest: Any) -> tuple[jax.Array, Any]:
         q, k, v = qkv
-        if not split_keys:  # more shards than key heads: each keeps the one that its queries read
-            first = lax.axis_index(head_axis) * K // shards
-            k, v = (lax.dynamic_slice_in_dim(x, first, 1, axis=1) for x in (k, v))
+        if not split_keys:
+            k, v = take_own_key_head(k, v, head_axis=head_axis, axis=1)
         return attend((q, k, v), *rest)
 
     heads, whole, of_pool = PartitionSpec(None, head_axis), PartitionSpec(), PartitionSpec(None, None, None, head_axis)

@@ -6,10 +6,10 @@ import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from forgejax.ops.head_shards import splits_keys, take_own_key_head
 from forgejax.ops.tree.cpu import CpuKernel
 from forgejax.ops.tree.gpu import GpuKernel
 from forgejax.ops.tree.meta import TreeMeta
@@ -130,19 +130,11 @@ def _attend_on_mesh(
     length_axis: str | None,
 ) -> jax.Array:
     """Each device attends over its own rows, heads and queries; see ``tree_attention``."""
-    H, K = qkv[0].shape[2], qkv[1].shape[2]
-    shards = mesh.shape[head_axis] if head_axis else 1
-    if H % shards or (K % shards and shards % K):
-        raise ValueError(
-            f"{H} query and {K} key heads cannot be split over {shards} head shards: "
-            f"choose a count that divides {H} and divides, or is a multiple of, {K}"
-        )
-    split_keys = K % shards == 0
+    split_keys = splits_keys(qkv[0].shape[2], qkv[1].shape[2], mesh, head_axis)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, meta: TreeMeta | SplitMeta) -> jax.Array:
-        if not split_keys:  # more shards than key heads: each keeps the one that its queries read
-            first = lax.axis_index(head_axis) * K // shards
-            k, v = (lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
+        if not split_keys:
+            k, v = take_own_key_head(k, v, head_axis=head_axis, axis=2)
         if isinstance(meta, TreeMeta):
             return _attend(kernel, q, k, v, meta)
         assert length_axis is not None
