@@ -24,39 +24,15 @@ import pytest
 from jax.experimental import topologies
 
 from forgejax.models import PolicyConfig, abstract_policy
-from forgejax.models.moe import MoEConfig
 from forgejax.ops.paged.attention import pick_paged_kernel
 from forgejax.rollout import EngineConfig
 from forgejax.rollout.engine.engine import spread_experts
 from forgejax.rollout.engine.programs import Programs
 from forgejax.sharding import EngineMesh, Layout, build_engine_mesh
+from tests.tpu_compile.policies import COLLECTIVES, GIB, QWEN3_8B, QWEN3_30B_A3B, USABLE
 
-_GIB = 2**30
-_USABLE = 15.75 * _GIB  # of the 16 GiB of a v5e: past it the compiler itself refuses
 _SLOTS, _CHUNK = 64, 512
-_SPARE = 1.75 * _GIB  # of a chip: what the programs may take beside weights and pool
-_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_QWEN3_8B = PolicyConfig(
-    vocab_size=151_936,
-    num_layers=36,
-    d_model=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    d_ff=12_288,
-    tied_embeddings=False,
-    qk_norm="head",
-    param_dtype="bfloat16",
-    compute_dtype="bfloat16",
-)
-_QWEN3_30B_A3B = dataclasses.replace(
-    _QWEN3_8B,
-    num_layers=48,
-    d_model=2048,
-    num_kv_heads=4,
-    d_ff=768,
-    moe=MoEConfig(num_experts=128, experts_per_token=8, d_ff=768),
-)
+_SPARE = 1.75 * GIB  # of a chip: what the programs may take beside weights and pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +48,7 @@ class _Case:
 
     @property
     def policy(self) -> PolicyConfig:
-        return {"8B": _QWEN3_8B, "30B-A3B": _QWEN3_30B_A3B}[self.name]
+        return {"8B": QWEN3_8B, "30B-A3B": QWEN3_30B_A3B}[self.name]
 
 
 _CASES = (
@@ -117,7 +93,7 @@ def _compiled(case: _Case) -> _Engine:
     )
     heads = max(case.policy.num_kv_heads // case.mesh.tensor, 1)
     of_page = 2 * case.policy.num_layers * heads * case.policy.head_size * 2 * case.page_tokens
-    pages = int((_USABLE - _SPARE - _bytes(params)) // of_page)
+    pages = int((USABLE - _SPARE - _bytes(params)) // of_page)
     config = EngineConfig(
         slots=_SLOTS,
         max_context=case.context,
@@ -146,7 +122,7 @@ def _compiled(case: _Case) -> _Engine:
         assert memory is not None
         print(
             f"\n{case.name} on {case.topology}, {case.context:,} tokens, {name}: temporaries "
-            f"{memory.temp_size_in_bytes / _GIB:.2f}, in all {_peak(found[name]) / _GIB:.2f} GiB a chip, "
+            f"{memory.temp_size_in_bytes / GIB:.2f}, in all {_peak(found[name]) / GIB:.2f} GiB a chip, "
             f"{took:.0f} s of CPU",
             end="",
         )
@@ -154,8 +130,8 @@ def _compiled(case: _Case) -> _Engine:
         programs=found, weights=_bytes(params), pool=_bytes(pool), kv_tokens=(pages - 1) * case.page_tokens
     )
     print(
-        f"\n{case.name} on {case.topology}, {case.context:,} tokens: weights {engine.weights / _GIB:.2f}, pool "
-        f"{engine.pool / _GIB:.2f} GiB a chip, room for {engine.kv_tokens:,} tokens"
+        f"\n{case.name} on {case.topology}, {case.context:,} tokens: weights {engine.weights / GIB:.2f}, pool "
+        f"{engine.pool / GIB:.2f} GiB a chip, room for {engine.kv_tokens:,} tokens"
     )
     return engine
 
@@ -172,7 +148,7 @@ def _exchanged(compiled: jax.stages.Compiled) -> list[int]:
     """The size of every array that some collective gives a chip."""
     text = compiled.as_text()
     assert text is not None
-    results = re.findall(rf"= (.*?) (?:{_COLLECTIVES})(?:-start)?\(", text)
+    results = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text)
     return [math.prod(map(int, dims.split(","))) for each in results for dims in re.findall(r"\w\[([\d,]+)\]", each)]
 
 
@@ -185,7 +161,7 @@ def test_an_engine_fits_its_chips_and_changes_its_pool_in_place(case: _Case, pro
 
     assert memory is not None and memory.alias_size_in_bytes >= engine.pool
     assert memory.temp_size_in_bytes < engine.pool / 4
-    assert _peak(compiled) < _USABLE
+    assert _peak(compiled) < USABLE
     assert engine.kv_tokens >= case.context
 
 

@@ -34,29 +34,14 @@ from forgejax.learner import (
 )
 from forgejax.learner.packing.deal import batch_axes, deal_rows
 from forgejax.learner.step.trunk_step import make_trunk_step
-from forgejax.models import PolicyConfig, abstract_policy
+from forgejax.models import abstract_policy
 from forgejax.sharding import Layout, MeshConfig, build_mesh, resolve
+from tests.tpu_compile.policies import COLLECTIVES, GIB, QWEN3_8B, USABLE
 
-_GIB = 2**30
-_USABLE = 15.75 * _GIB  # of the 16 GiB of a v5e: past it the compiler itself refuses
 _STEP = StepConfig()
-_QWEN3_8B = PolicyConfig(
-    vocab_size=151_936,
-    num_layers=36,
-    d_model=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    d_ff=12_288,
-    tied_embeddings=False,
-    qk_norm="head",
-    param_dtype="bfloat16",
-    compute_dtype="bfloat16",
-)
 _CONTEXT, _TENSOR = 16, 4
 _ROW = 204_800  # 25 blocks of 512 for each of the chips that share it
 _TRUNK = 32_768
-_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +78,7 @@ class _Program:
         assert text is not None
         dtype_of = dict(re.findall(r"(%[\w.-]+) = \(?(\w+)\[", text))
         found = []
-        for results, operation, operand in re.findall(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\((%[\w.-]+)", text):
+        for results, operation, operand in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\((%[\w.-]+)", text):
             for dims in re.findall(r"\w\[([\d,]+)\]", results):
                 shape = tuple(map(int, dims.split(",")))
                 found.append(_Exchange(operation=operation, dtype=dtype_of[operand], shape=shape))
@@ -144,8 +129,8 @@ def _compiled(name: str, function: Callable[..., Any], *args: Any, beside: Any) 
     took = time.monotonic() - start
     memory = compiled.memory_analysis()
     assert memory is not None
-    live = (memory.peak_memory_in_bytes + program.beside) / _GIB
-    print(f"\n{name}: {program.peak / _GIB:.2f} GiB ({live:.2f} live at most), {took:.0f} s")
+    live = (memory.peak_memory_in_bytes + program.beside) / GIB
+    print(f"\n{name}: {program.peak / GIB:.2f} GiB ({live:.2f} live at most), {took:.0f} s")
     return program
 
 
@@ -165,7 +150,7 @@ class _Shapes:
         def placed(tree: Any) -> Any:
             return _placed(tree, layout.placements(tree))
 
-        graphdef, params = abstract_policy(_QWEN3_8B)
+        graphdef, params = abstract_policy(QWEN3_8B)
         params = placed(params)
         step = make_train_step(graphdef, params, _STEP, layout=layout)
         return _Shapes(
@@ -217,28 +202,28 @@ def trunk_step() -> dict[str, _Program]:
 def test_a_tree_of_two_hundred_thousand_tokens_fits_the_chips_of_a_v5e_64(
     tree_step: dict[str, _Program], program: str
 ) -> None:
-    assert tree_step[program].peak < _USABLE
+    assert tree_step[program].peak < USABLE
 
 
 @pytest.mark.parametrize("program", ["trunk", "accumulate_leaves", "pull_back"])
 def test_a_trunk_whose_layers_inputs_exceed_the_budget_fits_in_two_phases(
     trunk_step: dict[str, _Program], program: str
 ) -> None:
-    inputs = _QWEN3_8B.num_layers * _TRUNK * _QWEN3_8B.d_model * 2
+    inputs = QWEN3_8B.num_layers * _TRUNK * QWEN3_8B.d_model * 2
 
-    assert inputs > _STEP.activation_gib * _GIB
-    assert trunk_step[program].peak < _USABLE
+    assert inputs > _STEP.activation_gib * GIB
+    assert trunk_step[program].peak < USABLE
 
 
 def test_chips_that_share_a_row_exchange_weights_and_keys_but_neither_its_hidden_states_nor_logits(
     tree_step: dict[str, _Program],
 ) -> None:
-    vocab, width = _QWEN3_8B.vocab_size // _TENSOR, _QWEN3_8B.d_model
+    vocab, width = QWEN3_8B.vocab_size // _TENSOR, QWEN3_8B.d_model
     columns = vocab * width  # a chunk of logits is no such part of them: it has 253 edges
-    keys = _ROW * _QWEN3_8B.num_kv_heads // _TENSOR * _QWEN3_8B.head_size
+    keys = _ROW * QWEN3_8B.num_kv_heads // _TENSOR * QWEN3_8B.head_size
     own = _ROW // _CONTEXT * width
     exchanged = tree_step["accumulate"].exchanged()
-    with_vocabulary = [each for each in exchanged if vocab in each.shape or _QWEN3_8B.vocab_size in each.shape]
+    with_vocabulary = [each for each in exchanged if vocab in each.shape or QWEN3_8B.vocab_size in each.shape]
 
     assert max(each.size for each in exchanged if each not in with_vocabulary) <= max(keys, own)
     assert {each.size for each in with_vocabulary} <= {columns, columns // _CONTEXT}
@@ -247,7 +232,7 @@ def test_chips_that_share_a_row_exchange_weights_and_keys_but_neither_its_hidden
 def test_gradients_of_the_vocabularys_weights_are_summed_over_chips_before_they_are_rounded(
     tree_step: dict[str, _Program],
 ) -> None:
-    vocab = _QWEN3_8B.vocab_size // _TENSOR
+    vocab = QWEN3_8B.vocab_size // _TENSOR
     sums = [
         each
         for each in tree_step["accumulate"].exchanged()
@@ -258,6 +243,6 @@ def test_gradients_of_the_vocabularys_weights_are_summed_over_chips_before_they_
 
 
 def test_chips_that_share_no_row_exchange_no_tokens_of_another_row(trunk_step: dict[str, _Program]) -> None:
-    width = _QWEN3_8B.d_model
+    width = QWEN3_8B.d_model
     for name, program in trunk_step.items():
         assert max(each.size for each in program.exchanged()) <= _TRUNK * width, name
