@@ -3,10 +3,11 @@ before the first collective."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
-import time
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from forgejax.sharding.mesh import count_chips, prepare_platform
 from forgejax.sharding.topology import MeshPlan
 
 _SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-_AGAIN_S = 0.2
+_LATER_S = 60  # jax's own deadline, behind ours
 _SLOWEST_BEAT_S = 600  # jax's own watch, behind ours: it ends a process without a sentence
 
 
@@ -113,12 +114,13 @@ def is_several(config: DistributedConfig, plan: MeshPlan, environ: Mapping[str, 
 
 
 def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
-    """Makes this process one of the job's, once all have come; call it before the first use of a device.
+    """Makes this process one of the job's, once all have come; call it before the first use of a device. Where some do
+    not come in time it ends this process (``give_up_after``).
 
     A CPU mesh is split evenly over the processes, with collectives over the network.
 
     Raises:
-        MeshError: some have not come in time, the environment does not tell who they are, or the mesh's devices cannot
+        MeshError: the environment does not tell who they are, they did not find each other, or the mesh's devices cannot
             be shared out.
     """
     if not is_several(config, plan, os.environ):
@@ -136,16 +138,14 @@ def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
         given["cluster_detection_method"] = "deactivate"
     # It would take SIGTERM for itself, which ends a run in order.
     jax.config.update("jax_enable_preemption_service", False)
-    began = time.monotonic()
-    if config.coordinator and config.process_id:
-        await_coordinator(config)
     try:
-        jax.distributed.initialize(
-            **given,
-            initialization_timeout=round(config.start_s),
-            heartbeat_timeout_seconds=_SLOWEST_BEAT_S,
-            shutdown_timeout_seconds=round(3 * config.silence_s),
-        )
+        with give_up_after(config):
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=round(config.start_s) + _LATER_S,
+                heartbeat_timeout_seconds=_SLOWEST_BEAT_S,
+                shutdown_timeout_seconds=round(3 * config.silence_s),
+            )
     except ValueError as error:
         raise MeshError(
             f"mesh {plan.name} is one of several hosts, and the environment does not tell who they are ({error}); give "
@@ -153,9 +153,7 @@ def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
         ) from error
     except RuntimeError as error:
         raise MeshError(
-            f"not all processes of the job have come within {time.monotonic() - began:.0f} s "
-            f"({_first_line(error)}); start the same command on every host, see that they reach "
-            f"{config.coordinator or 'the first one'}, or raise --distributed.start-s"
+            f"the processes of the job did not find each other: {_first_line(error)}; look at what the others print"
         ) from error
     from jax._src import distributed  # noqa: PLC0415  (the only way to what it found)
 
@@ -177,25 +175,29 @@ def check_share(processes: Processes, plan: MeshPlan) -> None:
         )
 
 
-def await_coordinator(config: DistributedConfig) -> None:
-    """Waits until somebody listens there: jax ends its process without a sentence where nobody comes to.
+@contextlib.contextmanager
+def give_up_after(config: DistributedConfig, leave: Callable[[int], object] = os._exit) -> Iterator[None]:
+    """Around what waits for the other processes: after ``start_s`` a sentence, and the end of this process.
 
-    Raises MeshError.
+    jax's own deadline comes later, for it ends a process without a sentence. ``leave`` ends it, with an exit code.
     """
-    host, _, port = config.coordinator.rpartition(":")
-    until = time.monotonic() + config.start_s
-    while True:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, until - time.monotonic())):
-                return
-        except OSError as error:
-            if time.monotonic() + _AGAIN_S > until:
-                raise MeshError(
-                    f"process 0 of the job does not listen at {config.coordinator} after {config.start_s:g} s "
-                    f"({error}); start the same command on every host, see that they reach it, or raise "
-                    "--distributed.start-s"
-                ) from error
-        time.sleep(_AGAIN_S)
+
+    def give_up() -> None:
+        print(
+            f"train.py: not all processes of the job have come within {config.start_s:g} s; start the same command on "
+            f"every host, see that they reach {config.coordinator or 'the first one'}, or raise --distributed.start-s",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(1)
+
+    timer = threading.Timer(config.start_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _prepare_cpu(config: DistributedConfig, plan: MeshPlan) -> None:

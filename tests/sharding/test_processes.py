@@ -1,14 +1,14 @@
 """Which environment asks for several processes, and what options cannot be one of them."""
 
-import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from forgejax.errors import ConfigError, MeshError
+from forgejax.errors import ConfigError
 from forgejax.sharding import DistributedConfig, MeshConfig, resolve
-from forgejax.sharding.processes import await_coordinator, is_several
+from forgejax.sharding.processes import give_up_after, is_several
 
 TPU = resolve(MeshConfig(name="v5e-64"))
 CPU = resolve(MeshConfig(name="cpu-4"))
@@ -55,19 +55,20 @@ def test_options_for_a_single_process_ask_for_none_beside_it() -> None:
     assert not is_several(alone, CPU, {})
 
 
-def test_a_first_process_that_comes_late_is_waited_for_and_one_that_never_comes_is_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(
-        MeshError, match=rf"process 0 of the job does not listen at {address} after 0\.3 s .*every host"
-    ):
-        await_coordinator(DistributedConfig(coordinator=address, processes=2, process_id=1, start_s=0.3))
+def test_who_waits_too_long_for_the_others_says_so_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    config, ended = DistributedConfig(start_s=0.05), threading.Event()
+    codes: list[int] = []
 
-    late = socket.socket()
-    late.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    late.bind(("127.0.0.1", int(address.rpartition(":")[2])))
-    coming = threading.Timer(0.3, late.listen)
-    coming.start()
-    await_coordinator(DistributedConfig(coordinator=address, processes=2, process_id=1, start_s=30.0))
-    coming.join()
-    late.close()
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    with give_up_after(config, leave):
+        assert ended.wait(10.0)
+    assert codes == [1]
+    assert "not all processes of the job have come within 0.05 s; start the same" in capsys.readouterr().err
+
+    with give_up_after(DistributedConfig(start_s=0.2), leave):
+        pass  # they came
+    time.sleep(0.3)
+    assert codes == [1]
