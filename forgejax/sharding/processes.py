@@ -120,8 +120,8 @@ def join_processes(config: DistributedConfig, plan: MeshPlan) -> Processes:
     A CPU mesh is split evenly over the processes, with collectives over the network.
 
     Raises:
-        MeshError: the environment does not tell who they are, they did not find each other, or the mesh's devices cannot
-            be shared out.
+        MeshError: the environment does not tell who they are, they did not find each other, or the mesh's devices
+            cannot be shared out.
     """
     if not is_several(config, plan, os.environ):
         return ALONE
