@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import math
@@ -48,6 +49,7 @@ class Harbor:
                 f"tasks eval_tasks is {eval_tasks} and there are {len(names)} tasks in all; lower it, or bring more"
             )
         self._trained = tuple(names[eval_tasks:])
+        self._get_order = functools.lru_cache(maxsize=4)(self._order)
         self.held_out: Sequence[Task] = tuple(
             self._make(f"evaluation-{index}", name) for index, name in enumerate(names[:eval_tasks])
         )
@@ -55,9 +57,7 @@ class Harbor:
     def task(self, index: int) -> Task:
         """The training task at an absolute index."""
         epoch, place = divmod(index, len(self._trained))
-        order = list(range(len(self._trained)))
-        random.Random(_draw(self._seed, f"epoch {epoch}")).shuffle(order)
-        return self._make(f"train-{index}", self._trained[order[place]])
+        return self._make(f"train-{index}", self._get_order(epoch)[place])
 
     async def open(self, task: Task) -> Workspace:
         """A sandbox with the task's files in it."""
@@ -103,6 +103,11 @@ class Harbor:
         for place in (sandbox.work, sandbox.logs):
             sandbox.give(place)
         return Workspace(variables=dict(task.placed.variables), directory=sandbox.work, sandbox=sandbox)
+
+    def _order(self, epoch: int) -> list[str]:
+        names = list(self._trained)
+        random.Random(_draw(self._seed, f"epoch {epoch}")).shuffle(names)
+        return names
 
     def _make(self, id: str, name: str) -> Task:
         task = self._tasks[name]
